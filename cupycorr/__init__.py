@@ -1,0 +1,35 @@
+"""The correlation layer (cost volume) of optical-flow and stereo networks.
+
+`spatial_correlation_sample` and `correlation` take NumPy arrays and torch tensors;
+`SpatialCorrelationSampler` is the torch module. Importing cupycorr loads NumPy and nothing
+heavier; torch is imported when it is first needed.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from cupycorr.api import correlation, correlation_vjp, spatial_correlation_sample
+from cupycorr.geometry import Geometry
+
+if TYPE_CHECKING:
+    from cupycorr.torch_ops import SpatialCorrelationSampler
+
+__version__ = "0.1.0"
+__all__ = [
+    "Geometry",
+    "SpatialCorrelationSampler",
+    "correlation",
+    "correlation_vjp",
+    "spatial_correlation_sample",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SpatialCorrelationSampler":
+        from cupycorr.torch_ops import SpatialCorrelationSampler
+
+        return SpatialCorrelationSampler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

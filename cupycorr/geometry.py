@@ -1,0 +1,441 @@
+"""The geometry of a cost volume: every size, origin, displacement and range, in one value object.
+
+Positions and displacements are in pixels of the feature maps. All arithmetic is per axis
+(``Axis``); a ``Geometry`` is a pair of axes, (y, x) in that order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import gcd
+from operator import index
+from typing import NamedTuple
+
+Pair = tuple[int, int]
+IntOrPair = int | Pair
+
+
+class Band(NamedTuple):
+    """Which pairs of positions along one axis meet: m and m + p + shift, at displacement p.
+
+    Of all ``count1`` x ``count2`` pairs these form a band along the diagonal, ``count_patch`` wide.
+    """
+
+    count1: int
+    count2: int
+    count_patch: int
+    shift: int
+
+    def mirrored(self) -> Band:
+        """Exchange the two maps; displacement p becomes count_patch - 1 - p."""
+        return Band(self.count2, self.count1, self.count_patch, 1 - self.count_patch - self.shift)
+
+
+class Phase(NamedTuple):
+    """One residue class of an axis, inside which positions and displacements advance by one.
+
+    Everything is clipped to the image.
+    """
+
+    image1: slice
+    """Positions in the first map."""
+    image2: slice
+    """Positions in the second map."""
+    patch: slice
+    """Indices of the displacements."""
+    lattice: slice
+    """Lattice indices of the positions in the first map."""
+    band: Band
+    """How many there are of each, and which meet."""
+
+
+class Lattice(NamedTuple):
+    """Equally spaced positions that together hold some taps of every output position."""
+
+    size: int
+    """Number of positions, inside the image or not."""
+    taps: tuple[slice, ...]
+    """For each tap the lattice indices that it touches, one per output position."""
+    phases: tuple[Phase, ...]
+    """The lattice split into residue classes; those that meet nothing are left out."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a geometry; the fields are those of `Geometry`, as plain integers."""
+
+    kernel_size: int
+    patch_size: int
+    stride: int
+    padding: int
+    dilation: int
+    dilation_patch: int
+    first_displacement: int
+
+    @property
+    def window_extent(self) -> int:
+        """Pixels from the first to the last tap of the window, both included."""
+        return self.dilation * (self.kernel_size - 1) + 1
+
+    def output_size(self, size: int) -> int:
+        """Return the number of output positions on ``size`` pixels; below 1 where none fits."""
+        return (size + 2 * self.padding - self.window_extent) // self.stride + 1
+
+    @lru_cache(maxsize=1024)  # noqa: B019 - an axis is a small immutable value
+    def lattices(self, size: int) -> tuple[Lattice, ...]:
+        """Return the lattices that hold all taps on an image of ``size`` pixels.
+
+        One lattice of step gcd(stride, dilation) holds every tap. Where windows are so far apart
+        that most of its positions would belong to no tap, each tap has a lattice of its own.
+        """
+        outputs = self.output_size(size)
+        step = gcd(self.stride, self.dilation) if self.kernel_size > 1 else self.stride
+        stride, dilation = self.stride // step, self.dilation // step
+        dense = (outputs - 1) * stride + (self.kernel_size - 1) * dilation + 1
+        if dense <= outputs * self.kernel_size:
+            spans = tuple(
+                _span(u * dilation, outputs, stride) for u in range(self.kernel_size)
+            )
+            return (Lattice(dense, spans, self._phases(size, -self.padding, step, dense)),)
+        whole = (_span(0, outputs, 1),)
+        return tuple(
+            Lattice(
+                outputs,
+                whole,
+                self._phases(size, u * self.dilation - self.padding, self.stride, outputs),
+            )
+            for u in range(self.kernel_size)
+        )
+
+    def _phases(self, size: int, origin: int, step: int, count: int) -> tuple[Phase, ...]:
+        """Split the lattice origin + i·step, i < count, and the patch into residue classes.
+
+        With L = lcm(step, dilation_patch), the positions of one class lie L pixels apart, and so
+        do its displacements.
+        """
+        common = gcd(step, self.dilation_patch)
+        lattice_classes, patch_classes = self.dilation_patch // common, step // common
+        period = step * lattice_classes
+        phases = []
+        for r in range(min(lattice_classes, count)):
+            origin1 = origin + r * step
+            low1 = max(0, _ceil_div(-origin1, period))
+            high1 = min(_ceil_div(count - r, lattice_classes), _ceil_div(size - origin1, period))
+            for p0 in range(min(patch_classes, self.patch_size)):
+                patch_count = _ceil_div(self.patch_size - p0, patch_classes)
+                origin2 = origin1 + self.first_displacement + p0 * self.dilation_patch
+                low2 = max(low1, _ceil_div(-origin2, period))
+                high2 = min(high1 + patch_count - 1, _ceil_div(size - origin2, period))
+                # The displacements that lead from some position in the image to another.
+                first = max(0, low2 - (high1 - 1))
+                last = min(patch_count, high2 - low1)
+                if high1 <= low1 or high2 <= low2 or last <= first:
+                    continue
+                phases.append(
+                    Phase(
+                        image1=_span(origin1 + low1 * period, high1 - low1, period),
+                        image2=_span(origin2 + low2 * period, high2 - low2, period),
+                        patch=_span(p0 + first * patch_classes, last - first, patch_classes),
+                        lattice=_span(r + low1 * lattice_classes, high1 - low1, lattice_classes),
+                        band=Band(
+                            high1 - low1, high2 - low2, last - first, low1 + first - low2
+                        ),
+                    )
+                )
+        return tuple(phases)
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Geometry:
+    """Which positions and displacements a cost volume compares, independent of any image.
+
+    Parameters
+    ----------
+    kernel_size : int or (int, int), default 1
+        Taps of the window that is compared, per axis; even sizes too.
+    patch_size : int or (int, int), default 1
+        Number of displacements tried, per axis (the whole patch, not its radius); even sizes too.
+    stride : int or (int, int), pixels, default 1
+        Step between output positions.
+    padding : int or (int, int), pixels, default 0
+        Zeros around both maps; a negative padding crops.
+    dilation : int or (int, int), pixels, default 1
+        Spacing of the window's taps.
+    dilation_patch : int or (int, int), pixels, default 1
+        Spacing of the displacements.
+    first_displacement : int or (int, int), pixels, optional
+        The smallest displacement; by default ``-((patch_size - 1) // 2) * dilation_patch``.
+
+    Raises
+    ------
+    TypeError
+        If a parameter is not an int or a pair of ints.
+    ValueError
+        If a parameter other than padding and first_displacement is below 1.
+
+    Notes
+    -----
+    With zeros outside the maps, and a term omitted where either position lies outside::
+
+        cost[n, p, q, y, x] = sum over c, i, j of fmap1[n, c, Y, X] * fmap2[n, c, Y + dy, X + dx]
+        Y = y * stride - padding + i * dilation
+        dy = first_displacement + p * dilation_patch          (X and dx likewise)
+
+    A geometry is immutable and hashable; pairs are always (y, x).
+    """
+
+    kernel_size: Pair
+    patch_size: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    dilation_patch: Pair
+    first_displacement: Pair
+
+    def __init__(
+        self,
+        kernel_size: IntOrPair = 1,
+        patch_size: IntOrPair = 1,
+        stride: IntOrPair = 1,
+        padding: IntOrPair = 0,
+        dilation: IntOrPair = 1,
+        dilation_patch: IntOrPair = 1,
+        first_displacement: IntOrPair | None = None,
+    ) -> None:
+        given = {
+            "kernel_size": _pair("kernel_size", kernel_size, least=1),
+            "patch_size": _pair("patch_size", patch_size, least=1),
+            "stride": _pair("stride", stride, least=1),
+            "padding": _pair("padding", padding),
+            "dilation": _pair("dilation", dilation, least=1),
+            "dilation_patch": _pair("dilation_patch", dilation_patch, least=1),
+        }
+        centred = _centred(given["patch_size"], given["dilation_patch"])
+        if first_displacement is None:
+            given["first_displacement"] = centred
+        else:
+            given["first_displacement"] = _pair("first_displacement", first_displacement)
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_flownet(
+        cls,
+        pad_size: int = 0,
+        kernel_size: int = 1,
+        max_displacement: int = 0,
+        stride1: int = 1,
+        stride2: int = 1,
+    ) -> Geometry:
+        """Translate the parameters of FlowNet's correlation layer.
+
+        Parameters
+        ----------
+        pad_size : int, pixels
+            Zeros around both maps.
+        kernel_size : int
+            Taps of the window, per axis.
+        max_displacement : int, pixels
+            Largest displacement; output positions keep this distance from the padded border.
+        stride1, stride2 : int, pixels
+            Step between output positions, and between displacements.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `Geometry`, naming the parameter of this vocabulary.
+
+        Notes
+        -----
+        FlowNet anchors the window at its corner, so that output (y, x) reads taps from
+        ``y * stride1 + max_displacement - pad_size`` on: `padding` is
+        ``pad_size - max_displacement``. Its output size is
+        ``ceil((H + 2 * pad_size - 2 * (max_displacement + (kernel_size - 1) // 2)) / stride1)``;
+        for an even window that is one position more than fit, and the last one is left out here.
+        Source: A. Dosovitskiy et al., "FlowNet", ICCV 2015, section 3, and its Caffe layer.
+        """
+        pad = _integer("pad_size", pad_size)
+        reach = _integer("max_displacement", max_displacement, least=0)
+        step = _integer("stride2", stride2, least=1)
+        return cls(
+            kernel_size=_integer("kernel_size", kernel_size, least=1),
+            patch_size=2 * (reach // step) + 1,
+            stride=_integer("stride1", stride1, least=1),
+            padding=pad - reach,
+            dilation_patch=step,
+        )
+
+    @classmethod
+    def from_correlation1d(
+        cls,
+        pad: int = 0,
+        kernel_size: int = 1,
+        max_displacement: int = 0,
+        stride1: int = 1,
+        stride2: int = 1,
+        single_direction: int = 0,
+    ) -> Geometry:
+        """Translate the parameters of FlowNet2's one-dimensional (stereo) correlation layer.
+
+        Parameters
+        ----------
+        pad, kernel_size, max_displacement, stride1, stride2 : int
+            As `from_flownet`, but padding and displacements are horizontal only.
+        single_direction : {-1, 0, 1}
+            Only displacements <= 0, all of them, or only those >= 0.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `from_flownet`; ValueError also for another single_direction.
+        """
+        single_direction = _integer("single_direction", single_direction)
+        if single_direction not in (-1, 0, 1):
+            raise ValueError(f"single_direction must be -1, 0 or 1, got {single_direction}")
+        flow = cls.from_flownet(pad, kernel_size, max_displacement, stride1, stride2)
+        radius = flow.patch_size[1] // 2
+        patch = 2 * radius + 1 if single_direction == 0 else radius + 1
+        first = 0 if single_direction == 1 else -radius * flow.dilation_patch[1]
+        return cls(
+            kernel_size=flow.kernel_size,
+            patch_size=(1, patch),
+            stride=flow.stride,
+            padding=(0, flow.padding[1]),
+            dilation_patch=(1, flow.dilation_patch[1]),
+            first_displacement=(0, first),
+        )
+
+    @classmethod
+    def from_taichi(cls, max_disp: int, dila_patch: int = 1) -> Geometry:
+        """Translate the parameters of the Taichi correlation layer.
+
+        Parameters
+        ----------
+        max_disp : int, pixels
+            The first displacement is ``-max_disp``, whether or not the patch is then centred.
+        dila_patch : int, pixels, default 1
+            Spacing of the ``2 * max_disp // dila_patch + 1`` displacements.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `Geometry`, naming the parameter of this vocabulary.
+        """
+        reach = _integer("max_disp", max_disp, least=0)
+        step = _integer("dila_patch", dila_patch, least=1)
+        return cls(
+            patch_size=2 * reach // step + 1, dilation_patch=step, first_displacement=-reach
+        )
+
+    @cached_property
+    def y(self) -> Axis:
+        """The vertical axis."""
+        return self._axis(0)
+
+    @cached_property
+    def x(self) -> Axis:
+        """The horizontal axis."""
+        return self._axis(1)
+
+    @property
+    def displacements(self) -> tuple[range, range]:
+        """The vertical and the horizontal displacements, in pixels."""
+        return tuple(  # type: ignore[return-value]
+            range(first, first + count * step, step)
+            for first, count, step in zip(
+                self.first_displacement, self.patch_size, self.dilation_patch, strict=True
+            )
+        )
+
+    @property
+    def window_extent(self) -> Pair:
+        """Pixels that the window spans, (y, x)."""
+        return self.y.window_extent, self.x.window_extent
+
+    @property
+    def window_taps(self) -> int:
+        """Number of taps of the window."""
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    def output_size(self, height: int, width: int) -> Pair:
+        """Return the number of output positions on an image, (OH, OW).
+
+        Raises
+        ------
+        ValueError
+            If the window does not fit into the padded image.
+        """
+        size = self.y.output_size(height), self.x.output_size(width)
+        if min(size) < 1:
+            padded = tuple(n + 2 * p for n, p in zip((height, width), self.padding, strict=True))
+            raise ValueError(
+                f"the window must fit into the padded image, got a window of "
+                f"{self.window_extent} pixels (kernel_size {self.kernel_size}, dilation "
+                f"{self.dilation}) and a padded image of {padded} (image {(height, width)}, "
+                f"padding {self.padding})"
+            )
+        return size
+
+    def cost_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int, int, int]:
+        """Return the cost volume's shape (N, PH, PW, OH, OW) for maps of shape (N, C, H, W)."""
+        batch, _, height, width = shape
+        return (batch, *self.patch_size, *self.output_size(height, width))
+
+    def __repr__(self) -> str:
+        defaults = {"padding": (0, 0)}
+        shown = []
+        for name in self.__dataclass_fields__:
+            default = (
+                _centred(self.patch_size, self.dilation_patch)
+                if name == "first_displacement"
+                else defaults.get(name, (1, 1))
+            )
+            pair = getattr(self, name)
+            if pair != default:
+                shown.append(f"{name}={pair[0] if pair[0] == pair[1] else pair}")
+        return f"Geometry({', '.join(shown)})"
+
+    def _axis(self, number: int) -> Axis:
+        return Axis(**{name: getattr(self, name)[number] for name in self.__dataclass_fields__})
+
+
+def _pair(name: str, value: object, least: int | None = None) -> Pair:
+    """Widen an int to a pair and check it."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+    return (
+        _integer(name, pair[0], least, value),
+        _integer(name, pair[1], least, value),
+    )
+
+
+def _integer(name: str, value: object, least: int | None = None, given: object = None) -> int:
+    """Check one integer; ``given`` is what the message shows when it was part of a pair."""
+    shown = value if given is None else given
+    kind = "an int" if given is None else "an int or a pair of ints"
+    try:
+        if isinstance(value, (bool, float)):
+            raise TypeError
+        number = index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be {kind}, got {shown!r}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {shown!r}")
+    return number
+
+
+def _centred(patch_size: Pair, dilation_patch: Pair) -> Pair:
+    """Return the first displacement of a centred patch; the radius is (P - 1) // 2 steps."""
+    y, x = (-((p - 1) // 2) * d for p, d in zip(patch_size, dilation_patch, strict=True))
+    return y, x
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _span(start: int, count: int, step: int) -> slice:
+    """Return the slice of ``count`` indices from ``start`` on."""
+    return slice(start, start + (count - 1) * step + 1, step)

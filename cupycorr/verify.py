@@ -1,0 +1,198 @@
+"""What "correct" means: exact integers, the adjoint identity, and a bound on round-off.
+
+The checks compare an engine with an oracle, by default this package's NumPy engine in float64.
+They are used by the tests and by ``cupycorr gradcheck`` alike; no other tolerance exists.
+
+Maps whose values are small integers have products and sums that floating-point numbers hold
+exactly, in whatever order they are added: on them engines must agree to the bit, 16-bit results
+after their one rounding. That finds every error of index, border or synchronisation. Round-off is
+then checked on random maps against a bound that only correct accumulation can meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cupycorr.api import correlation, correlation_vjp
+from cupycorr.geometry import Geometry
+
+Array = npt.NDArray[np.float64]
+
+
+class Precision(NamedTuple):
+    """Relative rounding errors of storage and accumulation, and the smallest normal number."""
+
+    store: float
+    accumulate: float
+    tiny: float
+
+
+PRECISION = {
+    "float16": Precision(2.0**-11, 2.0**-24, 2.0**-24),
+    "bfloat16": Precision(2.0**-8, 2.0**-24, 2.0**-126),
+    "float32": Precision(2.0**-24, 2.0**-24, 2.0**-126),
+    "float64": Precision(2.0**-53, 2.0**-53, 2.0**-1022),
+}
+
+
+class Engine(NamedTuple):
+    """An implementation under test. It gets and returns float64 arrays, and computes in a dtype.
+
+    forward : (fmap1, fmap2, geometry, dtype name, normalize) -> cost
+    vjp : (grad_cost, fmap1, fmap2, geometry, dtype name, normalize) -> (grad_fmap1, grad_fmap2)
+    """
+
+    name: str
+    forward: Callable[[Array, Array, Geometry, str, bool], Array]
+    vjp: Callable[[Array, Array, Array, Geometry, str, bool], tuple[Array, Array]]
+
+
+class Check(NamedTuple):
+    """The outcome of one check; ``error`` says what was wrong, or is None."""
+
+    name: str
+    error: str | None
+
+
+def numpy_engine() -> Engine:
+    """Return this package's NumPy engine."""
+
+    def forward(
+        fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
+    ) -> Array:
+        maps = (_to_dtype(a, dtype) for a in (fmap1, fmap2))
+        return np.asarray(correlation(*maps, geometry, normalize=normalize), np.float64)
+
+    def vjp(
+        grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
+    ) -> tuple[Array, Array]:
+        arrays = (_to_dtype(a, dtype) for a in (grad, fmap1, fmap2))
+        grads = correlation_vjp(*arrays, geometry, normalize=normalize)
+        return np.asarray(grads[0], np.float64), np.asarray(grads[1], np.float64)
+
+    return Engine("numpy", forward, vjp)
+
+
+def check(
+    engine: Engine,
+    shape: tuple[int, int, int, int],
+    geometry: Geometry,
+    dtype: str,
+    *,
+    seed: int = 0,
+    oracle: Engine | None = None,
+) -> Iterator[Check]:
+    """Check an engine on one shape, geometry and dtype; yields one result per check.
+
+    Parameters
+    ----------
+    engine : Engine
+        What is checked.
+    shape : (N, C, H, W)
+        Shape of the maps.
+    geometry : Geometry
+        Geometry of the cost volume.
+    dtype : {"float16", "bfloat16", "float32", "float64"}
+        What the engine computes in; "bfloat16" needs ml_dtypes with the NumPy engine.
+    seed : int, default 0
+        Seed of the random maps.
+    oracle : Engine, optional
+        What is taken for the truth, in float64; by default the NumPy engine.
+    """
+    oracle = numpy_engine() if oracle is None else oracle
+    rng = np.random.default_rng(seed)
+    cost_shape = geometry.cost_shape(shape)
+    names = "cost", "grad_fmap1", "grad_fmap2"
+
+    # Exact integers, and on the same results the adjoint identity
+    # <cost, grad_cost> = <fmap1, grad_fmap1> = <fmap2, grad_fmap2>.
+    fmap1, fmap2, grad = (rng.integers(-2, 3, s) * 1.0 for s in (shape, shape, cost_shape))
+    got = _run(engine, grad, fmap1, fmap2, geometry, dtype)
+    want = _run(oracle, grad, fmap1, fmap2, geometry, "float64")
+    for name, one, other in zip(names, got, want, strict=True):
+        yield Check(f"{name} exact on integers", difference(one, round_to(other, dtype)))
+    if dtype in ("float32", "float64"):
+        sums = [float((a * b).sum()) for a, b in zip(got, (grad, fmap1, fmap2), strict=True)]
+        equal = sums[0] == sums[1] == sums[2]
+        yield Check("adjoint identity", None if equal else f"inner products are {sums}")
+
+    fmap1, fmap2, grad = (
+        round_to(rng.standard_normal(s), dtype) for s in (shape, shape, cost_shape)
+    )
+    for normalize in (False, True):
+        got = _run(engine, grad, fmap1, fmap2, geometry, dtype, normalize)
+        want = _run(oracle, grad, fmap1, fmap2, geometry, "float64", normalize)
+        size = _run(
+            oracle, np.abs(grad), np.abs(fmap1), np.abs(fmap2), geometry, "float64", normalize
+        )
+        window = geometry.window_taps
+        patch = geometry.patch_size[0] * geometry.patch_size[1]
+        terms = (shape[1] * window, patch * window, patch * window)
+        what = "normalized " if normalize else ""
+        for name, *values, count in zip(names, got, want, size, terms, strict=True):
+            yield Check(f"{what}{name} round-off", excess(*values, count, dtype))
+
+
+def difference(got: Array, want: Array) -> str | None:
+    """Compare two arrays exactly (NaN equals NaN); describe the first difference, or None."""
+    if got.shape != want.shape:
+        return f"shape {got.shape} instead of {want.shape}"
+    wrong = ~((got == want) | (np.isnan(got) & np.isnan(want)))
+    return _describe(wrong, got, want)
+
+
+def excess(got: Array, want: Array, size: Array, terms: int, dtype: str) -> str | None:
+    """Compare within the round-off of ``terms`` additions; describe the first excess, or None.
+
+    The bound is ``store * |want| + (terms + 2) * accumulate * size + terms * tiny``, where size
+    is the sum of the terms' absolute values: N. Higham, "Accuracy and Stability of Numerical
+    Algorithms", section 3.1, plus one rounding at the store. It holds for any order of summation.
+    """
+    if got.shape != want.shape:
+        return f"shape {got.shape} instead of {want.shape}"
+    unit = PRECISION[dtype]
+    bound = unit.store * np.abs(want) + (terms + 2) * unit.accumulate * size + terms * unit.tiny
+    return _describe(~(np.abs(got - want) <= bound), got, want)
+
+
+def round_to(values: Array, dtype: str) -> Array:
+    """Round float64 values once to a dtype's precision, to nearest even; values stay float64."""
+    if dtype == "bfloat16":
+        mantissa, exponent = np.frexp(values)
+        return np.ldexp(np.rint(mantissa * 256) / 256, exponent)
+    return values.astype(dtype).astype(np.float64)
+
+
+def _run(
+    engine: Engine,
+    grad: Array,
+    fmap1: Array,
+    fmap2: Array,
+    geometry: Geometry,
+    dtype: str,
+    normalize: bool = False,
+) -> tuple[Array, Array, Array]:
+    cost = engine.forward(fmap1, fmap2, geometry, dtype, normalize)
+    return (cost, *engine.vjp(grad, fmap1, fmap2, geometry, dtype, normalize))
+
+
+def _describe(wrong: npt.NDArray[np.bool_], got: Array, want: Array) -> str | None:
+    if not wrong.any():
+        return None
+    first = tuple(int(i) for i in np.argwhere(wrong)[0])
+    return (
+        f"{wrong.sum()} of {wrong.size} values differ, first at {first}: "
+        f"{got[first]} instead of {want[first]}"
+    )
+
+
+def _to_dtype(array: Array, dtype: str) -> npt.NDArray[Any]:
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return array.astype(ml_dtypes.bfloat16)
+    return array.astype(dtype)
