@@ -27,6 +27,14 @@ class Band(NamedTuple):
     count_patch: int
     shift: int
 
+    @property
+    def pairs(self) -> int:
+        """Number of (position, displacement) pairs whose second position exists."""
+        virtual = range(self.shift, self.shift + self.count_patch)
+        return sum(
+            max(0, min(self.count1, self.count2 - offset) - max(0, -offset)) for offset in virtual
+        )
+
     def mirrored(self) -> Band:
         """Exchange the two maps; displacement p becomes count_patch - 1 - p."""
         return Band(self.count2, self.count1, self.count_patch, 1 - self.count_patch - self.shift)
@@ -381,6 +389,19 @@ class Geometry:
         """Return the cost volume's shape (N, PH, PW, OH, OW) for maps of shape (N, C, H, W)."""
         batch, _, height, width = shape
         return (batch, *self.patch_size, *self.output_size(height, width))
+
+    def multiply_adds(self, shape: tuple[int, ...]) -> int:
+        """Return how many multiply-adds the products of maps of shape (N, C, H, W) need at least.
+
+        Each pair of positions in the image that some tap of some output compares counts C times;
+        sharing them between windows is what the lattice is for.
+        """
+        batch, channels, height, width = shape
+        pairs = (
+            sum(phase.band.pairs for lattice in axis.lattices(size) for phase in lattice.phases)
+            for axis, size in ((self.y, height), (self.x, width))
+        )
+        return batch * channels * next(pairs) * next(pairs)
 
     def __repr__(self) -> str:
         defaults = {"padding": (0, 0)}
