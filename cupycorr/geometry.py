@@ -6,7 +6,7 @@ Positions and displacements are in pixels of the feature maps. All arithmetic is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import gcd
 from operator import index
@@ -68,6 +68,12 @@ class Lattice(NamedTuple):
     phases: tuple[Phase, ...]
     """The lattice split into residue classes; those that meet nothing are left out."""
 
+    @property
+    def untouched(self) -> list[int]:
+        """Lattice indices that no tap touches."""
+        touched = {i for tap in self.taps for i in range(tap.start, tap.stop, tap.step)}
+        return [i for i in range(self.size) if i not in touched]
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -90,28 +96,31 @@ class Axis:
         """Return the number of output positions on ``size`` pixels; below 1 where none fits."""
         return (size + 2 * self.padding - self.window_extent) // self.stride + 1
 
-    @lru_cache(maxsize=1024)  # noqa: B019 - an axis is a small immutable value
-    def lattices(self, size: int) -> tuple[Lattice, ...]:
-        """Return the lattices that hold all taps on an image of ``size`` pixels.
+    def patch_part(self, part: slice) -> Axis:
+        """Return the axis with only the displacements numbered ``part`` (step 1)."""
+        first = self.first_displacement + part.start * self.dilation_patch
+        return replace(self, patch_size=part.stop - part.start, first_displacement=first)
 
-        One lattice of step gcd(stride, dilation) holds every tap. Where windows are so far apart
+    @lru_cache(maxsize=1024)  # noqa: B019 - an axis is a small immutable value
+    def lattices(self, size: int, start: int, stop: int) -> tuple[Lattice, ...]:
+        """Return the lattices that hold all taps of the output positions [start, stop).
+
+        ``size`` is that of the image, in pixels. One lattice of step gcd(stride, dilation) holds every tap. Where windows are so far apart
         that most of its positions would belong to no tap, each tap has a lattice of its own.
         """
-        outputs = self.output_size(size)
+        outputs, origin = stop - start, start * self.stride - self.padding
         step = gcd(self.stride, self.dilation) if self.kernel_size > 1 else self.stride
         stride, dilation = self.stride // step, self.dilation // step
         dense = (outputs - 1) * stride + (self.kernel_size - 1) * dilation + 1
         if dense <= outputs * self.kernel_size:
-            spans = tuple(
-                _span(u * dilation, outputs, stride) for u in range(self.kernel_size)
-            )
-            return (Lattice(dense, spans, self._phases(size, -self.padding, step, dense)),)
+            spans = tuple(_span(u * dilation, outputs, stride) for u in range(self.kernel_size))
+            return (Lattice(dense, spans, self._phases(size, origin, step, dense)),)
         whole = (_span(0, outputs, 1),)
         return tuple(
             Lattice(
                 outputs,
                 whole,
-                self._phases(size, u * self.dilation - self.padding, self.stride, outputs),
+                self._phases(size, origin + u * self.dilation, self.stride, outputs),
             )
             for u in range(self.kernel_size)
         )
@@ -146,9 +155,7 @@ class Axis:
                         image2=_span(origin2 + low2 * period, high2 - low2, period),
                         patch=_span(p0 + first * patch_classes, last - first, patch_classes),
                         lattice=_span(r + low1 * lattice_classes, high1 - low1, lattice_classes),
-                        band=Band(
-                            high1 - low1, high2 - low2, last - first, low1 + first - low2
-                        ),
+                        band=Band(high1 - low1, high2 - low2, last - first, low1 + first - low2),
                     )
                 )
         return tuple(phases)
@@ -332,9 +339,7 @@ class Geometry:
         """
         reach = _integer("max_disp", max_disp, least=0)
         step = _integer("dila_patch", dila_patch, least=1)
-        return cls(
-            patch_size=2 * reach // step + 1, dilation_patch=step, first_displacement=-reach
-        )
+        return cls(patch_size=2 * reach // step + 1, dilation_patch=step, first_displacement=-reach)
 
     @cached_property
     def y(self) -> Axis:
@@ -398,7 +403,11 @@ class Geometry:
         """
         batch, channels, height, width = shape
         pairs = (
-            sum(phase.band.pairs for lattice in axis.lattices(size) for phase in lattice.phases)
+            sum(
+                phase.band.pairs
+                for lattice in axis.lattices(size, 0, axis.output_size(size))
+                for phase in lattice.phases
+            )
             for axis, size in ((self.y, height), (self.x, width))
         )
         return batch * channels * next(pairs) * next(pairs)
