@@ -64,17 +64,77 @@ def numpy_engine() -> Engine:
     def forward(
         fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
     ) -> Array:
-        maps = (_to_dtype(a, dtype) for a in (fmap1, fmap2))
-        return np.asarray(correlation(*maps, geometry, normalize=normalize), np.float64)
+        one, two = (_to_dtype(a, dtype) for a in (fmap1, fmap2))
+        return np.asarray(correlation(one, two, geometry, normalize=normalize), np.float64)
 
     def vjp(
         grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
     ) -> tuple[Array, Array]:
-        arrays = (_to_dtype(a, dtype) for a in (grad, fmap1, fmap2))
-        grads = correlation_vjp(*arrays, geometry, normalize=normalize)
+        upstream, one, two = (_to_dtype(a, dtype) for a in (grad, fmap1, fmap2))
+        grads = correlation_vjp(upstream, one, two, geometry, normalize=normalize)
         return np.asarray(grads[0], np.float64), np.asarray(grads[1], np.float64)
 
     return Engine("numpy", forward, vjp)
+
+
+def torch_engine(device: str = "cpu") -> Engine:
+    """Return this package's torch operators, with autograd's gradients; needs torch.
+
+    Parameters
+    ----------
+    device : str, default "cpu"
+        Where the tensors lie.
+    """
+    import torch
+
+    def tensor(array: Array, dtype: str, differentiable: bool = False) -> Any:
+        copy = torch.from_numpy(np.array(array)).to(device, getattr(torch, dtype))
+        return copy.requires_grad_(differentiable)
+
+    def forward(
+        fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
+    ) -> Array:
+        one, two = (tensor(a, dtype) for a in (fmap1, fmap2))
+        return _from_torch(correlation(one, two, geometry, normalize=normalize))
+
+    def vjp(
+        grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
+    ) -> tuple[Array, Array]:
+        one, two = (tensor(a, dtype, differentiable=True) for a in (fmap1, fmap2))
+        cost = correlation(one, two, geometry, normalize=normalize)
+        grad1, grad2 = torch.autograd.grad(cost, (one, two), tensor(grad, dtype))
+        return _from_torch(grad1), _from_torch(grad2)
+
+    return Engine("torch", forward, vjp)
+
+
+def definition() -> Engine:
+    """Return the definition itself, one tap and one displacement at a time, in float64.
+
+    It is as slow as it is plain, and shares no line with the engines: it reads the raw fields of
+    a geometry and computes every index anew, so that an error in `Geometry` cannot hide in it.
+    """
+
+    def forward(
+        fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
+    ) -> Array:
+        cost = np.zeros(geometry.cost_shape(fmap1.shape))
+        for where, at1, at2 in _terms(fmap1.shape, geometry):
+            cost[where] += (fmap1[at1] * fmap2[at2]).sum(1)
+        return cost / (_full_window(fmap1, geometry) if normalize else 1)
+
+    def vjp(
+        grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
+    ) -> tuple[Array, Array]:
+        grad_fmap1, grad_fmap2 = np.zeros(fmap1.shape), np.zeros(fmap2.shape)
+        for where, at1, at2 in _terms(fmap1.shape, geometry):
+            upstream = grad[where][:, None]
+            grad_fmap1[at1] += upstream * fmap2[at2]
+            grad_fmap2[at2] += upstream * fmap1[at1]
+        divisor = _full_window(fmap1, geometry) if normalize else 1
+        return grad_fmap1 / divisor, grad_fmap2 / divisor
+
+    return Engine("definition", forward, vjp)
 
 
 def check(
@@ -110,7 +170,9 @@ def check(
 
     # Exact integers, and on the same results the adjoint identity
     # <cost, grad_cost> = <fmap1, grad_fmap1> = <fmap2, grad_fmap2>.
-    fmap1, fmap2, grad = (rng.integers(-2, 3, s) * 1.0 for s in (shape, shape, cost_shape))
+    fmap1, fmap2, grad = (
+        rng.integers(-2, 3, s).astype(np.float64) for s in (shape, shape, cost_shape)
+    )
     got = _run(engine, grad, fmap1, fmap2, geometry, dtype)
     want = _run(oracle, grad, fmap1, fmap2, geometry, "float64")
     for name, one, other in zip(names, got, want, strict=True):
@@ -133,8 +195,8 @@ def check(
         patch = geometry.patch_size[0] * geometry.patch_size[1]
         terms = (shape[1] * window, patch * window, patch * window)
         what = "normalized " if normalize else ""
-        for name, *values, count in zip(names, got, want, size, terms, strict=True):
-            yield Check(f"{what}{name} round-off", excess(*values, count, dtype))
+        for name, one, other, most, count in zip(names, got, want, size, terms, strict=True):
+            yield Check(f"{what}{name} round-off", excess(one, other, most, count, dtype))
 
 
 def difference(got: Array, want: Array) -> str | None:
@@ -163,7 +225,8 @@ def round_to(values: Array, dtype: str) -> Array:
     """Round float64 values once to a dtype's precision, to nearest even; values stay float64."""
     if dtype == "bfloat16":
         mantissa, exponent = np.frexp(values)
-        return np.ldexp(np.rint(mantissa * 256) / 256, exponent)
+        rounded: Array = np.ldexp(np.rint(mantissa * 256) / 256, exponent)
+        return rounded
     return values.astype(dtype).astype(np.float64)
 
 
@@ -180,6 +243,32 @@ def _run(
     return (cost, *engine.vjp(grad, fmap1, fmap2, geometry, dtype, normalize))
 
 
+def _terms(shape: tuple[int, ...], geometry: Geometry) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield where in (cost, fmap1, fmap2) the terms of each tap and displacement lie."""
+    outputs = geometry.cost_shape(shape)[3:]
+    for tap in np.ndindex(geometry.kernel_size):
+        for displacement in np.ndindex(geometry.patch_size):
+            axes = []
+            for a in (0, 1):
+                start = tap[a] * geometry.dilation[a] - geometry.padding[a]
+                shift = geometry.first_displacement[a]
+                shift += displacement[a] * geometry.dilation_patch[a]
+                output = np.arange(outputs[a])
+                one = output * geometry.stride[a] + start
+                two = one + shift
+                inside = (one >= 0) & (one < shape[2 + a]) & (two >= 0) & (two < shape[2 + a])
+                axes.append((output[inside], one[inside], two[inside]))
+            cost, one, two = (np.ix_(*rows_columns) for rows_columns in zip(*axes, strict=True))
+            every = slice(None)
+            yield (every, *displacement, *cost), (every, every, *one), (every, every, *two)
+
+
+def _full_window(fmap: Array, geometry: Geometry) -> int:
+    """Return the number of terms of a window that lies in both images."""
+    channels: int = fmap.shape[1]
+    return max(1, channels) * geometry.kernel_size[0] * geometry.kernel_size[1]
+
+
 def _describe(wrong: npt.NDArray[np.bool_], got: Array, want: Array) -> str | None:
     if not wrong.any():
         return None
@@ -188,6 +277,10 @@ def _describe(wrong: npt.NDArray[np.bool_], got: Array, want: Array) -> str | No
         f"{wrong.sum()} of {wrong.size} values differ, first at {first}: "
         f"{got[first]} instead of {want[first]}"
     )
+
+
+def _from_torch(tensor: Any) -> Array:
+    return np.asarray(tensor.detach().cpu().double().numpy())
 
 
 def _to_dtype(array: Array, dtype: str) -> npt.NDArray[Any]:
