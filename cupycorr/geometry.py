@@ -6,11 +6,11 @@ Positions and displacements are in pixels of the feature maps. All arithmetic is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache
 from math import gcd
 from operator import index
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex, TypeGuard
 
 Pair = tuple[int, int]
 IntOrPair = int | Pair
@@ -75,8 +75,7 @@ class Lattice(NamedTuple):
         return [i for i in range(self.size) if i not in touched]
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """One axis of a geometry; the fields are those of `Geometry`, as plain integers."""
 
     kernel_size: int
@@ -99,14 +98,34 @@ class Axis:
     def patch_part(self, part: slice) -> Axis:
         """Return the axis with only the displacements numbered ``part`` (step 1)."""
         first = self.first_displacement + part.start * self.dilation_patch
-        return replace(self, patch_size=part.stop - part.start, first_displacement=first)
+        return self._replace(patch_size=part.stop - part.start, first_displacement=first)
+
+    def pairs(self, size: int) -> int:
+        """Return how many different pairs of positions are compared on ``size`` pixels."""
+        positions = {
+            output * self.stride - self.padding + tap * self.dilation
+            for output in range(self.output_size(size))
+            for tap in range(self.kernel_size)
+        }
+        first, step = self.first_displacement, self.dilation_patch
+        # From a position, displacements lowest <= p < highest lead into the image.
+        return sum(
+            max(
+                0,
+                min(self.patch_size, _ceil_div(size - position - first, step))
+                - max(0, _ceil_div(-position - first, step)),
+            )
+            for position in positions
+            if 0 <= position < size
+        )
 
     @lru_cache(maxsize=1024)  # noqa: B019 - an axis is a small immutable value
     def lattices(self, size: int, start: int, stop: int) -> tuple[Lattice, ...]:
         """Return the lattices that hold all taps of the output positions [start, stop).
 
-        ``size`` is that of the image, in pixels. One lattice of step gcd(stride, dilation) holds every tap. Where windows are so far apart
-        that most of its positions would belong to no tap, each tap has a lattice of its own.
+        ``size`` is that of the image, in pixels. One lattice of step gcd(stride, dilation) holds
+        every tap. Where windows are so far apart that most of its positions would belong to no
+        tap, each tap has a lattice of its own.
         """
         outputs, origin = stop - start, start * self.stride - self.padding
         step = gcd(self.stride, self.dilation) if self.kernel_size > 1 else self.stride
@@ -207,6 +226,10 @@ class Geometry:
     dilation: Pair
     dilation_patch: Pair
     first_displacement: Pair
+    y: Axis = field(init=False, compare=False)
+    """The vertical axis."""
+    x: Axis = field(init=False, compare=False)
+    """The horizontal axis."""
 
     def __init__(
         self,
@@ -218,21 +241,22 @@ class Geometry:
         dilation_patch: IntOrPair = 1,
         first_displacement: IntOrPair | None = None,
     ) -> None:
-        given = {
-            "kernel_size": _pair("kernel_size", kernel_size, least=1),
-            "patch_size": _pair("patch_size", patch_size, least=1),
-            "stride": _pair("stride", stride, least=1),
-            "padding": _pair("padding", padding),
-            "dilation": _pair("dilation", dilation, least=1),
-            "dilation_patch": _pair("dilation_patch", dilation_patch, least=1),
-        }
-        centred = _centred(given["patch_size"], given["dilation_patch"])
-        if first_displacement is None:
-            given["first_displacement"] = centred
-        else:
-            given["first_displacement"] = _pair("first_displacement", first_displacement)
-        for name, value in given.items():
-            object.__setattr__(self, name, value)
+        patch = _pair("patch_size", patch_size, least=1)
+        spacing = _pair("dilation_patch", dilation_patch, least=1)
+        pairs = (
+            _pair("kernel_size", kernel_size, least=1),
+            patch,
+            _pair("stride", stride, least=1),
+            _pair("padding", padding),
+            _pair("dilation", dilation, least=1),
+            spacing,
+            _centred(patch, spacing)
+            if first_displacement is None
+            else _pair("first_displacement", first_displacement),
+        )
+        y, x = map(Axis._make, zip(*pairs, strict=True))
+        # The class is frozen: attributes can only be set past its own __setattr__.
+        self.__dict__.update(zip(Axis._fields, pairs, strict=True), y=y, x=x)
 
     @classmethod
     def from_flownet(
@@ -341,16 +365,6 @@ class Geometry:
         step = _integer("dila_patch", dila_patch, least=1)
         return cls(patch_size=2 * reach // step + 1, dilation_patch=step, first_displacement=-reach)
 
-    @cached_property
-    def y(self) -> Axis:
-        """The vertical axis."""
-        return self._axis(0)
-
-    @cached_property
-    def x(self) -> Axis:
-        """The horizontal axis."""
-        return self._axis(1)
-
     @property
     def displacements(self) -> tuple[range, range]:
         """The vertical and the horizontal displacements, in pixels."""
@@ -398,24 +412,16 @@ class Geometry:
     def multiply_adds(self, shape: tuple[int, ...]) -> int:
         """Return how many multiply-adds the products of maps of shape (N, C, H, W) need at least.
 
-        Each pair of positions in the image that some tap of some output compares counts C times;
-        sharing them between windows is what the lattice is for.
+        Each pair of positions in the image that some tap of some output compares counts C times,
+        however many windows share it.
         """
         batch, channels, height, width = shape
-        pairs = (
-            sum(
-                phase.band.pairs
-                for lattice in axis.lattices(size, 0, axis.output_size(size))
-                for phase in lattice.phases
-            )
-            for axis, size in ((self.y, height), (self.x, width))
-        )
-        return batch * channels * next(pairs) * next(pairs)
+        return batch * channels * self.y.pairs(height) * self.x.pairs(width)
 
     def __repr__(self) -> str:
         defaults = {"padding": (0, 0)}
         shown = []
-        for name in self.__dataclass_fields__:
+        for name in Axis._fields:
             default = (
                 _centred(self.patch_size, self.dilation_patch)
                 if name == "first_displacement"
@@ -426,34 +432,37 @@ class Geometry:
                 shown.append(f"{name}={pair[0] if pair[0] == pair[1] else pair}")
         return f"Geometry({', '.join(shown)})"
 
-    def _axis(self, number: int) -> Axis:
-        return Axis(**{name: getattr(self, name)[number] for name in self.__dataclass_fields__})
-
 
 def _pair(name: str, value: object, least: int | None = None) -> Pair:
     """Widen an int to a pair and check it."""
+    if type(value) is int and (least is None or value >= least):
+        return value, value
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2:
+    if len(pair) != 2 or not all(_is_integer(number) for number in pair):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
-    return (
-        _integer(name, pair[0], least, value),
-        _integer(name, pair[1], least, value),
-    )
+    y, x = map(index, pair)
+    if least is not None and min(y, x) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return y, x
 
 
-def _integer(name: str, value: object, least: int | None = None, given: object = None) -> int:
-    """Check one integer; ``given`` is what the message shows when it was part of a pair."""
-    shown = value if given is None else given
-    kind = "an int" if given is None else "an int or a pair of ints"
-    try:
-        if isinstance(value, (bool, float)):
-            raise TypeError
-        number = index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be {kind}, got {shown!r}") from None
+def _integer(name: str, value: object, least: int | None = None) -> int:
+    """Check one integer."""
+    if not _is_integer(value):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    number = index(value)
     if least is not None and number < least:
-        raise ValueError(f"{name} must be at least {least}, got {shown!r}")
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
     return number
+
+
+def _is_integer(value: object) -> TypeGuard[SupportsIndex]:
+    """Tell integers of any library from everything else; a bool is not one."""
+    try:
+        index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 def _centred(patch_size: Pair, dilation_patch: Pair) -> Pair:
