@@ -1,0 +1,157 @@
+"""Run independent units of work on several threads, with BLAS held to one thread meanwhile.
+
+NumPy releases the interpreter lock inside its loops and matrix products, so plain threads use all
+cores; BLAS's own threads would only speed up the products, and fight with ours.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+class Scratch:
+    """The buffers of one thread, reused from unit to unit."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Array] = {}
+        self._zeroed: object = None
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Return an uninitialised contiguous array, valid until the name is taken again."""
+        size = prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size < size or buffer.dtype != dtype:
+            self._buffers[name] = buffer = np.empty(size, dtype)
+            self._zeroed = None
+        return np.ndarray(shape, dtype, buffer)
+
+    def take_zeroed(
+        self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], layout: object
+    ) -> Array:
+        """Return an array that is zero, but for the cells that this ``layout`` always writes."""
+        array = self.take(name, shape, dtype)
+        if self._zeroed != (name, shape, layout):
+            array.fill(0)
+            self._zeroed = (name, shape, layout)
+        return array
+
+
+Unit = Callable[[Scratch], None]
+Runner = Callable[[Sequence[Unit]], None]
+
+
+@contextmanager
+def workers(threads: int) -> Iterator[Runner]:
+    """Provide a function that runs units on so many threads and returns when all are done.
+
+    The units of one call may run in any order and at the same time.
+    """
+    scratches = [Scratch() for _ in range(threads)]
+    with ThreadPoolExecutor(max(1, threads - 1)) as pool, _blas_on_one_thread():
+
+        def run(units: Sequence[Unit]) -> None:
+            queue = deque(units)
+            helpers = min(threads, len(queue)) - 1
+            futures = [pool.submit(_drain, queue, scratches[1 + i]) for i in range(helpers)]
+            try:
+                _drain(queue, scratches[0])
+            finally:
+                queue.clear()
+                for future in futures:
+                    future.result()
+
+        yield run
+
+
+def run_here(units: Sequence[Unit]) -> None:
+    """Run units one after the other on the calling thread."""
+    _drain(deque(units), Scratch())
+
+
+def thread_count() -> int:
+    """Return the number of threads that NumPy's BLAS would use."""
+    return _blas.thread_count()
+
+
+def _drain(queue: deque[Unit], scratch: Scratch) -> None:
+    with np.errstate(all="ignore"):
+        while True:
+            try:
+                unit = queue.popleft()
+            except IndexError:
+                return
+            unit(scratch)
+
+
+class _Blas:
+    """Holds BLAS to one thread while at least one caller wants that."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.saved: list[int] = []
+
+    def thread_count(self) -> int:
+        with self.lock:
+            counts = self.saved if self.users else [b.get_num_threads() for b in _libraries()]
+        return max(counts, default=1)
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.users == 0:
+                self.saved = [library.get_num_threads() for library in _libraries()]
+                for library in _libraries():
+                    library.set_num_threads(1)
+            self.users += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                self.restore()
+
+    def restore(self) -> None:
+        for library, count in zip(_libraries(), self.saved, strict=True):
+            library.set_num_threads(count)
+
+    def reset(self) -> None:
+        """Forget the callers of the parent process, whose threads do not exist after a fork."""
+        self.lock = threading.Lock()
+        if self.users:
+            self.users = 0
+            self.restore()
+
+
+_blas = _Blas()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_blas.reset)
+
+
+@contextmanager
+def _blas_on_one_thread() -> Iterator[None]:
+    _blas.enter()
+    try:
+        yield
+    finally:
+        _blas.leave()
+
+
+@lru_cache(maxsize=1)
+def _libraries() -> list[Any]:
+    """Return the handles of the BLAS libraries in this process."""
+    from threadpoolctl import ThreadpoolController
+
+    return list(ThreadpoolController().select(user_api="blas").lib_controllers)
