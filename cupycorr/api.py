@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from cupycorr import numpy_engine
 from cupycorr.geometry import Geometry, IntOrPair
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
+Shape = tuple[int, ...]
 
 
 def spatial_correlation_sample(
@@ -55,7 +57,7 @@ def spatial_correlation_sample(
     bfloat16 accumulate in float32 and are rounded once. Definition: `Geometry`.
     """
     geometry = Geometry(kernel_size, patch_size, stride, padding, dilation, dilation_patch)
-    return _correlate(input1, input2, geometry, False, ("input1", "input2"))
+    return correlate(input1, input2, geometry, names=("input1", "input2"))
 
 
 def correlation(fmap1: Any, fmap2: Any, geometry: Geometry, *, normalize: bool = False) -> Any:
@@ -80,9 +82,7 @@ def correlation(fmap1: Any, fmap2: Any, geometry: Geometry, *, normalize: bool =
     TypeError, ValueError
         As `spatial_correlation_sample`.
     """
-    if not isinstance(geometry, Geometry):
-        raise TypeError(f"geometry must be a Geometry, got {type(geometry).__name__}")
-    return _correlate(fmap1, fmap2, geometry, normalize, ("fmap1", "fmap2"))
+    return correlate(fmap1, fmap2, geometry, normalize=normalize)
 
 
 def correlation_vjp(
@@ -120,109 +120,149 @@ def correlation_vjp(
     ------
     TypeError, ValueError
         As `spatial_correlation_sample`; ValueError also if grad_cost has not the shape of the
-        cost volume.
+        cost volume, TypeError if needs is not a pair.
 
     Notes
     -----
     With the symbols of `Geometry`, and only terms whose positions exist::
 
-        grad_fmap1[n, c, Y, X]             = sum of grad_cost[n, p, q, y, x] * fmap2[n, c, Y + dy, X + dx]
-        grad_fmap2[n, c, Y + dy, X + dx]   = sum of grad_cost[n, p, q, y, x] * fmap1[n, c, Y, X]
+        grad_fmap1[n, c, Y, X]           = sum of grad_cost[n, p, q, y, x]
+                                                  * fmap2[n, c, Y + dy, X + dx]
+        grad_fmap2[n, c, Y + dy, X + dx] = sum of grad_cost[n, p, q, y, x]
+                                                  * fmap1[n, c, Y, X]
     """
-    if not isinstance(geometry, Geometry):
-        raise TypeError(f"geometry must be a Geometry, got {type(geometry).__name__}")
-    names = ("fmap1", "fmap2", "grad_cost")
-    library = _check(names, (fmap1, fmap2, grad_cost), geometry)
-    if library == "torch":
-        raise TypeError("correlation_vjp takes NumPy arrays, got torch tensors; use autograd")
-    grad, one, two = (_numpy_storage(a) for a in (grad_cost, fmap1, fmap2))
-    dtype = _numpy_dtype(fmap1)
-    grads = [np.empty(one.shape, dtype) if needed else None for needed in needs]
+    names, arrays = ("fmap1", "fmap2", "grad_cost"), (fmap1, fmap2, grad_cost)
+    if _library(names, arrays) == "torch":
+        raise TypeError(
+            f"{_all(names)} must be NumPy arrays, got torch tensors; differentiate those with "
+            "torch.autograd"
+        )
+    try:
+        need1, need2 = needs
+    except (TypeError, ValueError):
+        raise TypeError(f"needs must be a pair of bools, got {needs!r}") from None
+    _check(names, arrays, geometry)
+    grad_fmap1, grad_fmap2 = (_empty(fmap1.shape, fmap1) if n else None for n in (need1, need2))
     numpy_engine.backward(
-        grad, one, two, *(None if g is None else _numpy_storage(g) for g in grads),
-        geometry, divisor=_divisor(fmap1.shape, geometry, normalize),
+        _storage(grad_cost),
+        _storage(fmap1),
+        _storage(fmap2),
+        None if grad_fmap1 is None else _storage(grad_fmap1),
+        None if grad_fmap2 is None else _storage(grad_fmap2),
+        geometry,
+        divisor=_divisor(fmap1.shape, geometry, normalize),
     )
-    return grads[0], grads[1]
+    return grad_fmap1, grad_fmap2
 
 
-def _correlate(
-    fmap1: Any, fmap2: Any, geometry: Geometry, normalize: bool, names: tuple[str, str]
+def correlate(
+    fmap1: Any,
+    fmap2: Any,
+    geometry: Geometry,
+    *,
+    normalize: bool = False,
+    names: tuple[str, str] = ("fmap1", "fmap2"),
 ) -> Any:
-    """Check and dispatch."""
-    library = _check(names, (fmap1, fmap2), geometry)
-    if library == "torch":
+    """Check two maps, which the caller knows by ``names``, and dispatch; see `correlation`."""
+    if _library(names, (fmap1, fmap2)) == "torch":
         from cupycorr import torch_ops
 
+        fmap1, fmap2 = torch_ops.autocast(fmap1, fmap2)
+        _check(names, (fmap1, fmap2), geometry)
         return torch_ops.correlation(fmap1, fmap2, geometry, normalize)
-    cost = np.empty(geometry.cost_shape(fmap1.shape), _numpy_dtype(fmap1))
+    cost = _empty(_check(names, (fmap1, fmap2), geometry), fmap1)
     numpy_engine.forward(
-        _numpy_storage(fmap1), _numpy_storage(fmap2), _numpy_storage(cost), geometry,
+        _storage(fmap1),
+        _storage(fmap2),
+        _storage(cost),
+        geometry,
         divisor=_divisor(fmap1.shape, geometry, normalize),
     )
     return cost
 
 
-def _check(names: tuple[str, ...], arrays: tuple[Any, ...], geometry: Geometry) -> str:
-    """Check maps, and an upstream gradient if given as third; return their library's name."""
-    libraries = [_library(name, array) for name, array in zip(names, arrays, strict=True)]
-    if len(set(libraries)) > 1:
-        raise TypeError(f"{_all(names)} must be arrays of one library, got {_all(libraries)}")
-    if libraries[0] == "cupy":
-        raise RuntimeError(
-            f"{_all(names)} are CuPy arrays, and this version computes on the CPU only; "
-            "convert them with cupy.asnumpy"
-        )
-    dtypes = [str(array.dtype).removeprefix("torch.").lstrip("<>=") for array in arrays]
-    dtypes = [np.dtype(d).name if libraries[0] == "numpy" and d != "bfloat16" else d for d in dtypes]
-    for name, dtype in zip(names, dtypes, strict=True):
-        if dtype not in FLOATING:
-            raise TypeError(f"{name} must have one of the dtypes {_all(FLOATING)}, got {dtype}")
-    if len(set(dtypes)) > 1:
+def _library(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
+    """Return the library that arrays belong to; raise unless it is one and the same."""
+    libraries = [_library_of(array) for array in arrays]
+    if libraries.count(libraries[0]) == len(libraries) and libraries[0] in ("numpy", "torch"):
+        return libraries[0]
+    for name, array, library in zip(names, arrays, libraries, strict=True):
+        kind = type(array).__name__
+        if library == "":
+            raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {kind}")
+        if library == "numpy.ma":
+            raise TypeError(f"{name} must not be masked, got {kind}; fill it with numpy.ma.filled")
+        if library == "cupy":
+            raise RuntimeError(
+                f"{name} is a CuPy array, and this version computes on the CPU only; convert it "
+                "with cupy.asnumpy"
+            )
+    raise TypeError(f"{_all(names)} must be arrays of one library, got {_all(libraries)}")
+
+
+def _library_of(array: Any) -> str:
+    """Return which library an array belongs to, without importing any; '' if it is no array."""
+    if isinstance(array, np.ndarray):
+        return "numpy.ma" if isinstance(array, np.ma.MaskedArray) else "numpy"
+    if hasattr(array, "dtype"):
+        for base in type(array).__mro__:
+            root = base.__module__.partition(".")[0]
+            if root in ("torch", "cupy"):
+                return root
+    return ""
+
+
+def _check(names: tuple[str, ...], arrays: tuple[Any, ...], geometry: Geometry) -> Shape:
+    """Check maps, and a gradient if given as third, of one library; return the cost's shape."""
+    if not isinstance(geometry, Geometry):
+        raise TypeError(f"geometry must be a Geometry, got {type(geometry).__name__}")
+    dtypes = [_dtype_name(array.dtype) for array in arrays]
+    if dtypes.count(dtypes[0]) != len(dtypes):
         raise TypeError(f"{_all(names)} must have equal dtypes, got {_all(dtypes)}")
-    if libraries[0] == "torch" and len({array.device for array in arrays}) > 1:
-        devices = [str(array.device) for array in arrays]
-        raise ValueError(f"{_all(names)} must be on one device, got {_all(devices)}")
+    if dtypes[0] not in FLOATING:
+        raise TypeError(f"{_all(names)} must have dtype {_all(FLOATING, 'or')}, got {dtypes[0]}")
     shapes = [tuple(array.shape) for array in arrays]
-    for name, shape in zip(names[:2], shapes[:2], strict=True):
-        if len(shape) != 4:
-            raise ValueError(f"{name} must have the shape (N, C, H, W), got {shape}")
     if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"{_all(names[:2])} must have equal shapes, got {shapes[0]} and {shapes[1]}"
-        )
+        raise ValueError(f"{_all(names[:2])} must have equal shapes, got {_all(shapes[:2])}")
+    if len(shapes[0]) != 4:
+        raise ValueError(f"{_all(names[:2])} must have shape (N, C, H, W), got {shapes[0]}")
+    if not isinstance(arrays[0], np.ndarray):
+        devices = [array.device for array in arrays]
+        if devices.count(devices[0]) != len(devices):
+            raise ValueError(f"{_all(names)} must be on one device, got {_all(devices)}")
     cost_shape = geometry.cost_shape(shapes[0])
-    if len(arrays) == 3 and shapes[2] != cost_shape:
-        raise ValueError(f"{names[2]} must have the cost's shape {cost_shape}, got {shapes[2]}")
-    return libraries[0]
+    if len(shapes) == 3 and shapes[2] != cost_shape:
+        raise ValueError(
+            f"{names[2]} must have the cost volume's shape {cost_shape}, got {shapes[2]}"
+        )
+    return cost_shape
 
 
-def _library(name: str, array: Any) -> str:
-    """Return which library an array belongs to, without importing any."""
-    for base in type(array).__mro__:
-        root = base.__module__.partition(".")[0]
-        if root in ("numpy", "cupy", "torch") and hasattr(array, "dtype"):
-            return root
-    raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {type(array).__name__}")
+def _dtype_name(dtype: Any) -> str:
+    """Return the name of a dtype of either library, without its byte order."""
+    # numpy.dtype.name would take ten times as long.
+    name = dtype.type.__name__ if isinstance(dtype, np.dtype) else str(dtype)
+    return str(name).removeprefix("torch.")
 
 
-def _all(words: tuple[str, ...] | list[str]) -> str:
-    return ", ".join(words[:-1]) + " and " + words[-1]
+def _all(values: Sequence[object], word: str = "and") -> str:
+    """Enumerate values in a sentence."""
+    return f"{', '.join(map(str, values[:-1]))} {word} {values[-1]}"
 
 
-def _divisor(shape: tuple[int, ...], geometry: Geometry, normalize: bool) -> int:
+def _divisor(shape: Shape, geometry: Geometry, normalize: bool) -> int:
     """Return what every sum is divided by."""
     return max(1, shape[1]) * geometry.window_taps if normalize else 1
 
 
-def _numpy_dtype(array: npt.NDArray[Any]) -> np.dtype[Any]:
-    return array.dtype.newbyteorder("=")
+def _empty(shape: Shape, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return an array of another's dtype, in native byte order."""
+    return np.empty(shape, like.dtype if like.dtype.isnative else like.dtype.newbyteorder("="))
 
 
-def _numpy_storage(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _storage(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return a plain array in native byte order, bfloat16 as its uint16 bits."""
-    if isinstance(array, np.ma.MaskedArray):
-        raise TypeError("maps must not be masked arrays, fill them first (numpy.ma.filled)")
     array = np.asarray(array)
-    if array.dtype.name == "bfloat16":
+    if _dtype_name(array.dtype) == "bfloat16":
         return array.view(np.uint16)
-    return array.astype(_numpy_dtype(array), copy=False)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
