@@ -100,6 +100,7 @@ class Axis(NamedTuple):
         first = self.first_displacement + part.start * self.dilation_patch
         return self._replace(patch_size=part.stop - part.start, first_displacement=first)
 
+    @lru_cache(maxsize=1024)  # noqa: B019 - an axis is a small immutable value
     def pairs(self, size: int) -> int:
         """Return how many different pairs of positions are compared on ``size`` pixels."""
         positions = {
