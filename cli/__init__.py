@@ -1,1 +1,26 @@
-"""The ``cupycorr`` command."""
+"""The ``cupycorr`` command.
+
+Modules of this package import one another relatively: in a checkout they lie beside the package
+cupycorr, and inside it once installed.
+"""
+
+from __future__ import annotations
+
+import click
+
+import cupycorr
+
+from .bench import bench
+from .gradcheck import gradcheck
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(cupycorr.__version__, prog_name="cupycorr")
+def main() -> None:
+    """Measure and check the correlation layer on this machine."""
+
+
+main.add_command(bench)
+main.add_command(gradcheck)

@@ -1,0 +1,312 @@
+"""``cupycorr bench``: how long the cost volume and its gradients take."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+import cupycorr
+from cupycorr.geometry import IntOrPair
+
+from . import environment, features, measure, report
+from .options import Problem, Sizes, device_argument, problem_options
+from .peers import ITEMSIZE, PEERS, missing
+
+DTYPES = {"half": "float16", "bfloat": "bfloat16", "float": "float32", "double": "float64"}
+
+
+def _pwc(batch: int, channels: int, height: int, width: int) -> dict[str, IntOrPair]:
+    size: dict[str, IntOrPair] = {
+        "batch_size": batch, "channel": channels, "height": height, "width": width,
+    }  # fmt: skip
+    return size | {"patch": 9}
+
+
+FLOWNETC: dict[str, IntOrPair] = {
+    "batch_size": 4, "channel": 256, "height": 48, "width": 64, "patch": 21, "patch_dilation": 2,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, IntOrPair]] = {
+    # The defaults of spatial-correlation-sampler's benchmark.py.
+    "default": {
+        "batch_size": 16, "kernel_size": 3, "patch": 3, "patch_dilation": 2, "channel": 64,
+        "height": 100, "width": 100, "stride": 2, "pad": 1, "dilation": 2,
+    },
+    "flownetc": FLOWNETC,
+    "flownetc-s2": FLOWNETC | {"stride": 2},
+    "pwc": _pwc(8, 128, 64, 112),
+    # The levels of PWC-Net's pyramid on 448 x 896 pixels.
+    "pwc-l2": _pwc(8, 32, 128, 224),
+    "pwc-l3": _pwc(8, 64, 64, 112),
+    "pwc-l4": _pwc(8, 96, 32, 56),
+    "pwc-l5": _pwc(8, 128, 16, 28),
+    "pwc-l6": _pwc(8, 196, 8, 14),
+    "stereo": {"batch_size": 2, "channel": 128, "height": 96, "width": 160, "patch": (1, 41)},
+    "k3-dense": {
+        "batch_size": 2, "channel": 64, "height": 64, "width": 64,
+        "kernel_size": 3, "patch": 9, "pad": 1,
+    },
+}  # fmt: skip
+
+
+@click.command(short_help="Measure the time of forward and backward.")
+@device_argument
+@problem_options(PRESETS["default"])
+@click.option("-d", "--dtype", type=click.Choice(list(DTYPES)), default="float", show_default=True)
+@click.option(
+    "--scale",
+    type=click.Choice(list(report.SCALES)),
+    default="us",
+    show_default=True,
+    help="Unit of the times.",
+)
+@click.option(
+    "-r",
+    "--runs",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Runs per implementation.",
+)
+@click.option(
+    "--max-seconds",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Stop an implementation early after so much time, but not before 3 runs.",
+)
+@click.option(
+    "--preset",
+    "presets",
+    multiple=True,
+    type=click.Choice([*PRESETS, "all"]),
+    help="A known layer instead of the sizes above, which override its values where given; "
+    "repeatable.",
+)
+@click.option(
+    "--images",
+    nargs=2,
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="A B",
+    help="Filter two image files into feature maps, and measure on these; one pair unless -b is "
+    "given.",
+)
+@click.option(
+    "--downscale",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Pixels of the images per position of the feature maps.",
+)
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    type=click.Choice(["numpy", "torch"]),
+    help="Which arrays cupycorr gets; repeatable.  [default: NumPy's, and torch's if installed]",
+)
+@click.option(
+    "--against",
+    "against",
+    multiple=True,
+    type=click.Choice([*PEERS, "all"]),
+    help="Another implementation to measure in turns with cupycorr; repeatable.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads of every implementation.  [default: the usable cores]",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Write parameters, machine and the seconds of every run.",
+)
+def bench(
+    device: str,
+    sizes: Sizes,
+    dtype: str,
+    scale: str,
+    runs: int,
+    max_seconds: float,
+    presets: tuple[str, ...],
+    images: tuple[str, str] | None,
+    downscale: int,
+    engines: tuple[str, ...],
+    against: tuple[str, ...],
+    threads: int | None,
+    json_file: Path | None,
+) -> None:
+    """Measure forward and backward, on random maps or on those of two images.
+
+    Backward is timed on its own and computes both gradients. Before anything is timed, its
+    results are compared with those of cupycorr on NumPy arrays, to the bit, on maps of -1, 0 and
+    1; what differs is reported and not timed. All implementations run in turns, on as many threads.
+
+    Exits with 1 if cupycorr itself fails, and with 2 if the options are wrong or something is
+    missing.
+    """
+    if device == "cuda":
+        environment.refuse_cuda()
+    kind = DTYPES[dtype]
+    problems = _problems(sizes, presets)
+    implementations, absent = _implementations(engines, against, kind)
+    pair = None if images is None else features.load_pair(*images)
+    if pair is not None:
+        problems = [_on_images(problem, pair, downscale, sizes) for problem in problems]
+    for problem in problems:
+        _refuse_too_large(problem, kind)
+    count = environment.usable_cores() if threads is None else threads
+    torch_too = any(one.library == "torch" for one in implementations)
+    with measure.threads(count, torch_too):
+        document: dict[str, Any] = {
+            "cupycorr": cupycorr.__version__,
+            "machine": environment.machine(),
+            "threads": count,
+            "dtype": kind,
+            "runs": runs,
+            "max_seconds": max_seconds,
+            "input": "random" if images is None else {"images": images, "downscale": downscale},
+            "gemm": {"size": measure.GEMM_SIZE, "seconds": measure.gemm_seconds(kind)},
+            "problems": [],
+        }
+        report.heading(document)
+        for problem in problems:
+            maps = (
+                measure.random_maps(problem.shape, kind)
+                if pair is None
+                else _image_maps(problem, pair, downscale)
+            )
+            able, unable = _split(implementations, problem, kind)
+            with _progress(problem.name, len(able) * (runs + 1)) as advance:
+                outcomes = measure.compare(
+                    able, problem, maps, kind, runs=runs, max_seconds=max_seconds, advance=advance
+                )
+            entry = report.entry(problem, [*outcomes, *unable, *absent])
+            document["problems"].append(entry)
+            report.show(document, entry, scale)
+    if json_file is not None:
+        json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if report.own_failure(document):
+        raise click.exceptions.Exit(1)
+
+
+def _problems(sizes: Sizes, presets: tuple[str, ...]) -> list[Problem]:
+    if not presets:
+        return [sizes.problem("options" if sizes.given else "default")]
+    names = list(PRESETS) if "all" in presets else list(dict.fromkeys(presets))
+    return [sizes.problem(name, PRESETS[name]) for name in names]
+
+
+def _implementations(
+    engines: tuple[str, ...], against: tuple[str, ...], dtype: str
+) -> tuple[list[measure.Implementation], list[measure.Outcome]]:
+    """Return what can be measured here, and why the rest of what was asked for cannot.
+
+    Raises
+    ------
+    environment.Unavailable
+        If something that was asked for by name is missing.
+    """
+    obstacles = {
+        "numpy": "bfloat16 needs ml_dtypes, not installed"
+        if dtype == "bfloat16" and not environment.has("ml_dtypes")
+        else None,
+        "torch": None if environment.has("torch") else "needs torch, not installed",
+    }
+    candidates = [(measure.ours(name), name in engines, obstacles[name]) for name in obstacles
+                  if name in engines or not engines]  # fmt: skip
+    candidates += [
+        (measure.Implementation(name, "torch", peer.correlate), name in against, missing(peer))
+        for name, peer in PEERS.items()
+        if name in against or "all" in against
+    ]
+    present, absent = [], []
+    for one, asked, obstacle in candidates:
+        if obstacle is None:
+            present.append(one)
+        elif asked:
+            raise environment.Unavailable(f"{one.name} {obstacle}")
+        elif one.name != "cupycorr torch":
+            absent.append(measure.Outcome(one.name, "skipped", obstacle))
+    return present, absent
+
+
+def _split(
+    implementations: list[measure.Implementation], problem: Problem, dtype: str
+) -> tuple[list[measure.Implementation], list[measure.Outcome]]:
+    """Separate what covers this problem from what does not."""
+    able, unable = [], []
+    for one in implementations:
+        peer = PEERS.get(one.name)
+        obstacle = peer and peer.obstacle(problem.shape, problem.geometry, dtype)
+        if obstacle:
+            unable.append(measure.Outcome(one.name, "skipped", obstacle))
+        else:
+            able.append(one)
+    return able, unable
+
+
+def _refuse_too_large(problem: Problem, dtype: str) -> None:
+    """Refuse what does not fit into memory before it takes the machine down."""
+    maps, cost = prod(problem.shape), prod(problem.geometry.cost_shape(problem.shape))
+    # At most at once: two libraries' maps, gradients and results, and the float originals.
+    needed = (6 * maps + 3 * cost) * (ITEMSIZE[dtype] + max(4, ITEMSIZE[dtype]))
+    available = environment.available_memory()
+    if needed > available:
+        raise environment.Unavailable(
+            f"{problem.name}: maps {problem.shape} and a cost volume of "
+            f"{problem.geometry.cost_shape(problem.shape)} need about {needed / 1e9:.1f} GB, "
+            f"got {available / 1e9:.1f} GB of free memory"
+        )
+
+
+Pair = tuple[features.Image, features.Image]
+
+
+def _on_images(problem: Problem, images: Pair, downscale: int, sizes: Sizes) -> Problem:
+    """Give a problem the size of the images' feature maps."""
+    height, width = (size // downscale for size in images[0].shape)
+    batch = problem.shape[0] if "batch_size" in sizes.given else 1
+    shape = (batch, problem.shape[1], height, width)
+    try:
+        problem.geometry.cost_shape(shape)
+    except ValueError as error:
+        raise click.UsageError(f"{problem.name}: {error}") from None
+    return problem._replace(shape=shape)
+
+
+def _image_maps(
+    problem: Problem, images: Pair, downscale: int
+) -> tuple[measure.Array, measure.Array]:
+    """Return the feature maps of the images, as often as the batch is large."""
+    one, two = features.feature_maps(*images, problem.shape[1], downscale)
+    batch = problem.shape[0]
+    return np.repeat(one, batch, 0), np.repeat(two, batch, 0)
+
+
+@contextlib.contextmanager
+def _progress(name: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Show a progress bar on standard error if that is a terminal, and nothing otherwise."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(name, total=total)
+
+        def advance(current: str) -> None:
+            progress.update(task, advance=1, description=f"{name}: {current}")
+
+        yield advance

@@ -1,0 +1,130 @@
+"""``cupycorr gradcheck``: whether the cost volume and its gradients are right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import click
+
+from cupycorr import verify
+
+from . import environment
+from .options import Problem, Sizes, device_argument, problem_options
+
+# The defaults of spatial-correlation-sampler's grad_check.py.
+DEFAULTS = {
+    "batch_size": 2,
+    "kernel_size": 3,
+    "patch": 3,
+    "patch_dilation": 2,
+    "channel": 2,
+    "height": 10,
+    "width": 10,
+    "stride": 2,
+    "pad": 1,
+    "dilation": 2,
+}
+# Above this, numerical differentiation entry by entry takes minutes; torch's fast mode then
+# compares one random projection of the Jacobian.
+MOST_ENTRIES = 4000
+
+
+@click.command(short_help="Check the cost volume and its gradients.")
+@device_argument
+@problem_options(DEFAULTS, flags={"dilation": "-d"})
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    type=click.Choice(["numpy", "torch"]),
+    help="What is checked; repeatable.  [default: numpy, and torch where installed]",
+)
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    default=["float64"],
+    show_default=True,
+    type=click.Choice([*verify.PRECISION, "all"]),
+    help="What is computed in; repeatable.",
+)
+def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple[str, ...]) -> None:
+    """Check the cost volume and its gradients, forward and backward.
+
+    Every engine is compared with the definition, evaluated one tap and one displacement at a
+    time: exactly on small integers, and within the bound of round-off on random maps. The adjoint
+    identity <cost, g> = <fmap1, grad_fmap1> = <fmap2, grad_fmap2> needs no comparison. In float64
+    torch's own gradcheck and gradgradcheck follow, which compare with finite differences.
+
+    Exits with 1 if a check fails, and with 2 if the options are wrong or something is missing.
+    """
+    if device == "cuda":
+        environment.refuse_cuda()
+    problem = sizes.problem("geometry")
+    names = _engines(engines)
+    every = tuple(verify.PRECISION)
+    chosen = every if "all" in dtypes else tuple(d for d in every if d in dtypes)
+    if "numpy" in names and "bfloat16" in chosen and not environment.has("ml_dtypes"):
+        raise environment.Unavailable(
+            "bfloat16 with the NumPy engine needs ml_dtypes: pip install ml_dtypes"
+        )
+    click.echo(f"maps {problem.shape}, {problem.geometry!r}")
+    outcomes = []
+    for name in names:
+        for dtype in chosen:
+            for check, against in _checks(name, problem, dtype):
+                verdict = "ok    " if check.error is None else "FAILED"
+                what = f"{name} {dtype}: {check.name} ({against})"
+                click.echo(f"{verdict}  {what}" + (f": {check.error}" if check.error else ""))
+                outcomes.append(check.error is None)
+    failed = outcomes.count(False)
+    click.echo(f"{len(outcomes) - failed} passed, {failed} failed")
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+def _engines(asked: tuple[str, ...]) -> list[str]:
+    if "torch" in asked and not environment.has("torch"):
+        raise environment.Unavailable("the torch engine needs torch: pip install 'cupycorr[torch]'")
+    present = [name for name in ("numpy", "torch") if name == "numpy" or environment.has(name)]
+    return [name for name in present if name in asked or not asked]
+
+
+def _checks(name: str, problem: Problem, dtype: str) -> Iterator[tuple[verify.Check, str]]:
+    """Yield each check of one engine, and what it compares with."""
+    engine = verify.numpy_engine() if name == "numpy" else verify.torch_engine()
+    _, shape, geometry = problem
+    for check in verify.check(engine, shape, geometry, dtype, oracle=verify.definition()):
+        alone = check.name == "adjoint identity"
+        yield check, "with itself" if alone else "with the definition"
+    if name == "torch" and dtype == "float64":
+        yield from _torch_checks(problem)
+
+
+def _torch_checks(problem: Problem) -> Iterator[tuple[verify.Check, str]]:
+    import math
+
+    import torch
+
+    import cupycorr
+
+    generator = torch.Generator().manual_seed(0)
+    one, two = (
+        torch.randn(problem.shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        for _ in range(2)
+    )
+    outputs = math.prod(problem.geometry.cost_shape(problem.shape))
+    fast = 2 * one.numel() + outputs > MOST_ENTRIES
+    against = "with finite differences" + (", one random projection" if fast else "")
+
+    def cost(fmap1: torch.Tensor, fmap2: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = cupycorr.correlation(fmap1, fmap2, problem.geometry)
+        return result
+
+    for run in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        try:
+            run(cost, (one, two), fast_mode=fast)
+            error = None
+        except RuntimeError as failure:  # GradcheckError, or an engine that has no gradient
+            error = " ".join(str(failure).split())
+        yield verify.Check(f"torch.autograd.{run.__name__}", error), against

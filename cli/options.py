@@ -1,0 +1,143 @@
+"""The options that describe a problem: the shape of the maps and the geometry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import update_wrapper
+from typing import Any, NamedTuple
+
+import click
+from click.core import ParameterSource
+
+from cupycorr import Geometry
+from cupycorr.geometry import IntOrPair
+
+# Option names and their order are those of spatial-correlation-sampler's two programs; the second
+# column is the name in `Geometry`, or None for a size of the maps.
+SIZES = {
+    "batch_size": (("-b", "--batch-size"), None, "Pairs of maps."),
+    "kernel_size": (("-k", "--kernel-size"), "kernel_size", "Taps of the window."),
+    "patch": (("--patch", "--patch-size"), "patch_size", "Number of displacements."),
+    "patch_dilation": (
+        ("--patch_dilation", "--patch-dilation"),
+        "dilation_patch",
+        "Spacing of the displacements.",
+    ),
+    "channel": (("-c", "--channel"), None, "Channels of the maps."),
+    "height": (("--height",), None, "Height of the maps."),
+    "width": (("-w", "--width"), None, "Width of the maps."),
+    "stride": (("-s", "--stride"), "stride", "Step between output positions."),
+    "pad": (("-p", "--pad"), "padding", "Zeros around the maps; crops if negative."),
+    "dilation": (("--dilation",), "dilation", "Spacing of the window's taps."),
+    "first_displacement": (
+        ("--first-displacement",),
+        "first_displacement",
+        "Smallest displacement; centres the patch if not given.",
+    ),
+}
+GEOMETRY_FIELDS = {name: field for name, (_, field, _) in SIZES.items() if field is not None}
+
+
+class Problem(NamedTuple):
+    """What is computed: a name, the shape (N, C, H, W) of the maps, and the geometry."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    geometry: Geometry
+
+
+class Sizes(NamedTuple):
+    """The values of the options, and which of them the user gave."""
+
+    values: dict[str, IntOrPair | None]
+    given: frozenset[str]
+
+    def problem(self, name: str, preset: Mapping[str, IntOrPair] | None = None) -> Problem:
+        """Build the problem of the options, or of a preset with what the user gave on top.
+
+        Raises
+        ------
+        click.UsageError
+            If the geometry is not valid or the window does not fit.
+        """
+        values: dict[str, Any] = dict(self.values)
+        if preset is not None:
+            neutral = {"pad": 0, "first_displacement": None}
+            values = {option: neutral.get(option, 1) for option in SIZES} | dict(preset)
+            values |= {option: self.values[option] for option in self.given}
+        shape = (values["batch_size"], values["channel"], values["height"], values["width"])
+        try:
+            geometry = Geometry(**{f: values[option] for option, f in GEOMETRY_FIELDS.items()})
+            geometry.cost_shape(shape)
+        except (TypeError, ValueError) as error:
+            raise click.UsageError(f"{name}: {error}") from None
+        return Problem(name, shape, geometry)
+
+
+class IntOrPairType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """An int, or two ints for the vertical and the horizontal axis: ``Y,X``."""
+
+    name = "int or y,x"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> IntOrPair:
+        """Convert text; numbers pass."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        try:
+            numbers = [int(part) for part in value.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (1, 2):
+            self.fail(f"{value!r} is neither an int nor two ints as in 3,5.", param, ctx)
+        return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def problem_options(
+    defaults: Mapping[str, IntOrPair], flags: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command with the options of `SIZES`; it gets their values as ``sizes``.
+
+    Parameters
+    ----------
+    defaults : mapping
+        Default per option.
+    flags : mapping, optional
+        A further flag for some options.
+    """
+    flags = {} if flags is None else flags
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        def collect(*args: Any, **kwargs: Any) -> None:
+            context = click.get_current_context()
+            values = {name: kwargs.pop(name) for name in SIZES}
+            given = frozenset(
+                name
+                for name in SIZES
+                if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+            )
+            function(*args, sizes=Sizes(values, given), **kwargs)
+
+        wrapped: Callable[..., None] = update_wrapper(collect, function)
+        # Each decorator puts its option in front of those before it.
+        for name, (names, field, text) in reversed(SIZES.items()):
+            more = (flags[name],) if name in flags else ()
+            wrapped = click.option(
+                *more,
+                *names,
+                name,
+                type=click.IntRange(min=0) if field is None else IntOrPairType(),
+                default=defaults.get(name),
+                show_default=name in defaults,
+                metavar="INT" if field is None else "INT|Y,X",
+                help=text,
+            )(wrapped)
+        return wrapped
+
+    return decorate
+
+
+def device_argument(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command with the argument ``{cpu,cuda}``."""
+    return click.argument("device", type=click.Choice(["cpu", "cuda"]))(function)
