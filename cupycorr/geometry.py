@@ -333,6 +333,7 @@ class Geometry:
         single_direction = _integer("single_direction", single_direction)
         if single_direction not in (-1, 0, 1):
             raise ValueError(f"single_direction must be -1, 0 or 1, got {single_direction}")
+        pad = _integer("pad", pad)
         flow = cls.from_flownet(pad, kernel_size, max_displacement, stride1, stride2)
         radius = flow.patch_size[1] // 2
         patch = 2 * radius + 1 if single_direction == 0 else radius + 1

@@ -16,8 +16,7 @@ def terms(shape, geometry):
     (sy, sx), (py, px) = geometry.stride, geometry.padding
     (dy, dx), (ey, ex) = geometry.dilation, geometry.dilation_patch
     fy, fx = geometry.first_displacement
-    oh = (height + 2 * py - dy * (kh - 1) - 1) // sy + 1
-    ow = (width + 2 * px - dx * (kw - 1) - 1) // sx + 1
+    *_, oh, ow = cost_shape(shape, geometry)
     for p, q, y, x, i, j in product(*map(range, (ph, pw, oh, ow, kh, kw))):
         y1, x1 = y * sy - py + i * dy, x * sx - px + j * dx
         y2, x2 = y1 + fy + p * ey, x1 + fx + q * ex
@@ -27,13 +26,12 @@ def terms(shape, geometry):
 
 def cost_shape(shape, geometry):
     """Return (N, PH, PW, OH, OW)."""
-    sizes = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, p, d, k, s in zip(
-            shape[2:], geometry.padding, geometry.dilation, geometry.kernel_size, geometry.stride
-        )
-    ]
-    return (shape[0], *geometry.patch_size, *sizes)
+    _, _, height, width = shape
+    (kh, kw), (sy, sx) = geometry.kernel_size, geometry.stride
+    (py, px), (dy, dx) = geometry.padding, geometry.dilation
+    oh = (height + 2 * py - dy * (kh - 1) - 1) // sy + 1
+    ow = (width + 2 * px - dx * (kw - 1) - 1) // sx + 1
+    return (shape[0], *geometry.patch_size, oh, ow)
 
 
 def correlation(fmap1, fmap2, geometry):
