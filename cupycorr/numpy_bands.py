@@ -9,16 +9,22 @@ displacement p, both two-dimensional::
 
 Positions that do not exist contribute nothing. The targets (m in the first two lines, j in the
 third) are cut into *tiles*; the *window* of a tile is the block of source positions that it meets.
-The matrix of all products of a tile's targets with its window holds the wanted ones on diagonals,
+The matrix of all products of a tile's window with its targets holds the wanted ones on diagonals,
 its *band*: a target (row, column) and a displacement (p, q) stand for the source position
 (row + p, column + q), counted from the corner of the window::
 
-    target 0   x x x . .
-    target 1   . x x x .        three displacements
-    target 2   . . x x x
+    source 0   x . .
+    source 1   x x .
+    source 2   x x x        three targets, three displacements
+    source 3   . x x
+    source 4   . . x
 
 For the gradients the band is filled, zeros elsewhere, and multiplied with the window. Seen from
 the second map displacements run backwards, (row - p + P - 1, column - q + Q - 1): *mirrored*.
+
+Windows are packed with their columns in reverse. Then a step to the next target moves in memory a
+little less far than a step to the next displacement, and NumPy, which runs copies along the axis
+of the smallest step, copies bands along the targets, in which the volume is contiguous.
 """
 
 from __future__ import annotations
@@ -37,6 +43,10 @@ Array = npt.NDArray[Any]
 
 BAND_BYTES = 1 << 20
 """Upper limit of the product matrices in work at a time: about a core's second-level cache."""
+
+
+BAND_TARGETS = 512
+"""Targets whose bands are copied at a time, such that their cache lines serve the next one too."""
 
 
 class Tiling(NamedTuple):
@@ -135,29 +145,30 @@ def multiply(
     """Write the products of some rows of tiles into the volume.
 
     ``targets`` (C, rows, columns) and ``source`` (C, rows, columns) are contiguous arrays of the
-    block's target_shape and source_shape; ``volume`` (P, Q, rows, columns) covers the targets and
+    block's target_shape and source_shape, the source's columns in reverse; ``volume`` (P, Q, rows, columns) covers the targets and
     is zero where a displacement leads out of the image.
     """
     if not block.tiling.as_matrix:
+        forwards = source[:, :, ::-1]
         for p, q, here, there in _shifts(block, tiles):
-            np.einsum("cyx,cyx->yx", targets[here], source[there], out=volume[(p, q, *here[1:])])
+            np.einsum("cyx,cyx->yx", targets[here], forwards[there], out=volume[p, q][here[1:]])
         return
-    columns, width = block.across.size, block.across.extent
     for part in _within(block, tiles, source.itemsize):
-        matrix = scratch.take("matrix", _matrix_shape(block, part), source.dtype)
-        before, after = part.cut, part.cut + part.extent
-        flat = matrix.reshape(*matrix.shape[:2], -1)
+        if 0 in (part.extent, block.across.extent):
+            volume[:, :, part.start : part.start + part.count * part.size] = 0
+            continue
+        dense, full, inside = _matrices(block, part, source.dtype, scratch)
         np.matmul(
-            _tile_view(targets, part.start, part, part.size * columns).transpose(0, 2, 1),
-            _tile_view(source, part.window, part, part.extent * width),
-            out=flat[:, :, before * width : after * width],
+            _tile_view(source, part.window, part, part.extent).transpose(0, 2, 1),
+            _tile_view(targets, part.start, part, part.size),
+            out=dense.reshape(part.count, -1, dense.shape[3]),
         )
-        matrix[:, :, :before] = 0
-        matrix[:, :, after:] = 0
-        rows = volume[:, :, part.start : part.start + part.count * part.size]
-        rows = rows.reshape(*rows.shape[:2], part.count, part.size, columns)
-        for q, span, band in _band(block, part, matrix):
-            rows[:, q, :, :, span] = band
+        if dense.shape != full.shape:
+            full[:, *inside] = dense
+        full[:, : inside[0].start] = 0
+        full[:, inside[0].stop :] = 0
+        for values, band in _band(block, part, volume, full):
+            values[...] = band
 
 
 def multiply_adjoint(
@@ -166,27 +177,26 @@ def multiply_adjoint(
     """Write the gradient with respect to some rows of tiles, from the volume's gradient.
 
     ``volume`` (P, Q, rows, columns) gives for each displacement and target the value that belongs
-    to it; ``source`` and ``result`` (C, rows, columns) are contiguous, of the block's source_shape
-    and target_shape. Zeros beside the band are multiplied too, so the result is right only where
+    to it; ``source`` and ``result`` (C, rows, columns) are contiguous, of the block's source_shape,
+    columns in reverse, and target_shape. Zeros beside the band are multiplied too, so the result is right only where
     it is finite; `multiply_adjoint_by_shifts` is right everywhere.
     """
     if not block.tiling.as_matrix:
         multiply_adjoint_by_shifts(block, tiles, volume, source, result)
         return
-    columns, width = block.across.size, block.across.extent
     for part in _within(block, tiles, source.itemsize):
-        layout = (part.size, columns, block.across.cut, block.x.count_patch, block.mirrored)
-        matrix = scratch.take_zeroed("band", _matrix_shape(block, part), source.dtype, layout)
-        rows = volume[:, :, part.start : part.start + part.count * part.size]
-        rows = rows.reshape(*rows.shape[:2], part.count, part.size, columns)
-        for q, span, band in _band(block, part, matrix):
-            band[...] = rows[:, q, :, :, span]
-        flat = matrix.reshape(*matrix.shape[:2], -1)
-        existing = flat[:, :, part.cut * width : (part.cut + part.extent) * width]
+        if 0 in (part.extent, block.across.extent):
+            result[:, part.start : part.start + part.count * part.size] = 0
+            continue
+        dense, full, inside = _matrices(block, part, source.dtype, scratch)
+        for values, band in _band(block, part, volume, full):
+            band[...] = values
+        if dense.shape != full.shape:
+            dense[...] = full[:, *inside]
         np.matmul(
-            _tile_view(source, part.window, part, part.extent * width),
-            existing.transpose(0, 2, 1),
-            out=_tile_view(result, part.start, part, part.size * columns),
+            _tile_view(source, part.window, part, part.extent),
+            dense.reshape(part.count, -1, dense.shape[3]),
+            out=_tile_view(result, part.start, part, part.size),
         )
 
 
@@ -194,9 +204,10 @@ def multiply_adjoint_by_shifts(
     block: Block, tiles: Tiles, volume: Array, source: Array, result: Array
 ) -> None:
     """Do the work of `multiply_adjoint` without any product of positions that do not meet."""
+    forwards = source[:, :, ::-1]
     result[:, tiles.start : tiles.start + tiles.count * tiles.size] = 0
     for p, q, here, there in _shifts(block, tiles):
-        result[here] += volume[(p, q, *here[1:])] * source[there]
+        result[here] += volume[p, q][here[1:]] * forwards[there]
 
 
 def _shifts(
@@ -222,8 +233,12 @@ def _shifts(
 
 def _within(block: Block, tiles: Tiles, itemsize: int) -> Iterator[Tiles]:
     """Split tiles such that their matrices stay within BAND_BYTES."""
-    _, targets, rows, width = _matrix_shape(block, tiles)
-    at_once = max(1, BAND_BYTES // max(1, targets * rows * width * itemsize))
+    targets, sources = tiles.size * block.across.size, _window_size(block, tiles)
+    at_once = max(1, BAND_BYTES // (targets * sources[0] * sources[1] * itemsize))
+    yield from _split(tiles, at_once)
+
+
+def _split(tiles: Tiles, at_once: int) -> Iterator[Tiles]:
     for done in range(0, tiles.count, at_once):
         step = done * tiles.size
         yield tiles._replace(
@@ -233,17 +248,38 @@ def _within(block: Block, tiles: Tiles, itemsize: int) -> Iterator[Tiles]:
         )
 
 
-def _matrix_shape(block: Block, tiles: Tiles) -> tuple[int, int, int, int]:
-    """Return (tiles, targets, source rows, source columns); rows that do not exist included."""
-    rows = tiles.size + block.y.count_patch - 1
-    return tiles.count, tiles.size * block.across.size, rows, block.across.extent
+def _window_size(block: Block, tiles: Tiles) -> tuple[int, int]:
+    """Return the rows and columns of a tile's window, existing or not."""
+    return tiles.size + block.y.count_patch - 1, block.across.size + block.x.count_patch - 1
 
 
-def _tile_view(packed: Array, first_row: int, tiles: Tiles, positions: int) -> Array:
+def _matrices(
+    block: Block, tiles: Tiles, dtype: np.dtype[Any], scratch: Scratch
+) -> tuple[Array, Array, tuple[slice, slice]]:
+    """Return the matrix for the product, the one with room for the whole band, and where it fits.
+
+    Both have the axes (tile, source row, source column, target). The first has only the rows and
+    columns that exist; it lies in the second where that has no other columns. The second is zero
+    beside its band, but for rows that do not exist.
+    """
+    rows, columns = _window_size(block, tiles)
+    across, targets = block.across, tiles.size * block.across.size
+    # Which cells are ever written depends on this, and on the shape.
+    layout = (tiles.size, across.cut, across.extent, block.x.count_patch, block.mirrored)
+    full = scratch.take_zeroed("full", (tiles.count, rows, columns, targets), dtype, layout)
+    last = columns - across.cut
+    inside = slice(tiles.cut, tiles.cut + tiles.extent), slice(last - across.extent, last)
+    if across.extent == columns:
+        return full[:, inside[0]], full, inside
+    shape = (tiles.count, tiles.extent, across.extent, targets)
+    return scratch.take("dense", shape, dtype), full, inside
+
+
+def _tile_view(packed: Array, first_row: int, tiles: Tiles, rows: int) -> Array:
     """View a packed map (C, rows, columns) as (tile, C, positions); windows overlap."""
     channel, row, item = packed.strides
     return np.ndarray(
-        (tiles.count, packed.shape[0], positions),
+        (tiles.count, packed.shape[0], rows * packed.shape[2]),
         packed.dtype,
         packed,
         first_row * row,
@@ -251,38 +287,34 @@ def _tile_view(packed: Array, first_row: int, tiles: Tiles, positions: int) -> A
     )
 
 
-def _band(block: Block, tiles: Tiles, matrix: Array) -> Iterator[tuple[slice, slice, Array]]:
-    """Yield (displacements q, target columns, view) that together are the band of the matrix.
+def _band(
+    block: Block, tiles: Tiles, volume: Array, matrix: Array
+) -> Iterator[tuple[Array, Array]]:
+    """Yield pairs of views: cells of the volume, and where they stand in the matrix's band.
 
-    The views have the axes (p, q, tile, row, column). Displacements for which all columns of the
-    tile have a partner come together, the others one by one.
+    The axes are (p, q, tile, row, column).
     """
     patch_y, patch_x = block.y.count_patch, block.x.count_patch
-    columns, width, cut = block.across.size, block.across.extent, block.across.cut
-    per_tile, per_target, per_row, item = matrix.strides
-    sign = -1 if block.mirrored else 1
-    corner = (patch_y - 1) * per_row if block.mirrored else 0
+    across = block.across.size
+    per_tile, per_row, per_column, item = matrix.strides
+    # The first target's column stands last; mirrored, its last displacement does.
+    corner = (matrix.shape[2] - 1) * per_column
+    sign = 1
+    if block.mirrored:
+        corner += (patch_y - 1) * per_row - (patch_x - 1) * per_column
+        sign = -1
     strides = (
         sign * per_row,
-        sign * item,
+        -sign * per_column,
         per_tile,
-        columns * per_target + per_row,
-        per_target + item,
+        per_row + across * item,
+        item - per_column,
     )
-    q = 0
-    while q < patch_x:
-        first = (patch_x - 1 - q if block.mirrored else q) - cut
-        low, high = max(0, -first), min(columns, width - first)
-        count = 1
-        if low == 0 and high == columns:
-            # As far as the last displacement that keeps the whole tile inside its window.
-            count += min(patch_x - 1 - q, first if block.mirrored else width - columns - first)
-        if low < high:
-            shape = (patch_y, count, tiles.count, tiles.size, high - low)
-            offset = corner + low * per_target + (first + low) * item
-            view = np.ndarray(shape, matrix.dtype, matrix, offset, strides)
-            yield slice(q, q + count), slice(low, high), view
-        q += count
+    for few in _split(tiles, max(1, BAND_TARGETS // (tiles.size * across))):
+        shape = (patch_y, patch_x, few.count, tiles.size, across)
+        values = volume[:, :, few.start : few.start + few.count * few.size].reshape(shape)
+        offset = corner + (few.start - tiles.start) // tiles.size * per_tile
+        yield values, np.ndarray(shape, matrix.dtype, matrix, offset, strides)
 
 
 # Seconds per step, measured in float32; only their ratios matter for the choice.

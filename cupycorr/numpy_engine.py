@@ -27,7 +27,7 @@ import numpy.typing as npt
 from cupycorr import numpy_bands
 from cupycorr.geometry import Axis, Geometry, Lattice, Phase
 from cupycorr.numpy_bands import Block, Tiles
-from cupycorr.parallel import Runner, Scratch, Unit, run_here, thread_count, workers
+from cupycorr.parallel import Arena, Runner, Scratch, Unit, run_here, thread_count, workers
 
 Array = npt.NDArray[Any]
 
@@ -67,8 +67,10 @@ def forward(
         cost.fill(0)
         return
     with _runner(fmap1.shape, geometry, threads) as run:
+        arena = Arena()
         for chunk in _chunks(fmap1.shape, geometry, _accumulator(cost).itemsize):
-            _forward_chunk(fmap1, fmap2, cost, chunk, divisor, run)
+            arena.reset()
+            _forward_chunk(fmap1, fmap2, cost, chunk, divisor, run, arena)
 
 
 def backward(
@@ -105,8 +107,10 @@ def backward(
         _Gradient(fmap1, grad_fmap2, mirrored=True) if grad_fmap2 is not None else None,
     ]
     with _runner(fmap1.shape, geometry, threads) as run:
+        arena = Arena()
         for chunk in _chunks(fmap1.shape, geometry, _accumulator(fmap1).itemsize):
-            _backward_chunk(grad_cost, [g for g in gradients if g], chunk, divisor, run)
+            arena.reset()
+            _backward_chunk(grad_cost, [g for g in gradients if g], chunk, divisor, run, arena)
 
 
 def _runner(shape: tuple[int, ...], geometry: Geometry, threads: int | None) -> Any:
@@ -200,6 +204,7 @@ def _pieces(
     samples: int,
     channels: int,
     dtype: np.dtype[Any],
+    arena: Arena,
     *,
     mirrored: bool = False,
 ) -> list[_Piece]:
@@ -208,8 +213,8 @@ def _pieces(
         for block in numpy_bands.blocks(
             channels, y.band, x.band, dtype.itemsize, mirrored=mirrored
         ):
-            targets = np.empty((samples, channels, *block.target_shape), dtype)
-            source = np.empty((samples, channels, *block.source_shape), dtype)
+            targets = arena.take((samples, channels, *block.target_shape), dtype)
+            source = arena.take((samples, channels, *block.source_shape), dtype)
             pieces.append(_Piece(y, x, block, targets, source))
     return pieces
 
@@ -235,7 +240,13 @@ def _multiply_units(pieces: list[_Piece], work: Any) -> list[Unit]:
 
 
 def _forward_chunk(
-    fmap1: Array, fmap2: Array, cost: Array, chunk: Chunk, divisor: int, run: Runner
+    fmap1: Array,
+    fmap2: Array,
+    cost: Array,
+    chunk: Chunk,
+    divisor: int,
+    run: Runner,
+    arena: Arena,
 ) -> None:
     dtype = _accumulator(cost)
     channels = fmap1.shape[1]
@@ -243,15 +254,15 @@ def _forward_chunk(
     pairs = list(product(chunk.lattices_y, chunk.lattices_x))
     total = np.zeros(out.shape, dtype) if len(pairs) > 1 else None
     for number, (lattice_y, lattice_x) in enumerate(pairs):
-        pieces = _pieces(lattice_y, lattice_x, len(out), channels, dtype)
-        volume = np.empty(chunk.volume_shape(lattice_y, lattice_x), dtype)
+        pieces = _pieces(lattice_y, lattice_x, len(out), channels, dtype, arena)
+        volume = arena.take(chunk.volume_shape(lattice_y, lattice_x), dtype)
 
         def pack(n: int, part: slice, scratch: Scratch, pieces=pieces) -> None:
             for y, x, block, targets, source in pieces:
                 here = map1[n, part, y.image1, x.image1][:, :, block.target_columns]
                 there = map2[n, part, y.image2, x.image2][:, :, block.source_columns]
                 _widen(targets[n, part], here)
-                _widen(source[n, part], there)
+                _widen(source[n, part, :, ::-1], there)
 
         def work(piece: _Piece, n: int, tiles: Tiles, scratch: Scratch, volume=volume) -> None:
             y, x, block, targets, source = piece
@@ -329,7 +340,12 @@ class _Gradient:
 
 
 def _backward_chunk(
-    grad_cost: Array, gradients: list[_Gradient], chunk: Chunk, divisor: int, run: Runner
+    grad_cost: Array,
+    gradients: list[_Gradient],
+    chunk: Chunk,
+    divisor: int,
+    run: Runner,
+    arena: Arena,
 ) -> None:
     dtype = _accumulator(grad_cost)
     upstream = chunk.of(grad_cost)
@@ -338,7 +354,7 @@ def _backward_chunk(
     for number, (lattice_y, lattice_x) in enumerate(pairs):
         first = chunk.first and number == 0
         last = chunk.last and number == len(pairs) - 1
-        volume = np.empty(chunk.volume_shape(lattice_y, lattice_x), dtype)
+        volume = arena.take(chunk.volume_shape(lattice_y, lattice_x), dtype)
 
         def spread(
             n: int,
@@ -357,7 +373,7 @@ def _backward_chunk(
             if first:
                 gradient.begin(chunk.samples)
             stage = _GradientStage(
-                gradient, chunk, lattice_y, lattice_x, volume, divisor, first, last
+                gradient, chunk, lattice_y, lattice_x, volume, arena, divisor, first, last
             )
             units += stage.pack_units()
             stages.append(stage)
@@ -376,6 +392,7 @@ class _GradientStage:
         lattice_y: Lattice,
         lattice_x: Lattice,
         volume: Array,
+        arena: Arena,
         divisor: int,
         first: bool,
         last: bool,
@@ -387,7 +404,13 @@ class _GradientStage:
         self.volume, self.divisor, self.first, self.last = volume, divisor, first, last
         samples, self.channels, height, width = self.map.shape
         self.pieces = _pieces(
-            lattice_y, lattice_x, samples, self.channels, volume.dtype, mirrored=self.mirrored
+            lattice_y,
+            lattice_x,
+            samples,
+            self.channels,
+            volume.dtype,
+            arena,
+            mirrored=self.mirrored,
         )
         self.untouched = lattice_y.untouched, lattice_x.untouched
         covered = sum(p.targets[0, 0].size for p in self.pieces)
@@ -406,11 +429,10 @@ class _GradientStage:
         def pack(n: int, part: slice, scratch: Scratch) -> None:
             for y, x, block, _, source in self.pieces:
                 rows, columns = (y.image1, x.image1) if self.mirrored else (y.image2, x.image2)
-                _widen(
-                    source[n, part], self.map[n, part, rows, columns][:, :, block.source_columns]
-                )
+                forwards = source[n, part, :, ::-1]
+                _widen(forwards, self.map[n, part, rows, columns][:, :, block.source_columns])
                 if self.mirrored:
-                    self._clear_untouched(source[n, part], y, x, block.source_columns)
+                    self._clear_untouched(forwards, y, x, block.source_columns)
 
         parts = _channel_parts(self.channels, self.pieces)
         return [partial(pack, n, part) for n in range(len(self.map)) for part in parts]

@@ -27,7 +27,8 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Array] = {}
-        self._zeroed: object = None
+        self._layout: object = None
+        self._zeroed = 0
 
     def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Return an uninitialised contiguous array, valid until the name is taken again."""
@@ -35,18 +36,38 @@ class Scratch:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.size < size or buffer.dtype != dtype:
             self._buffers[name] = buffer = np.empty(size, dtype)
-            self._zeroed = None
+            self._layout = None
         return np.ndarray(shape, dtype, buffer)
 
     def take_zeroed(
         self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], layout: object
     ) -> Array:
-        """Return an array that is zero, but for the cells that this ``layout`` always writes."""
+        """Return an array that is zero, but for the cells that this ``layout`` always writes.
+
+        The layout is that of the last axes; along the first all cells are alike.
+        """
         array = self.take(name, shape, dtype)
-        if self._zeroed != (name, shape, layout):
+        if self._layout != (shape[1:], layout) or shape[0] > self._zeroed:
             array.fill(0)
-            self._zeroed = (name, shape, layout)
+            self._layout, self._zeroed = (shape[1:], layout), shape[0]
         return array
+
+
+class Arena:
+    """Memory for the arrays of one chunk of work after the other."""
+
+    def __init__(self) -> None:
+        self._scratch = Scratch()
+        self._taken = 0
+
+    def reset(self) -> None:
+        """Give back all arrays taken so far."""
+        self._taken = 0
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Return an uninitialised contiguous array."""
+        self._taken += 1
+        return self._scratch.take(str(self._taken), shape, dtype)
 
 
 Unit = Callable[[Scratch], None]
