@@ -187,9 +187,10 @@ def _rounds(
     max_seconds: float,
     advance: Callable[[str], None],
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Run everything once per round, so that what else the machine does meets all alike."""
-    for one in implementations:
-        _round(one, arrays[one.library], geometry)
+    """Run everything once per round, so that what else the machine does meets all alike.
+
+    Everything has run twice before, for its results and for its memory: that is the warm-up.
+    """
     seconds: dict[str, tuple[list[float], list[float]]] = {
         one.name: ([], []) for one in implementations
     }

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
 from typing import Any
 
 import click
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from .measure import PASSES, Outcome
-from .options import Problem
+from .options import GEOMETRY_FIELDS, Problem
 
 SCALES = {"s": 1.0, "ms": 1e3, "us": 1e6}
 WIDTH = 100
@@ -26,11 +24,12 @@ def heading(document: dict[str, Any]) -> None:
     rate = 2 * gemm["size"] ** 3 / min(gemm["seconds"]) / 1e9
     click.echo(
         f"GEMM: share of the rate of a dense {gemm['size']}^3 np.matmul in this run, "
-        f"{rate:.1f} GFLOP/s, counting the multiply-adds\n"
-        "  of positions inside the image, each pair once, and twice that for backward.\n"
+        f"{rate:.1f} GFLOP/s;\n"
+        "  counts the multiply-adds of positions inside the images, each pair once; twice that "
+        "backward.\n"
         "extra: peak of what NumPy (tracemalloc) and torch (profiler) allocate beyond inputs and "
-        "outputs, in a\n  run that is not timed. vs ours: time divided by cupycorr's, "
-        "by median and by minimum."
+        "outputs,\n"
+        "  in a run that is not timed. vs ours: time over cupycorr's, by median and by minimum."
     )
 
 
@@ -41,7 +40,7 @@ def entry(problem: Problem, outcomes: list[Outcome]) -> dict[str, Any]:
     return {
         "name": problem.name,
         "shape": list(problem.shape),
-        "geometry": {f.name: list(getattr(geometry, f.name)) for f in fields(geometry)},
+        "geometry": {name: list(getattr(geometry, name)) for name in GEOMETRY_FIELDS.values()},
         "description": repr(geometry),
         "multiply_adds": {"forward": useful, "backward": 2 * useful},
         "implementations": [_implementation(outcome) for outcome in outcomes],
@@ -75,7 +74,7 @@ def show(document: dict[str, Any], problem: dict[str, Any], scale: str) -> None:
     own = {one["name"]: one for one in timed if one["name"].startswith("cupycorr")}
     ours = own.get("cupycorr torch") or own.get("cupycorr numpy")
     for step in PASSES if timed else ():
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
         table.add_column(step)
         for title in ("min", "median", "mean"):
             table.add_column(f"{title} {scale}", justify="right", no_wrap=True)
