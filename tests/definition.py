@@ -8,6 +8,8 @@ from itertools import product
 
 import numpy as np
 
+from cupycorr.verify import Engine
+
 
 def terms(shape, geometry):
     """Yield (p, q, y, x, Y1, X1, Y2, X2) of every term whose two positions lie in the image."""
@@ -50,3 +52,32 @@ def correlation_vjp(grad_cost, fmap1, fmap2, geometry):
         grad_fmap1[:, :, y1, x1] += upstream * fmap2[:, :, y2, x2]
         grad_fmap2[:, :, y2, x2] += upstream * fmap1[:, :, y1, x1]
     return grad_fmap1, grad_fmap2
+
+
+def engine():
+    """Return the loops as an engine of `verify`; they run once for each set of arguments."""
+
+    def forward(fmap1, fmap2, geometry, dtype, normalize):
+        cost = _once(correlation, geometry, fmap1, fmap2)
+        return cost / (_terms_of_a_window(fmap1, geometry) if normalize else 1)
+
+    def vjp(grad, fmap1, fmap2, geometry, dtype, normalize):
+        grads = _once(correlation_vjp, geometry, grad, fmap1, fmap2)
+        divisor = _terms_of_a_window(fmap1, geometry) if normalize else 1
+        return tuple(g / divisor for g in grads)
+
+    return Engine("loops", forward, vjp)
+
+
+def _terms_of_a_window(fmap, geometry):
+    return max(1, fmap.shape[1]) * geometry.kernel_size[0] * geometry.kernel_size[1]
+
+
+_results = {}
+
+
+def _once(function, geometry, *arrays):
+    key = (function, geometry, *((array.shape, array.tobytes()) for array in arrays))
+    if key not in _results:
+        _results[key] = function(*arrays, geometry)
+    return _results[key]
