@@ -263,6 +263,6 @@ def _empty(shape: Shape, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def _storage(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return a plain array in native byte order, bfloat16 as its uint16 bits."""
     array = np.asarray(array)
-    if _dtype_name(array.dtype) == "bfloat16":
-        return array.view(np.uint16)
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return array.view(np.uint16) if _dtype_name(array.dtype) == "bfloat16" else array
