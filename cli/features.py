@@ -14,8 +14,8 @@ from .environment import Unavailable, has
 Image = npt.NDArray[np.float32]
 
 ORIENTATIONS = 8
-SHORTEST, LONGEST = 3.0, 24.0
-"""Wavelengths of the finest and the coarsest filter, in pixels."""
+SHORTEST, LONGEST = 2.5, 16.0
+"""Wavelengths of the finest and the coarsest filter, in positions of the feature map."""
 
 
 def load_pair(path1: str | Path, path2: str | Path) -> tuple[Image, Image]:
@@ -63,7 +63,7 @@ def feature_maps(
     Notes
     -----
     Channel 0 is the image, the others are a fixed bank of quadrature pairs: even and odd log-Gabor
-    filters of 8 orientations, at as many wavelengths between 3 and 24 pixels, in geometric
+    filters of 8 orientations, at as many wavelengths between 2.5 and 16 positions, in geometric
     progression, as the channels need (D. Field, "Relations between the statistics of natural
     images and the response properties of cortical cells", JOSA A 4(12), 1987). Each channel is
     averaged over downscale x downscale pixels, then brought to mean 0 and variance 1 over both
@@ -77,10 +77,10 @@ def feature_maps(
         )
     maps = np.empty((2, channels, height, width), np.float32)
     # Reflected borders, so that the Fourier transform's wrap-around meets no edge.
-    border = int(LONGEST)
+    border = int(LONGEST) * downscale
     spectra = [np.fft.rfft2(np.pad(image, border, mode="symmetric")) for image in (image1, image2)]
     padded = (image1.shape[0] + 2 * border, image1.shape[1] + 2 * border)
-    for channel, transfer in enumerate(_filters(padded, channels)):
+    for channel, transfer in enumerate(_filters(padded, channels, downscale)):
         for number, spectrum in enumerate(spectra):
             response = np.fft.irfft2(spectrum * transfer, padded)
             inner = response[border:, border:][: height * downscale, : width * downscale]
@@ -92,7 +92,9 @@ def feature_maps(
     return maps[:1], maps[1:]
 
 
-def _filters(shape: tuple[int, int], count: int) -> Iterator[npt.NDArray[np.complex128]]:
+def _filters(
+    shape: tuple[int, int], count: int, downscale: int
+) -> Iterator[npt.NDArray[np.complex128]]:
     """Yield transfer functions over the frequencies of ``rfft2``: the identity, then pairs."""
     y, x = np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])
     radius = np.hypot(y, x)
@@ -101,7 +103,7 @@ def _filters(shape: tuple[int, int], count: int) -> Iterator[npt.NDArray[np.comp
     yield np.ones(radius.shape, np.complex128)
     pairs = ceil((count - 1) / 2)
     scales = max(1, ceil(pairs / ORIENTATIONS))
-    wavelengths = np.geomspace(SHORTEST, LONGEST, scales)
+    wavelengths = downscale * np.geomspace(SHORTEST, LONGEST, scales)
     for pair in range(pairs):
         band = np.exp(-(np.log(radius * wavelengths[pair // ORIENTATIONS]) ** 2) / 0.5)
         band[0, 0] = 0
