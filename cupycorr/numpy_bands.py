@@ -127,11 +127,13 @@ class Block(NamedTuple):
         return slice(self.across.window, self.across.window + self.across.extent)
 
 
-def blocks(channels: int, y: Band, x: Band, itemsize: int, *, mirrored: bool) -> list[Block]:
-    """Cut a phase pair into blocks; for the gradient of the second map with ``mirrored``."""
+def blocks(
+    channels: int, y: Band, x: Band, itemsize: int, *, adjoint: bool, mirrored: bool
+) -> list[Block]:
+    """Cut a phase pair into blocks, for the volume or a gradient (second map: ``mirrored``)."""
     if mirrored:
         y, x = y.mirrored(), x.mirrored()
-    tiling = choose_tiling(channels, y, x, itemsize)
+    tiling = choose_tiling(channels, y, x, itemsize, adjoint)
     return [
         Block(y, x, tiling, tile, mirrored)
         for tiles in cover(x, tiling.columns)
@@ -323,11 +325,12 @@ PACKED_BY_BLAS = 4.5e-10
 COPIED = 7e-10
 COPIED_RUN = 8e-9
 CALL = 1.5e-6
-SHIFTED_MULTIPLY_ADD = 4.0e-10
+SHIFTED = 6e-10
+SHIFTED_ADJOINT = 1.8e-9
 
 
 @lru_cache(maxsize=4096)
-def choose_tiling(channels: int, y: Band, x: Band, itemsize: int) -> Tiling:
+def choose_tiling(channels: int, y: Band, x: Band, itemsize: int, adjoint: bool) -> Tiling:
     """Choose how to cut a phase pair, by a model of the cost of each possible way.
 
     Large tiles make efficient matrix products but compute much beside the band; for few channels
@@ -335,9 +338,10 @@ def choose_tiling(channels: int, y: Band, x: Band, itemsize: int) -> Tiling:
     """
     rows = max(1, min(y.count1, (1 << 17) // (itemsize * channels * x.count1)))
     shifts = y.count_patch * x.count_patch
+    shifted = SHIFTED_ADJOINT if adjoint else SHIFTED
     best = Tiling(rows, x.count1, as_matrix=False)
     best_cost = shifts * (
-        3 * CALL * -(-y.count1 // rows) + y.count1 * x.count1 * channels * SHIFTED_MULTIPLY_ADD
+        3 * CALL * -(-y.count1 // rows) + y.count1 * x.count1 * channels * shifted
     )
     for columns in _even_sizes(x.count1):
         across = cover(x, columns)

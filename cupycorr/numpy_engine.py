@@ -206,12 +206,13 @@ def _pieces(
     dtype: np.dtype[Any],
     arena: Arena,
     *,
+    adjoint: bool = False,
     mirrored: bool = False,
 ) -> list[_Piece]:
     pieces = []
     for y, x in product(lattice_y.phases, lattice_x.phases):
         for block in numpy_bands.blocks(
-            channels, y.band, x.band, dtype.itemsize, mirrored=mirrored
+            channels, y.band, x.band, dtype.itemsize, adjoint=adjoint, mirrored=mirrored
         ):
             targets = arena.take((samples, channels, *block.target_shape), dtype)
             source = arena.take((samples, channels, *block.source_shape), dtype)
@@ -410,6 +411,7 @@ class _GradientStage:
             self.channels,
             volume.dtype,
             arena,
+            adjoint=True,
             mirrored=self.mirrored,
         )
         self.untouched = lattice_y.untouched, lattice_x.untouched
