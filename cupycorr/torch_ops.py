@@ -1,0 +1,507 @@
+"""The cost volume in torch: operators, their derivatives, and the module. It computes on the CPU.
+
+The cost volume and its two gradients are three faces of one trilinear form of three *slots*::
+
+    T(fmap1, fmap2, cost) = sum of cost[n, p, q, y, x]
+                                   * fmap1[n, c, Y, X] * fmap2[n, c, Y + dy, X + dx]
+
+with the symbols of `Geometry`. Each is the derivative of T with respect to one slot, as a function
+of the two others; so the derivatives of each, of any order, are these three again. They are the
+operators ``cupycorr::cost``, ``cupycorr::grad_fmap1`` and ``cupycorr::grad_fmap2``;
+``cupycorr::grads`` computes the latter two at once, which shares work.
+
+A call goes one of two ways. Generally torch's dispatcher finds out what an operator means: values,
+shapes only, a node of a graph, a batch, a derivative. Where it would only find out that values are
+wanted, and perhaps derivatives, a call takes the short way around it (`_is_plain`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+from cupycorr import numpy_engine
+from cupycorr.geometry import Geometry, IntOrPair
+
+
+def correlation(fmap1: Tensor, fmap2: Tensor, geometry: Geometry, normalize: bool) -> Tensor:
+    """Compute the cost volume of two checked feature maps; see `cupycorr.correlation`.
+
+    Parameters
+    ----------
+    fmap1, fmap2 : Tensor (N, C, H, W), float16|bfloat16|float32|float64
+        The feature maps: of equal shape, dtype and device, and of any strides.
+    geometry : Geometry
+        Which positions and displacements are compared.
+    normalize : bool
+        Divide by the number of terms of a full window, C * KH * KW.
+
+    Returns
+    -------
+    Tensor (N, PH, PW, OH, OW)
+        Of the maps' dtype and device, contiguous, and differentiable any number of times, in
+        reverse and in forward mode.
+
+    Raises
+    ------
+    TypeError
+        If a map is not dense, but sparse for instance.
+    RuntimeError
+        If the maps are neither on the CPU nor on the meta device.
+    """
+    if not (fmap1.is_cpu or fmap1.is_meta):
+        raise RuntimeError(
+            f"the maps must be on the CPU, got {fmap1.device}: this version computes on the CPU "
+            "only; move them with .cpu()"
+        )
+    if not (fmap1.layout is fmap2.layout is torch.strided):
+        raise TypeError(
+            f"the maps must be dense tensors, got {fmap1.layout} and {fmap2.layout}; convert them "
+            "with .to_dense()"
+        )
+    if torch.compiler.is_compiling():
+        # What is traced is to be the bare operator: the dispatcher's state cannot be traced.
+        return _dispatch(_COST, geometry, normalize, fmap1, fmap2)[0]
+    return _derive(_COST, geometry, normalize, fmap1, fmap2)[0]
+
+
+def autocast(*maps: Any) -> tuple[Any, ...]:
+    """Cast maps as torch.autocast asks for, where it is enabled on their device.
+
+    Parameters
+    ----------
+    *maps : Tensor, of any shape and dtype
+        What is not a floating tensor, or is float64, stays as it is.
+
+    Returns
+    -------
+    tuple of Tensor
+        In the dtype of the autocast region, float16 or bfloat16. The cost volume has that dtype
+        then too; sums are accumulated in float32 and rounded once.
+    """
+    return tuple(_cast(tensor) if isinstance(tensor, Tensor) else tensor for tensor in maps)
+
+
+def _cast(tensor: Tensor) -> Tensor:
+    device = "cpu" if tensor.is_cpu else tensor.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensor
+    if not tensor.is_floating_point() or tensor.dtype is torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+class SpatialCorrelationSampler(torch.nn.Module):
+    """Cost volume of two feature maps as a module without parameters.
+
+    Takes the arguments of spatial-correlation-sampler's module of the same name, in its order.
+
+    Parameters
+    ----------
+    kernel_size : int or (int, int), default 1
+        Taps of the window that is compared, per axis.
+    patch_size : int or (int, int), default 1
+        Number of displacements tried, per axis.
+    stride : int or (int, int), pixels, default 1
+        Step between output positions.
+    padding : int or (int, int), pixels, default 0
+        Zeros around both maps; a negative padding crops.
+    dilation : int or (int, int), pixels, default 1
+        Spacing of the window's taps.
+    dilation_patch : int or (int, int), pixels, default 1
+        Spacing of the displacements.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Geometry`.
+
+    Notes
+    -----
+    Under torch.autocast the maps are cast to the dtype of the region: 16 bits in, 16 bits out,
+    with sums accumulated in float32 and rounded once.
+    """
+
+    def __init__(
+        self,
+        kernel_size: IntOrPair = 1,
+        patch_size: IntOrPair = 1,
+        stride: IntOrPair = 1,
+        padding: IntOrPair = 0,
+        dilation: IntOrPair = 1,
+        dilation_patch: IntOrPair = 1,
+    ) -> None:
+        super().__init__()
+        self.geometry = Geometry(kernel_size, patch_size, stride, padding, dilation, dilation_patch)
+        self.kernel_size = kernel_size
+        self.patch_size = patch_size
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.dilation_patch = dilation_patch
+
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        """Compute the cost volume of two feature maps.
+
+        Parameters
+        ----------
+        input1, input2 : Tensor (N, C, H, W), float16|bfloat16|float32|float64
+            The feature maps, of any strides.
+
+        Returns
+        -------
+        Tensor (N, PH, PW, OH, OW)
+            As `cupycorr.spatial_correlation_sample`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `cupycorr.spatial_correlation_sample`.
+        """
+        from cupycorr.api import correlation
+
+        cost: Tensor = correlation(input1, input2, self.geometry)
+        return cost
+
+    def extra_repr(self) -> str:
+        """Return the parameters that differ from their defaults."""
+        return repr(self.geometry).removeprefix("Geometry(").removesuffix(")")
+
+
+# What an operator computes.
+
+FMAP1, FMAP2, COST = 0, 1, 2
+"""The slots of the trilinear form."""
+
+
+class _Operator(NamedTuple):
+    """Derivatives of the trilinear form with respect to the slots ``results``."""
+
+    name: str
+    operands: tuple[int, ...]
+    """The slots that it takes; the first is a feature map."""
+    results: tuple[int, ...]
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return getattr(torch.ops.cupycorr, self.name).default  # type: ignore[no-any-return]
+
+
+_COST = _Operator("cost", (FMAP1, FMAP2), (COST,))
+_GRADS = _Operator("grads", (FMAP1, FMAP2, COST), (FMAP1, FMAP2))
+_OF_SLOT = (
+    _Operator("grad_fmap1", (FMAP2, COST), (FMAP1,)),
+    _Operator("grad_fmap2", (FMAP1, COST), (FMAP2,)),
+    _COST,
+)
+
+
+def _derive(
+    operator: _Operator, geometry: Geometry, normalize: bool, *operands: Tensor
+) -> tuple[Tensor, ...]:
+    """Compute what an operator returns, differentiably, in the operands' dtype."""
+    if _is_plain(operands):
+        if _is_differentiated(operands):
+            results: tuple[Tensor, ...] = _Derivative.apply(  # type: ignore[no-untyped-call]
+                _compute, operator, geometry, normalize, *operands
+            )
+            return results
+        return _compute(operator, geometry, normalize, *operands)
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return _dispatch(operator, geometry, normalize, *operands)
+
+
+def _compute(
+    operator: _Operator, geometry: Geometry, normalize: bool, *operands: Tensor
+) -> tuple[Tensor, ...]:
+    """Compute what an operator returns for dense CPU tensors, on their own memory."""
+    fmap = operands[0]
+    shapes: dict[int, tuple[int, ...]] = {FMAP1: fmap.shape, FMAP2: fmap.shape}
+    if operator is _COST:
+        shapes[COST] = geometry.cost_shape(fmap.shape)
+    results = tuple(fmap.new_empty(shapes[slot]) for slot in operator.results)
+    divisor = max(1, fmap.shape[1]) * geometry.window_taps if normalize else 1
+    threads = torch.get_num_threads()
+    read = dict(zip(operator.operands, map(_array, operands), strict=True))
+    written = dict(zip(operator.results, map(_array, results), strict=True))
+    if operator is _COST:
+        numpy_engine.forward(
+            read[FMAP1], read[FMAP2], written[COST], geometry, divisor=divisor, threads=threads
+        )
+    else:
+        # Of a map that no wanted gradient depends on, the engine reads the shape: either map's.
+        numpy_engine.backward(
+            read[COST],
+            read.get(FMAP1, read.get(FMAP2)),  # type: ignore[arg-type]
+            read.get(FMAP2, read.get(FMAP1)),  # type: ignore[arg-type]
+            written.get(FMAP1),
+            written.get(FMAP2),
+            geometry,
+            divisor=divisor,
+            threads=threads,
+        )
+    return results
+
+
+def _array(tensor: Tensor) -> npt.NDArray[Any]:
+    """Return a tensor's memory as an array, bfloat16 as its uint16 bits."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+
+class _Derivative(torch.autograd.Function):
+    """What an operator returns, with its derivatives; ``run`` computes the values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Callable[..., tuple[Tensor, ...]],
+        operator: _Operator,
+        geometry: Geometry,
+        normalize: bool,
+        *operands: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.operator, ctx.geometry, ctx.normalize = operator, geometry, normalize
+        ctx.set_materialize_grads(False)
+        # An operand appears in the gradients of the others only.
+        needs = ctx.needs_input_grad[4:]
+        ctx.save_for_backward(
+            *(
+                tensor if any(needs[:i] + needs[i + 1 :]) else None
+                for i, tensor in enumerate(operands)
+            )
+        )
+        ctx.save_for_forward(*operands)
+        return run(operator, geometry, normalize, *operands)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        operator: _Operator = ctx.operator
+        needs = ctx.needs_input_grad[4:]
+        if operator is _COST and all(needs) and upstream[0] is not None:
+            grads: Iterable[Tensor | None] = _derive(
+                _GRADS, ctx.geometry, ctx.normalize, *ctx.saved_tensors, upstream[0]
+            )
+        else:
+            changes = dict(zip(operator.results, upstream, strict=True))
+            grads = (
+                _change(slot, changes, ctx) if needed else None
+                for slot, needed in zip(operator.operands, needs, strict=True)
+            )
+        return None, None, None, None, *grads
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        operator: _Operator = ctx.operator
+        changes = dict(zip(operator.operands, tangents[4:], strict=True))
+        return tuple(_change(slot, changes, ctx) for slot in operator.results)
+
+
+def _change(slot: int, changes: dict[int, Tensor | None], ctx: Any) -> Tensor | None:
+    """Return how the derivative with respect to a slot changes with the slots in ``changes``.
+
+    The sum over them of the derivative at that change, and at the third slot's saved value.
+    """
+    values = dict(zip(ctx.operator.operands, ctx.saved_tensors, strict=True))
+    operator = _OF_SLOT[slot]
+    total: Tensor | None = None
+    for changed, change in changes.items():
+        if changed != slot and change is not None:
+            operands = ((values | {changed: change})[other] for other in operator.operands)
+            (term,) = _derive(operator, ctx.geometry, ctx.normalize, *operands)
+            total = term if total is None else total + term
+    return total
+
+
+# How torch's dispatcher knows of the operators.
+
+
+def _keys(*names: str) -> torch._C.DispatchKeySet:
+    first, *others = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, n)) for n in names)
+    for other in others:
+        first = first | other
+    return first
+
+
+_AUTOCAST = _keys("AutocastCPU", "AutocastCUDA")
+_PLAIN = _keys("CPU", "BackendSelect", "ADInplaceOrView", "AutogradCPU", "AutocastCPU").raw_repr()
+"""Dispatch keys under which the dispatcher runs the CPU's kernel, between autograd and that."""
+
+
+def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
+    """Tell whether all that the dispatcher would do is to differentiate and to compute.
+
+    That is: dense tensors on the CPU; no subclass, transform, tracer or mode. The dispatcher and
+    its Python kernels take five times as long as this and the remaining way to the engine.
+    """
+    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    for tensor in tensors:
+        keys |= torch._C._dispatch_keys(tensor).raw_repr()
+    return not keys & ~_PLAIN and not torch.overrides.has_torch_function(tensors)
+
+
+def _is_differentiated(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether a derivative, in reverse or forward mode, may be asked for."""
+    return forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    )
+
+
+def _dispatch(
+    operator: _Operator, geometry: Geometry, normalize: bool, *operands: Tensor
+) -> tuple[Tensor, ...]:
+    """Call an operator through the dispatcher."""
+    results = operator.function(*operands, *_fields(geometry), normalize)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _dispatch_below_autograd(
+    operator: _Operator, geometry: Geometry, normalize: bool, *operands: Tensor
+) -> tuple[Tensor, ...]:
+    """Call an operator through the dispatcher, for values at this level of differentiation.
+
+    A transform of torch.func may differentiate on another level below; autograd.Function has
+    switched that off for its own.
+    """
+    with (
+        torch.enable_grad(),
+        forward_ad._set_fwd_grad_enabled(True),
+        torch._C._AutoDispatchBelowAutograd(),
+    ):
+        return _dispatch(operator, geometry, normalize, *operands)
+
+
+def _autograd_kernel(operator: _Operator, *arguments: Any) -> Any:
+    operands, geometry, normalize = _parse(operator, arguments)
+    if _is_differentiated(operands) or torch._C._are_functorch_transforms_active():
+        # The dispatcher has come down to a single level of torch.func's transforms.
+        # autograd.Function.apply would start again at the top, so this calls what it wraps.
+        with enable_single_level_autograd_function():
+            results = super(torch.autograd.Function, _Derivative).apply(  # type: ignore[no-untyped-call]
+                _dispatch_below_autograd, operator, geometry, normalize, *operands
+            )
+    else:
+        results = _dispatch_below_autograd(operator, geometry, normalize, *operands)
+    return _returned(operator, results)
+
+
+def _cpu_kernel(operator: _Operator, *arguments: Any) -> Any:
+    operands, geometry, normalize = _parse(operator, arguments)
+    # Graphs that were traced or exported come here with whatever tensors they are given, and the
+    # engine would read and write outside of theirs.
+    fmap = operands[0]
+    shapes = [
+        geometry.cost_shape(fmap.shape) if slot == COST else fmap.shape
+        for slot in operator.operands
+    ]
+    if [operand.shape for operand in operands] != shapes:
+        raise ValueError(
+            f"operands of cupycorr::{operator.name} must have the shapes "
+            f"{', '.join(str(tuple(shape)) for shape in shapes)}, got "
+            f"{', '.join(str(tuple(operand.shape)) for operand in operands)}"
+        )
+    if len({operand.dtype for operand in operands}) > 1 or fmap.dtype not in _DTYPES:
+        raise TypeError(
+            f"operands of cupycorr::{operator.name} must have one dtype of "
+            f"{', '.join(map(str, _DTYPES))}, got "
+            f"{', '.join(str(operand.dtype) for operand in operands)}"
+        )
+    return _returned(operator, _compute(operator, geometry, normalize, *operands))
+
+
+def _fake_kernel(operator: _Operator, *arguments: Any) -> Any:
+    """Return results without values; sizes may be symbols, of which nothing may be asked."""
+    (fmap, *_), geometry, _ = _parse(operator, arguments)
+    batch, _, height, width = fmap.shape
+    sizes = geometry.y.output_size(height), geometry.x.output_size(width)
+    shapes = {FMAP1: fmap.shape, FMAP2: fmap.shape, COST: (batch, *geometry.patch_size, *sizes)}
+    results = tuple(fmap.new_empty(shapes[slot]) for slot in operator.results)
+    return _returned(operator, results)
+
+
+def _vmap_kernel(
+    operator: _Operator, info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+) -> Any:
+    """Fold the batches of vmap into those of the maps; what has none is repeated."""
+    operands, geometry, normalize = _parse(operator, arguments)
+    count = info.batch_size
+    folded, samples = [], 0
+    for tensor, dim in zip(operands, in_dims, strict=False):
+        batched = tensor.expand(count, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        samples = batched.shape[1]
+        folded.append(batched.flatten(0, 1))
+    results = _dispatch(operator, geometry, normalize, *folded)
+    results = tuple(result.view(count, samples, *result.shape[1:]) for result in results)
+    return _returned(operator, results), _returned(operator, (0,) * len(results))
+
+
+def _autocast_kernel(fmap1: Tensor, fmap2: Tensor, *fields: Any) -> Any:
+    fmap1, fmap2 = autocast(fmap1, fmap2)
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return _COST.function(fmap1, fmap2, *fields)
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FIELDS = (
+    "kernel_size",
+    "patch_size",
+    "stride",
+    "padding",
+    "dilation",
+    "dilation_patch",
+    "first_displacement",
+)
+"""What an operator takes of a geometry, each as two ints."""
+
+
+def _fields(geometry: Geometry) -> tuple[tuple[int, int], ...]:
+    return tuple(getattr(geometry, name) for name in _FIELDS)
+
+
+@lru_cache(maxsize=1024)
+def _geometry(*fields: tuple[int, int]) -> Geometry:
+    return Geometry(*fields)
+
+
+def _parse(
+    operator: _Operator, arguments: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], Geometry, bool]:
+    """Take an operator's arguments apart: operands, geometry, normalize."""
+    count = len(operator.operands)
+    return arguments[:count], _geometry(*map(tuple, arguments[count:-1])), arguments[-1]
+
+
+def _returned(operator: _Operator, results: tuple[Any, ...]) -> Any:
+    """Return one result bare, as schemas have it."""
+    return results if len(operator.results) > 1 else results[0]
+
+
+def _register(library: torch.library.Library) -> None:
+    """Define the operators and what they mean under each dispatch key."""
+    slots = ("fmap1", "fmap2", "grad_cost")
+    fields = ", ".join(f"int[2] {name}" for name in _FIELDS)
+    for operator in (*_OF_SLOT, _GRADS):
+        operands = ", ".join(f"Tensor {slots[slot]}" for slot in operator.operands)
+        results = ", ".join("Tensor" for _ in operator.results)
+        library.define(  # type: ignore[no-untyped-call]
+            f"{operator.name}({operands}, {fields}, bool normalize) -> ({results})",
+            tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+        )
+        library.impl(operator.name, partial(_cpu_kernel, operator), "CPU")  # type: ignore[no-untyped-call]
+        library.impl(operator.name, partial(_autograd_kernel, operator), "Autograd")  # type: ignore[no-untyped-call]
+        qualified = f"cupycorr::{operator.name}"
+        torch.library.register_fake(qualified, partial(_fake_kernel, operator), lib=library)
+        torch.library.register_vmap(qualified, partial(_vmap_kernel, operator), lib=library)
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        library.impl(_COST.name, _autocast_kernel, key)  # type: ignore[no-untyped-call]
+
+
+_LIBRARY = torch.library.Library("cupycorr", "FRAGMENT")  # type: ignore[no-untyped-call]
+_register(_LIBRARY)
