@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 hypothesis.settings.register_profile(
-    "reproducible", derandomize=True, deadline=None, database=None, max_examples=60
+    "reproducible", derandomize=True, deadline=None, database=None, max_examples=40
 )
 hypothesis.settings.load_profile("reproducible")
 
