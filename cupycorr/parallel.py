@@ -70,36 +70,47 @@ class Arena:
         return self._scratch.take(str(self._taken), shape, dtype)
 
 
+WORTH_LIMITING_BLAS = 1 << 18
+"""Multiply-adds from which on BLAS might use several threads for a product."""
+WORTH_THREADS = 1 << 22
+"""Multiply-adds from which on several threads are used."""
+
 Unit = Callable[[Scratch], None]
 Runner = Callable[[Sequence[Unit]], None]
 
 
 @contextmanager
-def workers(threads: int) -> Iterator[Runner]:
-    """Provide a function that runs units on so many threads and returns when all are done.
+def workers(multiply_adds: int, threads: int | None) -> Iterator[Runner]:
+    """Provide a function that runs units and returns when all are done.
 
-    The units of one call may run in any order and at the same time.
+    The units of one call may run in any order and at the same time, on at most ``threads``
+    threads, by default as many as BLAS would use; small work stays on the calling thread.
     """
-    scratches = [Scratch() for _ in range(threads)]
-    with ThreadPoolExecutor(max(1, threads - 1)) as pool, _blas_on_one_thread():
-
-        def run(units: Sequence[Unit]) -> None:
-            queue = deque(units)
-            helpers = min(threads, len(queue)) - 1
-            futures = [pool.submit(_drain, queue, scratches[1 + i]) for i in range(helpers)]
-            try:
-                _drain(queue, scratches[0])
-            finally:
-                queue.clear()
-                for future in futures:
-                    future.result()
-
-        yield run
+    if multiply_adds < WORTH_LIMITING_BLAS:
+        scratch = Scratch()
+        yield lambda units: _drain(deque(units), scratch)
+        return
+    with _blas_on_one_thread():
+        if multiply_adds < WORTH_THREADS:
+            count = 1
+        else:
+            count = thread_count() if threads is None else threads
+        scratches = [Scratch() for _ in range(count)]
+        with ThreadPoolExecutor(max(1, count - 1)) as pool:
+            yield lambda units: _run(units, scratches, pool)
 
 
-def run_here(units: Sequence[Unit]) -> None:
-    """Run units one after the other on the calling thread."""
-    _drain(deque(units), Scratch())
+def _run(units: Sequence[Unit], scratches: list[Scratch], pool: ThreadPoolExecutor) -> None:
+    queue = deque(units)
+    helpers = scratches[1 : len(queue)]
+    futures = [pool.submit(_drain, queue, scratch) for scratch in helpers]
+    try:
+        _drain(queue, scratches[0])
+    finally:
+        # After an error here, what is left must not run on.
+        queue.clear()
+        for future in futures:
+            future.result()
 
 
 def thread_count() -> int:

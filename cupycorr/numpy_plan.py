@@ -1,0 +1,320 @@
+"""How the NumPy engine cuts its work: chunks, lattices, blocks, tiles. All strategy is chosen here.
+
+- A *chunk* is a part of the cost volume that is computed at a time, small enough that its scratch
+  arrays take `CHUNK_BYTES` or so, whatever the size of the problem.
+- A chunk's products lie on one lattice per axis (or one per tap, see `Axis.lattices`); on each pair
+  of lattices the phases are cut into *blocks*, and those into *tiles* with their *windows*.
+
+The cut depends on shapes alone, never on the number of threads, so results do not either.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
+from cupycorr.geometry import Band, Geometry, Lattice, Phase
+
+CHUNK_BYTES = 24 << 20
+"""What a chunk's scratch arrays should take together: tens of MB, about a last-level cache."""
+BATCH_BYTES = 6 << 20
+"""Samples are taken together in a chunk while their scratch arrays stay below this."""
+MATRIX_BYTES = 1 << 20
+"""Upper limit of the product matrices in work at a time: about a core's second-level cache."""
+COPY_ELEMENTS = 1 << 16
+"""Elements per unit of copying."""
+
+
+class Tiling(NamedTuple):
+    """Targets per tile, and whether its products are one matrix product or shift by shift."""
+
+    rows: int
+    columns: int
+    as_matrix: bool
+
+
+class Tiles(NamedTuple):
+    """``count`` tiles along an axis, one after the other, that lie alike in their windows."""
+
+    start: int
+    """First target."""
+    size: int
+    """Targets per tile."""
+    count: int
+    window: int
+    """First source position of the first tile that exists."""
+    extent: int
+    """Source positions per tile that exist."""
+    cut: int
+    """Source positions before ``window`` that the tile would meet, were they there."""
+
+    @property
+    def targets(self) -> slice:
+        """The targets of all tiles."""
+        return slice(self.start, self.start + self.count * self.size)
+
+    @property
+    def sources(self) -> slice:
+        """The source positions of all tiles."""
+        return slice(self.window, self.window + (self.count - 1) * self.size + self.extent)
+
+    def split(self, at_once: int) -> list[Tiles]:
+        """Split into groups of at most so many tiles."""
+        return [
+            self._replace(
+                start=self.start + done * self.size,
+                window=self.window + done * self.size,
+                count=min(at_once, self.count - done),
+            )
+            for done in range(0, self.count, at_once)
+        ]
+
+
+class Block(NamedTuple):
+    """A column of tiles of one pair of phases.
+
+    ``y`` and ``x`` are the bands from targets to sources. For the gradient of the second map the
+    targets are in the second map, and displacements run backwards: ``mirrored``.
+    """
+
+    y: Band
+    x: Band
+    across: Tiles
+    down: tuple[Tiles, ...]
+    as_matrix: bool
+    mirrored: bool
+
+    @property
+    def target_shape(self) -> tuple[int, int]:
+        """Rows and columns of the targets."""
+        return self.y.count1, self.across.size
+
+    @property
+    def source_shape(self) -> tuple[int, int]:
+        """Rows and columns of the windows together."""
+        return self.y.count2, self.across.extent
+
+
+class Piece(NamedTuple):
+    """A block and the phases that it is part of."""
+
+    y: Phase
+    x: Phase
+    block: Block
+
+    def positions(self, which: int) -> tuple[slice, slice]:
+        """Return the rows and columns of the phase in map 1 or 2."""
+        return (self.y.image1, self.x.image1) if which == 1 else (self.y.image2, self.x.image2)
+
+
+class Step(NamedTuple):
+    """The products of a chunk that lie on one pair of lattices."""
+
+    lattice_y: Lattice
+    lattice_x: Lattice
+    complete: bool
+    """Whether every product on the lattice, of every displacement, exists."""
+    pieces: tuple[tuple[Piece, ...], tuple[Piece, ...]]
+    """By whose positions are the targets: those of map 1 (also for the cost) or of map 2."""
+    partition: tuple[bool, bool]
+    """Whether the targets are all positions of the map, each once."""
+
+
+class Part(NamedTuple):
+    """The displacements and output rows of a chunk."""
+
+    patch_y: slice
+    patch_x: slice
+    rows: slice
+    steps: tuple[Step, ...]
+
+
+class Plan(NamedTuple):
+    """All chunks: every part for every group of so many ``samples``."""
+
+    samples: int
+    parts: tuple[Part, ...]
+    multiply_adds: int
+    """Per sample."""
+
+
+@lru_cache(maxsize=512)
+def plan(shape: tuple[int, int, int], geometry: Geometry, itemsize: int, adjoint: bool) -> Plan:
+    """Plan the computation of a cost volume, or of its gradients, from maps (C, H, W)."""
+    channels, height, width = shape
+    rows, columns = geometry.output_size(height, width)
+    patch_y, patch_x = geometry.patch_size
+    size = [patch_y, patch_x, rows]
+
+    def scratch_bytes() -> int:
+        y, x = geometry.y, geometry.x
+        lattice_rows = size[2] * max(1, y.stride // y.dilation_patch) + y.window_extent
+        windows = min(height, lattice_rows * y.stride + size[0] * y.dilation_patch)
+        packed = channels * width * (min(height, lattice_rows * y.stride) + 2 * windows)
+        volume = size[0] * size[1] * lattice_rows * (columns + x.window_extent)
+        return itemsize * ((2 if adjoint else 1) * packed + volume)
+
+    # Rows are cut while their windows overlap little, then the patch, then rows to the last.
+    for axis, least in ((2, 2 * patch_y), (0, 1), (1, 1), (2, 1)):
+        while size[axis] > least and scratch_bytes() > CHUNK_BYTES:
+            size[axis] = max(least, -(-size[axis] // 2))
+
+    parts = []
+    for p, q, h in product(spans(patch_y, size[0]), spans(patch_x, size[1]), spans(rows, size[2])):
+        lattices_y = geometry.y.patch_part(p).lattices(height, h.start, h.stop)
+        lattices_x = geometry.x.patch_part(q).lattices(width, 0, columns)
+        steps = tuple(
+            _step(shape, y, x, (p.stop - p.start) * (q.stop - q.start), itemsize, adjoint)
+            for y, x in product(lattices_y, lattices_x)
+        )
+        parts.append(Part(p, q, h, steps))
+    samples = max(1, BATCH_BYTES // scratch_bytes())
+    return Plan(samples, tuple(parts), geometry.multiply_adds((1, channels, height, width)))
+
+
+def spans(count: int, size: int) -> list[slice]:
+    """Split ``count`` indices into slices of ``size``."""
+    return [slice(i, min(count, i + size)) for i in range(0, count, size)]
+
+
+def _step(
+    shape: tuple[int, int, int],
+    y: Lattice,
+    x: Lattice,
+    displacements: int,
+    itemsize: int,
+    adjoint: bool,
+) -> Step:
+    existing = [sum(phase.band.pairs for phase in lattice.phases) for lattice in (y, x)]
+    complete = existing[0] * existing[1] == displacements * y.size * x.size
+
+    pieces = [
+        tuple(
+            Piece(phase_y, phase_x, block)
+            for phase_y, phase_x in product(y.phases, x.phases)
+            for block in _blocks(shape[0], phase_y.band, phase_x.band, itemsize, adjoint, mirrored)
+        )
+        for mirrored in ((False, True) if adjoint else (False,))
+    ]
+    partition = [_is_partition(group, which, shape[1:]) for which, group in enumerate(pieces, 1)]
+    if not adjoint:
+        pieces.append(())
+        partition.append(False)
+    return Step(y, x, complete, (pieces[0], pieces[1]), (partition[0], partition[1]))
+
+
+def _is_partition(pieces: tuple[Piece, ...], which: int, size: tuple[int, int]) -> bool:
+    places = {
+        (rows.start, rows.step, columns.start, columns.step, piece.block.across.start)
+        for piece in pieces
+        for rows, columns in [piece.positions(which)]
+    }
+    covered = sum(prod(piece.block.target_shape) for piece in pieces)
+    return len(places) == len(pieces) and covered == prod(size)
+
+
+def _blocks(
+    channels: int, y: Band, x: Band, itemsize: int, adjoint: bool, mirrored: bool
+) -> list[Block]:
+    if mirrored:
+        y, x = y.mirrored(), x.mirrored()
+    tiling = choose_tiling(channels, y, x, itemsize, adjoint)
+    down = cover(y, tiling.rows)
+    return [
+        Block(y, x, tile, down, tiling.as_matrix, mirrored)
+        for tiles in cover(x, tiling.columns)
+        for tile in tiles.split(1)
+    ]
+
+
+@lru_cache(maxsize=1024)
+def cover(band: Band, size: int) -> tuple[Tiles, ...]:
+    """Cover all targets with tiles of ``size``; the last one may be smaller."""
+    found: list[Tiles] = []
+    for start in range(0, band.count1, size):
+        targets = min(size, band.count1 - start)
+        virtual = start + band.shift
+        low = max(0, virtual)
+        high = min(band.count2, virtual + targets - 1 + band.count_patch)
+        tile = Tiles(start, targets, 1, low, max(0, high - low), low - virtual)
+        last = found[-1] if found else None
+        if (
+            last
+            and tile.cut == 0
+            and (last.size, last.extent, last.cut)
+            == (
+                targets,
+                tile.extent,
+                0,
+            )
+        ):
+            found[-1] = last._replace(count=last.count + 1)
+        else:
+            found.append(tile)
+    return tuple(found)
+
+
+# Seconds per step, measured in float32; only their ratios matter for the choice.
+MULTIPLY_ADD = 2.2e-11
+PACKED_BY_BLAS = 4.5e-10
+COPIED = 7e-10
+COPIED_RUN = 8e-9
+CALL = 1.5e-6
+SHIFTED = 6e-10
+SHIFTED_ADJOINT = 1.8e-9
+
+
+@lru_cache(maxsize=4096)
+def choose_tiling(channels: int, y: Band, x: Band, itemsize: int, adjoint: bool) -> Tiling:
+    """Choose how to cut a pair of bands, by a model of the cost of each possible way.
+
+    Large tiles make efficient matrix products but compute much beside the band; for few channels
+    or displacements one multiplication per displacement beats any tile.
+    """
+    rows = max(1, min(y.count1, 2 * COPY_ELEMENTS // (itemsize * channels * x.count1)))
+    best = Tiling(rows, x.count1, as_matrix=False)
+    best_cost = (
+        y.count_patch
+        * x.count_patch
+        * (
+            -(-y.count1 // rows) * 3 * CALL
+            + y.count1 * x.count1 * channels * (SHIFTED_ADJOINT if adjoint else SHIFTED)
+        )
+    )
+    for columns in _even_sizes(x.count1):
+        across = cover(x, columns)
+        extent = max(t.extent for t in across)
+        for rows in _even_sizes(y.count1):
+            window = (rows + y.count_patch - 1) * extent
+            if rows * columns * window * itemsize > MATRIX_BYTES:
+                continue
+            cost = _cost_of_tiles(channels, y, x, cover(y, rows), across)
+            if cost < best_cost:
+                best, best_cost = Tiling(rows, columns, as_matrix=True), cost
+    return best
+
+
+def _cost_of_tiles(
+    channels: int, y: Band, x: Band, down: tuple[Tiles, ...], across: tuple[Tiles, ...]
+) -> float:
+    targets = down[0].size * across[0].size
+    tiles_y, tiles_x = (sum(t.count for t in axis) for axis in (down, across))
+    sources_y, sources_x = (sum(t.count * t.extent for t in axis) for axis in (down, across))
+    products = targets * sources_y * sources_x
+    packed_by_blas = targets * tiles_y * tiles_x + sources_y * sources_x
+    packed = y.count1 * x.count1 + y.count2 * sources_x
+    band = y.count1 * x.count1 * y.count_patch * x.count_patch
+    return (
+        channels * (products * MULTIPLY_ADD + packed_by_blas * PACKED_BY_BLAS)
+        + (channels * packed + band) * (COPIED + COPIED_RUN / across[0].size)
+        + tiles_x * (len(down) * 8 + 4) * CALL
+    )
+
+
+@lru_cache(maxsize=256)
+def _even_sizes(count: int) -> tuple[int, ...]:
+    """Return tile sizes to try, each such that its tiles cover ``count`` with little overlap."""
+    sizes = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
+    return tuple(sorted({-(-count // -(-count // min(size, count))) for size in sizes}))
