@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import tempfile
 import time
-import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from math import prod, sqrt
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -19,6 +15,7 @@ import numpy.typing as npt
 
 from cupycorr import Geometry, correlation, correlation_vjp, verify
 
+from .memory import peak
 from .options import Problem
 
 Array = npt.NDArray[Any]
@@ -289,43 +286,7 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 def _extra_memory(one: Implementation, maps: _Maps, geometry: Geometry) -> tuple[int, int]:
     """Return the peaks of both passes beyond inputs and outputs, in bytes."""
-    forward, cost = _peak(one, lambda: one.correlate(maps.fmap1, maps.fmap2, geometry))
-    backward, grads = _peak(one, lambda: _gradients(one, maps, geometry, cost))
+    torch_too = one.library == "torch"
+    forward, cost = peak(lambda: one.correlate(maps.fmap1, maps.fmap2, geometry), torch_too)
+    backward, grads = peak(lambda: _gradients(one, maps, geometry, cost), torch_too)
     return max(0, forward - cost.nbytes), max(0, backward - sum(g.nbytes for g in grads))
-
-
-def _peak(one: Implementation, call: Callable[[], Any]) -> tuple[int, Any]:
-    """Add the peak of what NumPy allocated (tracemalloc) to that of torch (its profiler)."""
-    tracemalloc.start()
-    try:
-        with _torch_peak() if one.library == "torch" else contextlib.nullcontext([0]) as torch_peak:
-            before = tracemalloc.get_traced_memory()[0]
-            tracemalloc.reset_peak()
-            result = call()
-            numpy_peak = tracemalloc.get_traced_memory()[1] - before
-    finally:
-        tracemalloc.stop()
-    return numpy_peak + torch_peak[0], result
-
-
-@contextlib.contextmanager
-def _torch_peak() -> Iterator[list[int]]:
-    """Fill a list of one with the peak of torch's allocations on the CPU, at the end."""
-    from torch.profiler import ProfilerActivity, profile
-
-    peak = [0]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        yield peak
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    changes = [
-        (event["ts"], event["args"]["Ev Idx"], event["args"]["Bytes"])
-        for event in events
-        if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0
-    ]
-    level = 0
-    for _, _, change in sorted(changes):
-        level += change
-        peak[0] = max(peak[0], level)

@@ -6,8 +6,6 @@ import sys
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from .measure import PASSES, Outcome
 from .options import GEOMETRY_FIELDS, Problem
@@ -65,6 +63,9 @@ def _implementation(outcome: Outcome) -> dict[str, Any]:
 
 def show(document: dict[str, Any], problem: dict[str, Any], scale: str) -> None:
     """Print the tables of one problem, and a line per implementation."""
+    from rich.console import Console
+    from rich.table import Table
+
     # Rich breaks lines by the terminal; piped output has one width everywhere.
     console = Console(file=sys.stdout, highlight=False)
     console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH

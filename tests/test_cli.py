@@ -21,7 +21,7 @@ if importlib.util.find_spec("cupycorr.cli") is None:
     cupycorr.__path__.append(str(Path(__file__).resolve().parent.parent))
 
 from cupycorr.cli import bench as bench_command
-from cupycorr.cli import environment, features, main, measure, peers, report
+from cupycorr.cli import environment, features, main, measure, memory, peers, report
 from cupycorr.cli import gradcheck as gradcheck_command
 
 bench_module = sys.modules["cupycorr.cli.bench"]
@@ -417,24 +417,28 @@ def test_a_file_that_is_no_image_ends_the_command(tmp_path):
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_extra_memory_counts_scratch_and_not_results(library):
-    maps, geometry = measure.random_maps((1, 2, 30, 40), "float32"), Geometry(patch_size=3)
+def test_the_peak_of_memory_counts_what_is_held_at_once(library):
+    empty = np.empty
     if library == "torch":
-        pytest.importorskip("torch")
+        empty = pytest.importorskip("torch").empty
 
-    def wasteful(fmap1, fmap2, geometry):
-        scratch = np.empty(10_000_000, np.uint8)
-        del scratch
-        if library == "torch":
-            (fmap1.detach().new_empty(5_000_000) + 1).sum()
-        return cupycorr.correlation(fmap1, fmap2, geometry)
+    def call():
+        held = empty(4_000_000)  # 32 MB, or 16 MB in torch's default dtype
+        freed = empty(4_000_000)
+        del freed
+        return held, empty(2_000_000)
 
-    one = measure.Implementation("wasteful", library, wasteful)
-    inputs = measure._maps((*maps, np.ones((1, 3, 3, 30, 40), np.float32)), library, "float32")
-    forward, backward = measure._extra_memory(one, inputs, geometry)
-    scratch = 10_000_000 + (40_000_000 if library == "torch" else 0)
-    assert scratch - 100_000 <= forward < scratch + 1_000_000
-    assert backward < 1_000_000
+    peak, kept = memory.peak(call, torch_too=library == "torch")
+    held = 2 * kept[0].nbytes
+    assert held <= peak < held + 1_000_000
+
+
+def test_extra_memory_leaves_out_the_results():
+    geometry, maps = Geometry(patch_size=31), measure.random_maps((1, 1, 30, 40), "float32")
+    cost = np.ones(geometry.cost_shape(maps[0].shape), np.float32)
+    one = measure.Implementation("frugal", "numpy", lambda *_: cost.copy())
+    forward, _ = measure._extra_memory(one, measure._Maps(*maps, cost), geometry)
+    assert forward < cost.nbytes / 10
 
 
 def test_threads_are_limited_and_given_back():

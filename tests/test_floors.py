@@ -27,8 +27,7 @@ NUMPY = frozenset({"numpy"})
 ROOMS = {
     "cupycorr.geometry": Room(0),
     "cupycorr.parallel": Room(1, NUMPY, frozenset({"threadpoolctl"})),
-    "cupycorr.numpy_bands": Room(1, NUMPY),
-    "cupycorr.numpy_engine": Room(1, NUMPY),
+    "cupycorr.numpy_*": Room(1, NUMPY),
     # The torch module enters by the public door, where its tensors are checked.
     "cupycorr.torch_ops": Room(1.5, NUMPY | {"torch"}, up=frozenset({"cupycorr.api"})),
     "cupycorr.api": Room(2, NUMPY, frozenset({"torch"})),
@@ -100,6 +99,8 @@ MODULES = modules()
 
 def room_of(module):
     """Return a module's room: its own, or that of the package it lies in."""
+    if module.startswith("cupycorr.numpy_"):
+        return ROOMS["cupycorr.numpy_*"]
     while module not in ROOMS:
         if "." not in module or module.rpartition(".")[0] == "cupycorr":
             raise LookupError(f"{module} has no floor")

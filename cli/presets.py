@@ -1,0 +1,38 @@
+"""The layers of known networks, by the options of ``cupycorr bench``."""
+
+from __future__ import annotations
+
+from cupycorr.geometry import IntOrPair
+
+
+def _pwc(batch: int, channels: int, height: int, width: int) -> dict[str, IntOrPair]:
+    size: dict[str, IntOrPair] = {
+        "batch_size": batch, "channel": channels, "height": height, "width": width,
+    }  # fmt: skip
+    return size | {"patch": 9}
+
+
+FLOWNETC: dict[str, IntOrPair] = {
+    "batch_size": 4, "channel": 256, "height": 48, "width": 64, "patch": 21, "patch_dilation": 2,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, IntOrPair]] = {
+    # The defaults of spatial-correlation-sampler's benchmark.py.
+    "default": {
+        "batch_size": 16, "kernel_size": 3, "patch": 3, "patch_dilation": 2, "channel": 64,
+        "height": 100, "width": 100, "stride": 2, "pad": 1, "dilation": 2,
+    },
+    "flownetc": FLOWNETC,
+    "flownetc-s2": FLOWNETC | {"stride": 2},
+    "pwc": _pwc(8, 128, 64, 112),
+    # The levels of PWC-Net's pyramid on 448 x 896 pixels.
+    "pwc-l2": _pwc(8, 32, 128, 224),
+    "pwc-l3": _pwc(8, 64, 64, 112),
+    "pwc-l4": _pwc(8, 96, 32, 56),
+    "pwc-l5": _pwc(8, 128, 16, 28),
+    "pwc-l6": _pwc(8, 196, 8, 14),
+    "stereo": {"batch_size": 2, "channel": 128, "height": 96, "width": 160, "patch": (1, 41)},
+    "k3-dense": {
+        "batch_size": 2, "channel": 64, "height": 64, "width": 64,
+        "kernel_size": 3, "patch": 9, "pad": 1,
+    },
+}  # fmt: skip
