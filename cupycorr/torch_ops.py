@@ -56,7 +56,7 @@ def correlation(fmap1: Tensor, fmap2: Tensor, geometry: Geometry, normalize: boo
     RuntimeError
         If the maps are neither on the CPU nor on the meta device.
     """
-    if not (fmap1.is_cpu or fmap1.is_meta):
+    if fmap1.device.type not in ("cpu", "meta"):
         raise RuntimeError(
             f"the maps must be on the CPU, got {fmap1.device}: this version computes on the CPU "
             "only; move them with .cpu()"
@@ -86,11 +86,13 @@ def autocast(*maps: Any) -> tuple[Any, ...]:
         In the dtype of the autocast region, float16 or bfloat16. The cost volume has that dtype
         then too; sums are accumulated in float32 and rounded once.
     """
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return maps
     return tuple(_cast(tensor) if isinstance(tensor, Tensor) else tensor for tensor in maps)
 
 
 def _cast(tensor: Tensor) -> Tensor:
-    device = "cpu" if tensor.is_cpu else tensor.device.type
+    device = tensor.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensor
     if not tensor.is_floating_point() or tensor.dtype is torch.float64:
@@ -301,7 +303,10 @@ class _Derivative(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         operator: _Operator = ctx.operator
         changes = dict(zip(operator.operands, tangents[4:], strict=True))
-        return tuple(_change(slot, changes, ctx) for slot in operator.results)
+        tangents = tuple(_change(slot, changes, ctx) for slot in operator.results)
+        # Autograd fails on a result without a tangent, beside one that has one.
+        fmap = ctx.saved_tensors[0]
+        return tuple(fmap.new_zeros(fmap.shape) if t is None else t for t in tangents)
 
 
 def _change(slot: int, changes: dict[int, Tensor | None], ctx: Any) -> Tensor | None:
@@ -397,6 +402,11 @@ def _cpu_kernel(operator: _Operator, *arguments: Any) -> Any:
     # Graphs that were traced or exported come here with whatever tensors they are given, and the
     # engine would read and write outside of theirs.
     fmap = operands[0]
+    if fmap.dim() != 4:
+        raise ValueError(
+            f"operands of cupycorr::{operator.name} must be maps of shape (N, C, H, W), got "
+            f"{tuple(fmap.shape)}"
+        )
     shapes = [
         geometry.cost_shape(fmap.shape) if slot == COST else fmap.shape
         for slot in operator.operands
