@@ -169,6 +169,9 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": usable_cores(),
+        # Others' work on the same cores costs threads that wait for one another far more than
+        # its share: a reader of the times must know of it.
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "libraries": libraries,

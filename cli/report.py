@@ -18,7 +18,9 @@ def heading(document: dict[str, Any]) -> None:
     """Print the machine and what the columns mean."""
     machine, gemm = document["machine"], document["gemm"]
     libraries = ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())
-    click.echo(f"{machine['processor']}, {document['threads']} threads; {libraries}")
+    load = "" if machine["load"] is None else f" (load before: {machine['load']:.1f})"
+    click.echo(f"{machine['processor']}, {document['threads']} threads{load}")
+    click.echo(libraries)
     rate = 2 * gemm["size"] ** 3 / min(gemm["seconds"]) / 1e9
     click.echo(
         f"GEMM: share of the rate of a dense {gemm['size']}^3 np.matmul in this run, "
