@@ -14,9 +14,8 @@ bfloat16 numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
-from itertools import product
+from itertools import groupby, product
 from math import prod
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from cupycorr import numpy_bands
 from cupycorr.geometry import Geometry
-from cupycorr.numpy_plan import COPY_ELEMENTS, Part, Piece, Plan, Step, cover, plan, spans
+from cupycorr.numpy_plan import COPY_ELEMENTS, Piece, Step, cover, plan, spans
 from cupycorr.parallel import Arena, Runner, Scratch, Unit, workers
 
 Array = npt.NDArray[Any]
@@ -63,7 +62,7 @@ def forward(
     work = plan(fmap1.shape[1:], geometry, dtype.itemsize, False)
     with workers(len(fmap1) * work.multiply_adds, threads) as run:
         arena = Arena()
-        for samples, part, _, _ in _chunks(len(fmap1), work):
+        for samples, part in product(spans(len(fmap1), work.samples), work.parts):
             arena.reset()
             out = cost[samples, part.patch_y, part.patch_x, part.rows]
             _forward_chunk(fmap1[samples], fmap2[samples], out, part.steps, divisor, run, arena)
@@ -108,21 +107,15 @@ def backward(
     multiply_adds = len(fmap1) * work.multiply_adds * len(gradients)
     with workers(multiply_adds, threads) as run:
         arena = Arena()
-        for samples, part, first, last in _chunks(len(fmap1), work):
-            arena.reset()
-            upstream = grad_cost[samples, part.patch_y, part.patch_x, part.rows]
+        for samples in spans(len(fmap1), work.samples):
+            steps = [(part, step) for part in work.parts for step in part.steps]
             for gradient in gradients:
-                gradient.enter(samples, first)
-            _backward_chunk(upstream, gradients, part.steps, run, arena)
-            for gradient in gradients:
-                gradient.leave(last)
-
-
-def _chunks(batch: int, work: Plan) -> Iterator[tuple[slice, Part, bool, bool]]:
-    """Yield samples, part, and whether it is the first and the last part of these samples."""
-    for samples in spans(batch, work.samples):
-        for part in work.parts:
-            yield samples, part, part is work.parts[0], part is work.parts[-1]
+                gradient.enter(samples, only=len(steps) == 1)
+            for part, step in steps:
+                arena.reset()
+                upstream = grad_cost[samples, part.patch_y, part.patch_x, part.rows]
+                _backward_step(upstream, gradients, step, run, arena)
+            run([unit for gradient in gradients for unit in gradient.leave_units()])
 
 
 def _forward_chunk(
@@ -138,19 +131,18 @@ def _forward_chunk(
     total = np.zeros(out.shape, dtype) if len(steps) > 1 else None
     for step in steps:
         volume = arena.take(_volume_shape(out.shape, step), dtype)
-        copies, products = [], []
+        products = []
         for piece in step.pieces[0]:
             y, x, block = piece
             targets = arena.take((*map1.shape[:2], *block.target_shape), dtype)
             source = arena.take((*map1.shape[:2], *block.source_shape), dtype)
-            columns, window = block.across.targets, block.across.sources
-            copies.append((targets, map1[:, :, y.image1, x.image1][..., columns]))
-            copies.append((source[..., ::-1], map2[:, :, y.image2, x.image2][..., window]))
-            where = volume[:, y.patch, x.patch, y.lattice, x.lattice][..., columns]
+            where = volume[:, y.patch, x.patch, y.lattice, x.lattice][..., block.across.targets]
             products.append((piece, targets, source, where))
+        units = _pack_units(map1, 1, [(piece, targets) for piece, targets, _, _ in products])
+        units += _pack_units(map2, 2, [(piece, source) for piece, _, source, _ in products])
         if not step.complete:
             volume.fill(0)
-        run(_copy_units(copies))
+        run(units)
         run(
             [
                 partial(numpy_bands.multiply, piece.block, tiles, targets[n], source[n], where[n])
@@ -187,21 +179,31 @@ def _store_cost(
 
 
 class _Gradient:
-    """One of the two gradients, and how it accumulates over chunks."""
+    """One of the two gradients, and how it accumulates over chunks and lattices."""
 
     def __init__(self, which: int, source: Array, out: Array, divisor: int) -> None:
         self.which = which
         self.whole_source, self.whole_out, self.divisor = source, out, divisor
-        self.source, self.out, self.sums, self.fresh = source, out, out, True
+        self.source = self.out = out
+        self.sums: Array | None = None
 
-    def enter(self, samples: slice, first: bool) -> None:
-        """Begin with a chunk, the first of these samples or a further one."""
+    def enter(self, samples: slice, *, only: bool) -> None:
+        """Begin with some samples, whose gradient comes from one product only or from several."""
         self.source, self.out = self.whole_source[samples], self.whole_out[samples]
-        if first:
-            # The output itself serves as accumulator where its precision allows that.
-            dtype = _accumulator(self.out)
-            self.sums = self.out if self.out.dtype == dtype else np.empty(self.out.shape, dtype)
-            self.fresh = True
+        self.sums = None if only else np.zeros(self.out.shape, _accumulator(self.out))
+
+    def leave_units(self) -> list[Unit]:
+        """Return the units that store the sums, if they are not stored yet."""
+        if self.sums is None:
+            return []
+        return [
+            partial(_store, self.out[n, part], self.sums[n, part], self.divisor)
+            for n, part in self._parts()
+        ]
+
+    def _parts(self) -> list[tuple[int, slice]]:
+        batch, channels, height, width = self.out.shape
+        return _channel_parts(batch, channels, height * width)
 
     def products(self, step: Step, volume: Array, arena: Arena) -> list[_Product]:
         """Return the pieces of the product with their arrays."""
@@ -231,36 +233,21 @@ class _Gradient:
             )
         return volume[..., block.across.targets]
 
-    def copies(self, products: list[_Product]) -> list[_Copy]:
-        """Return what must be packed: the sources."""
-        return [
-            (source[..., ::-1], self.source[:, :, rows, columns][..., piece.block.across.sources])
-            for piece, source, _, _ in products
-            for rows, columns in [piece.positions(3 - self.which)]
-        ]
-
     def add_units(self, products: list[_Product], step: Step) -> list[Unit]:
-        """Return the units that add the results to the sums."""
-        partition, fresh = step.partition[self.which - 1], self.fresh
-        self.fresh = False
-        return [
-            partial(self._add, products, step, n, part, fresh, partition)
-            for n, part in _channel_parts(*self.sums.shape[:2], prod(self.sums.shape[2:]))
-        ]
+        """Return the units that add the results to the sums, or store them if there are none."""
+        return [partial(self._add, products, step, n, part) for n, part in self._parts()]
 
     def _add(
-        self,
-        products: list[_Product],
-        step: Step,
-        n: int,
-        part: slice,
-        fresh: bool,
-        partition: bool,
-        scratch: Scratch,
+        self, products: list[_Product], step: Step, n: int, part: slice, scratch: Scratch
     ) -> None:
-        sums = self.sums[n, part]
-        if fresh and not partition:
-            sums[...] = 0
+        out = self.out[n, part]
+        partition = step.partition[self.which - 1] and self.sums is None
+        if self.sums is not None:
+            gradient = self.sums[n, part]
+        else:
+            gradient = scratch.take("rows", out.shape, _accumulator(out))
+            if not partition:
+                gradient.fill(0)
         for piece, source, results, values in products:
             result = results[n, part]
             flat = result.reshape(-1)
@@ -271,18 +258,15 @@ class _Gradient:
                     piece.block, tiles, values[n], source[n, part], result
                 )
             if self.which == 1:
-                _clear_untouched(result, piece, step)
+                _clear_untouched(results[n : n + 1, part], piece, step)
             rows, columns = piece.positions(self.which)
-            target = sums[:, rows, columns][..., piece.block.across.targets]
-            if fresh and partition:
+            target = gradient[:, rows, columns][..., piece.block.across.targets]
+            if partition:
                 target[...] = result
             else:
                 target += result
-
-    def leave(self, last: bool) -> None:
-        """End a chunk, the last of its samples or not."""
-        if last and (self.divisor != 1 or self.sums is not self.out):
-            _store(self.out, self.sums, self.divisor)
+        if self.sums is None:
+            _store(out, gradient, self.divisor)
 
 
 class _Product(NamedTuple):
@@ -294,78 +278,97 @@ class _Product(NamedTuple):
     values: Array
 
 
-def _backward_chunk(
+def _backward_step(
     upstream: Array,
     gradients: list[_Gradient],
-    steps: tuple[Step, ...],
+    step: Step,
     run: Runner,
     arena: Arena,
 ) -> None:
-    dtype = _accumulator(upstream)
-    for step in steps:
-        volume = arena.take(_volume_shape(upstream.shape, step), dtype)
-        products = [gradient.products(step, volume, arena) for gradient in gradients]
-        pairs = list(zip(gradients, products, strict=True))
-        copies = [copy for gradient, group in pairs for copy in gradient.copies(group)]
-        spread = [
-            partial(_spread_taps, volume[at], upstream[at], step) for at in _planes(volume.shape)
+    volume = arena.take(_volume_shape(upstream.shape, step), _accumulator(upstream))
+    products = [(gradient, gradient.products(step, volume, arena)) for gradient in gradients]
+    units: list[Unit] = [
+        partial(_spread_taps, volume[at], upstream[at], step) for at in _planes(volume.shape)
+    ]
+    for gradient, group in products:
+        sources = [(piece, source) for piece, source, _, _ in group]
+        units += _pack_units(gradient.source, 3 - gradient.which, sources)
+    run(units)
+    for gradient, group in products:
+        if gradient.which == 2:
+            for piece, source, _, _ in group:
+                _clear_untouched(source[..., ::-1], piece, step)
+    run(
+        [
+            partial(
+                numpy_bands.multiply_adjoint, piece.block, tiles, values[n], source[n], result[n]
+            )
+            for n in range(len(upstream))
+            for _, group in products
+            for piece, source, result, values in group
+            for tiles in piece.block.down
         ]
-        run(spread + _copy_units(copies))
-        for gradient, group in pairs:
-            if gradient.which == 2:
-                for piece, source, _, _ in group:
-                    _clear_untouched(source[..., ::-1], piece, step)
-        run(
-            [
-                partial(
-                    numpy_bands.multiply_adjoint,
-                    piece.block,
-                    tiles,
-                    values[n],
-                    source[n],
-                    result[n],
-                )
-                for n in range(len(upstream))
-                for group in products
-                for piece, source, result, values in group
-                for tiles in piece.block.down
-            ]
-        )
-        run([unit for gradient, group in pairs for unit in gradient.add_units(group, step)])
+    )
+    run([unit for gradient, group in products for unit in gradient.add_units(group, step)])
 
 
 def _clear_untouched(packed: Array, piece: Piece, step: Step) -> None:
     """Zero the positions of map 1 that no tap touches: a zero gradient times NaN is no term."""
-    for axis, phase, lattice in ((-2, piece.y, step.lattice_y), (-1, piece.x, step.lattice_x)):
-        if lattice.untouched:
-            indices = np.arange(phase.lattice.start, phase.lattice.stop, phase.lattice.step)
-            if axis == -1:
-                across = piece.block.across
-                indices = indices[across.targets if not piece.block.mirrored else across.sources]
-            hidden = np.isin(indices, lattice.untouched)
-            packed[(..., hidden) if axis == -1 else (..., hidden, slice(None))] = 0
+    hidden_rows, hidden_columns = step.untouched
+    if hidden_rows:
+        packed[:, :, np.isin(_indices(piece.y.lattice), hidden_rows)] = 0
+    if hidden_columns:
+        across = piece.block.across
+        columns = across.sources if piece.block.mirrored else across.targets
+        packed[..., np.isin(_indices(piece.x.lattice)[columns], hidden_columns)] = 0
+
+
+def _indices(span: slice) -> npt.NDArray[np.intp]:
+    return np.arange(span.start, span.stop, span.step)
 
 
 # Stages of copying.
 
-_Copy = tuple[Array, Array]
+
+def _pack_units(fmap: Array, which: int, packed: list[tuple[Piece, Array]]) -> list[Unit]:
+    """Return units that copy what pieces need of map 1 or 2 to their packed arrays.
+
+    Targets are packed as they are, sources with their columns in reverse.
+    """
+    units: list[Unit] = []
+    for _, group in groupby(packed, key=lambda item: item[0].y):
+        copies = []
+        for piece, array in group:
+            rows, columns = piece.positions(which)
+            is_target = (which == 2) == piece.block.mirrored
+            across = piece.block.across
+            copies.append(
+                (
+                    array if is_target else array[..., ::-1],
+                    columns,
+                    across.targets if is_target else across.sources,
+                )
+            )
+        values = fmap[:, :, rows]
+        units += [
+            partial(_pack, values, copies, n, part)
+            for n, part in _channel_parts(*values.shape[:2], prod(values.shape[2:]))
+        ]
+    return units
 
 
-def _copy_units(copies: list[_Copy]) -> list[Unit]:
-    """Return units that pack maps: (packed, map) pairs, each (N, C, rows, columns)."""
-    if not copies:
-        return []
-    batch, channels = copies[0][0].shape[:2]
-    positions = sum(prod(packed.shape[2:]) for packed, _ in copies)
-    return [
-        partial(_copy_part, copies, n, part)
-        for n, part in _channel_parts(batch, channels, positions)
-    ]
-
-
-def _copy_part(copies: list[_Copy], n: int, part: slice, scratch: Scratch) -> None:
-    for packed, values in copies:
-        _widen(packed[n, part], values[n, part])
+def _pack(
+    values: Array,
+    copies: list[tuple[Array, slice, slice]],
+    n: int,
+    part: slice,
+    scratch: Scratch,
+) -> None:
+    # In two steps: the map is read once, in order, and then from the cache.
+    rows = scratch.take("rows", values[n, part].shape, copies[0][0].dtype)
+    _widen(rows, values[n, part])
+    for packed, columns, window in copies:
+        packed[n, part] = rows[..., columns][..., window]
 
 
 def _channel_parts(batch: int, channels: int, positions: int) -> list[tuple[int, slice]]:
@@ -434,7 +437,7 @@ def _widen(out: Array, values: Array) -> None:
         np.copyto(out, values)
 
 
-def _store(out: Array, sums: Array, divisor: int) -> None:
+def _store(out: Array, sums: Array, divisor: int, scratch: Scratch | None = None) -> None:
     """Divide, and round once to the storage dtype, to nearest even."""
     if out.dtype == np.uint16:
         if divisor != 1:

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from cupycorr.geometry import Band, Geometry, Lattice, Phase
 
-CHUNK_BYTES = 24 << 20
-"""What a chunk's scratch arrays should take together: tens of MB, about a last-level cache."""
+CHUNK_BYTES = 48 << 20
+"""What a chunk's scratch arrays should take together."""
 BATCH_BYTES = 6 << 20
 """Samples are taken together in a chunk while their scratch arrays stay below this."""
 MATRIX_BYTES = 1 << 20
@@ -114,6 +114,8 @@ class Step(NamedTuple):
 
     lattice_y: Lattice
     lattice_x: Lattice
+    untouched: tuple[list[int], list[int]]
+    """Indices on either lattice that no tap touches."""
     complete: bool
     """Whether every product on the lattice, of every displacement, exists."""
     pieces: tuple[tuple[Piece, ...], tuple[Piece, ...]]
@@ -202,7 +204,8 @@ def _step(
     if not adjoint:
         pieces.append(())
         partition.append(False)
-    return Step(y, x, complete, (pieces[0], pieces[1]), (partition[0], partition[1]))
+    untouched = y.untouched, x.untouched
+    return Step(y, x, untouched, complete, (pieces[0], pieces[1]), (partition[0], partition[1]))
 
 
 def _is_partition(pieces: tuple[Piece, ...], which: int, size: tuple[int, int]) -> bool:
@@ -262,6 +265,7 @@ PACKED_BY_BLAS = 4.5e-10
 COPIED = 7e-10
 COPIED_RUN = 8e-9
 CALL = 1.5e-6
+BLAS_CALL = 1e-6
 SHIFTED = 6e-10
 SHIFTED_ADJOINT = 1.8e-9
 
@@ -310,6 +314,7 @@ def _cost_of_tiles(
         channels * (products * MULTIPLY_ADD + packed_by_blas * PACKED_BY_BLAS)
         + (channels * packed + band) * (COPIED + COPIED_RUN / across[0].size)
         + tiles_x * (len(down) * 8 + 4) * CALL
+        + tiles_x * tiles_y * BLAS_CALL
     )
 
 
