@@ -66,7 +66,7 @@ def multiply(
         np.matmul(
             _tile_view(source, part.window, part, part.extent).transpose(0, 2, 1),
             _tile_view(targets, part.start, part, part.size),
-            out=dense.reshape(part.count, -1, dense.shape[3]),
+            out=dense.reshape(part.repeat, -1, dense.shape[3]),
         )
         if dense.shape != full.shape:
             full[:, inside[0], inside[1]] = dense
@@ -100,7 +100,7 @@ def multiply_adjoint(
             dense[...] = full[:, inside[0], inside[1]]
         np.matmul(
             _tile_view(source, part.window, part, part.extent),
-            dense.reshape(part.count, -1, dense.shape[3]),
+            dense.reshape(part.repeat, -1, dense.shape[3]),
             out=_tile_view(result, part.start, part, part.size),
         )
 
@@ -120,7 +120,7 @@ def _shifts(
 ) -> Iterator[tuple[int, int, tuple[slice, ...], tuple[slice, ...]]]:
     """Yield (p, q, targets, sources) of each displacement, as indices into packed maps."""
     y, x, across = block.y, block.x, block.across
-    first, stop = tiles.start, tiles.start + tiles.count * tiles.size
+    first, stop = tiles.start, tiles.start + tiles.repeat * tiles.size
     every = slice(None)
     for p in range(y.count_patch):
         down = (y.count_patch - 1 - p if block.mirrored else p) + y.shift
@@ -161,12 +161,12 @@ def _matrices(
     across, targets = block.across, tiles.size * block.across.size
     # Which cells are ever written depends on this, and on the shape.
     layout = (tiles.size, across.cut, across.extent, block.x.count_patch, block.mirrored)
-    full = scratch.take_zeroed("full", (tiles.count, rows, columns, targets), dtype, layout)
+    full = scratch.take_zeroed("full", (tiles.repeat, rows, columns, targets), dtype, layout)
     last = columns - across.cut
     inside = slice(tiles.cut, tiles.cut + tiles.extent), slice(last - across.extent, last)
     if (tiles.extent, across.extent) == (rows, columns):
         return full, full, inside
-    shape = (tiles.count, tiles.extent, across.extent, targets)
+    shape = (tiles.repeat, tiles.extent, across.extent, targets)
     return scratch.take("dense", shape, dtype), full, inside
 
 
@@ -174,7 +174,7 @@ def _tile_view(packed: Array, first_row: int, tiles: Tiles, rows: int) -> Array:
     """View a packed map (C, rows, columns) as (tile, C, positions); windows overlap."""
     channel, row, item = packed.strides
     return np.ndarray(
-        (tiles.count, packed.shape[0], rows * packed.shape[2]),
+        (tiles.repeat, packed.shape[0], rows * packed.shape[2]),
         packed.dtype,
         packed,
         first_row * row,
@@ -206,7 +206,7 @@ def _band(
         item - per_column,
     )
     for few in tiles.split(max(1, BAND_TARGETS // (tiles.size * across))):
-        shape = (patch_y, patch_x, few.count, tiles.size, across)
+        shape = (patch_y, patch_x, few.repeat, tiles.size, across)
         offset = corner + (few.start - tiles.start) // tiles.size * per_tile
         cells = np.ndarray(shape, matrix.dtype, matrix, offset, strides)
         yield volume[:, :, few.targets].reshape(shape), cells

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import groupby, product
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -198,12 +197,8 @@ class _Gradient:
             return []
         return [
             partial(_store, self.out[n, part], self.sums[n, part], self.divisor)
-            for n, part in self._parts()
+            for n, part in _map_parts(self.out)
         ]
-
-    def _parts(self) -> list[tuple[int, slice]]:
-        batch, channels, height, width = self.out.shape
-        return _channel_parts(batch, channels, height * width)
 
     def products(self, step: Step, volume: Array, arena: Arena) -> list[_Product]:
         """Return the pieces of the product with their arrays."""
@@ -235,7 +230,7 @@ class _Gradient:
 
     def add_units(self, products: list[_Product], step: Step) -> list[Unit]:
         """Return the units that add the results to the sums, or store them if there are none."""
-        return [partial(self._add, products, step, n, part) for n, part in self._parts()]
+        return [partial(self._add, products, step, n, part) for n, part in _map_parts(self.out)]
 
     def _add(
         self, products: list[_Product], step: Step, n: int, part: slice, scratch: Scratch
@@ -350,10 +345,7 @@ def _pack_units(fmap: Array, which: int, packed: list[tuple[Piece, Array]]) -> l
                 )
             )
         values = fmap[:, :, rows]
-        units += [
-            partial(_pack, values, copies, n, part)
-            for n, part in _channel_parts(*values.shape[:2], prod(values.shape[2:]))
-        ]
+        units += [partial(_pack, values, copies, n, part) for n, part in _map_parts(values)]
     return units
 
 
@@ -371,9 +363,10 @@ def _pack(
         packed[n, part] = rows[..., columns][..., window]
 
 
-def _channel_parts(batch: int, channels: int, positions: int) -> list[tuple[int, slice]]:
-    """Split maps into (sample, channels) small enough to stay in the cache between copies."""
-    size = max(1, min(channels, COPY_ELEMENTS // max(1, positions)))
+def _map_parts(fmap: Array) -> list[tuple[int, slice]]:
+    """Split a map into (sample, channels) small enough to stay in the cache between copies."""
+    batch, channels, rows, columns = fmap.shape
+    size = max(1, min(channels, COPY_ELEMENTS // (rows * columns)))
     return list(product(range(batch), spans(channels, size)))
 
 

@@ -36,13 +36,14 @@ class Tiling(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """``count`` tiles along an axis, one after the other, that lie alike in their windows."""
+    """Tiles along an axis, one after the other, that lie alike in their windows."""
 
     start: int
     """First target."""
     size: int
     """Targets per tile."""
-    count: int
+    repeat: int
+    """Number of tiles."""
     window: int
     """First source position of the first tile that exists."""
     extent: int
@@ -53,12 +54,12 @@ class Tiles(NamedTuple):
     @property
     def targets(self) -> slice:
         """The targets of all tiles."""
-        return slice(self.start, self.start + self.count * self.size)
+        return slice(self.start, self.start + self.repeat * self.size)
 
     @property
     def sources(self) -> slice:
         """The source positions of all tiles."""
-        return slice(self.window, self.window + (self.count - 1) * self.size + self.extent)
+        return slice(self.window, self.window + (self.repeat - 1) * self.size + self.extent)
 
     def split(self, at_once: int) -> list[Tiles]:
         """Split into groups of at most so many tiles."""
@@ -66,9 +67,9 @@ class Tiles(NamedTuple):
             self._replace(
                 start=self.start + done * self.size,
                 window=self.window + done * self.size,
-                count=min(at_once, self.count - done),
+                repeat=min(at_once, self.repeat - done),
             )
-            for done in range(0, self.count, at_once)
+            for done in range(0, self.repeat, at_once)
         ]
 
 
@@ -253,7 +254,7 @@ def cover(band: Band, size: int) -> tuple[Tiles, ...]:
                 0,
             )
         ):
-            found[-1] = last._replace(count=last.count + 1)
+            found[-1] = last._replace(repeat=last.repeat + 1)
         else:
             found.append(tile)
     return tuple(found)
@@ -304,8 +305,8 @@ def _cost_of_tiles(
     channels: int, y: Band, x: Band, down: tuple[Tiles, ...], across: tuple[Tiles, ...]
 ) -> float:
     targets = down[0].size * across[0].size
-    tiles_y, tiles_x = (sum(t.count for t in axis) for axis in (down, across))
-    sources_y, sources_x = (sum(t.count * t.extent for t in axis) for axis in (down, across))
+    tiles_y, tiles_x = (sum(t.repeat for t in axis) for axis in (down, across))
+    sources_y, sources_x = (sum(t.repeat * t.extent for t in axis) for axis in (down, across))
     products = targets * sources_y * sources_x
     packed_by_blas = targets * tiles_y * tiles_x + sources_y * sources_x
     packed = y.count1 * x.count1 + y.count2 * sources_x

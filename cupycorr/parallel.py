@@ -90,13 +90,13 @@ def workers(multiply_adds: int, threads: int | None) -> Iterator[Runner]:
         scratch = Scratch()
         yield lambda units: _drain(deque(units), scratch)
         return
-    with _blas_on_one_thread():
+    with _blas.one_thread():
         if multiply_adds < WORTH_THREADS:
             count = 1
         else:
             count = thread_count() if threads is None else threads
         scratches = [Scratch() for _ in range(count)]
-        with ThreadPoolExecutor(max(1, count - 1)) as pool:
+        with ThreadPoolExecutor(max(1, count - 1), initializer=_limit_blas) as pool:
             yield lambda units: _run(units, scratches, pool)
 
 
@@ -129,7 +129,11 @@ def _drain(queue: deque[Unit], scratch: Scratch) -> None:
 
 
 class _Blas:
-    """Holds BLAS to one thread while at least one caller wants that."""
+    """Holds BLAS to one thread while at least one caller wants that.
+
+    Some libraries have one limit for the process, which must not be restored before the last
+    caller leaves; others have a limit for each calling thread.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -137,34 +141,35 @@ class _Blas:
         self.saved: list[int] = []
 
     def thread_count(self) -> int:
+        """Return how many threads the calling thread's products would use without a limit."""
         with self.lock:
-            counts = self.saved if self.users else [b.get_num_threads() for b in _libraries()]
-        return max(counts, default=1)
+            counts = self.saved if self.users else [b.get_num_threads() for b in _libraries(False)]
+        return max([*counts, *(b.get_num_threads() for b in _libraries(True))], default=1)
 
-    def enter(self) -> None:
+    @contextmanager
+    def one_thread(self) -> Iterator[None]:
+        """Limit BLAS for the calling thread."""
+        own = [library.get_num_threads() for library in _libraries(True)]
         with self.lock:
             if self.users == 0:
-                self.saved = [library.get_num_threads() for library in _libraries()]
-                for library in _libraries():
-                    library.set_num_threads(1)
+                self.saved = [library.get_num_threads() for library in _libraries(False)]
             self.users += 1
-
-    def leave(self) -> None:
-        with self.lock:
-            self.users -= 1
-            if self.users == 0:
-                self.restore()
-
-    def restore(self) -> None:
-        for library, count in zip(_libraries(), self.saved, strict=True):
-            library.set_num_threads(count)
+        _limit_blas()
+        try:
+            yield
+        finally:
+            _set(_libraries(True), own)
+            with self.lock:
+                self.users -= 1
+                if self.users == 0:
+                    _set(_libraries(False), self.saved)
 
     def reset(self) -> None:
         """Forget the callers of the parent process, whose threads do not exist after a fork."""
         self.lock = threading.Lock()
         if self.users:
             self.users = 0
-            self.restore()
+            _set(_libraries(False), self.saved)
 
 
 _blas = _Blas()
@@ -172,18 +177,32 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_blas.reset)
 
 
-@contextmanager
-def _blas_on_one_thread() -> Iterator[None]:
-    _blas.enter()
-    try:
-        yield
-    finally:
-        _blas.leave()
+def _limit_blas() -> None:
+    """Limit BLAS to one thread, for the calling thread where it can be told apart."""
+    for per_thread in (True, False):
+        libraries = _libraries(per_thread)
+        _set(libraries, [1] * len(libraries))
 
 
-@lru_cache(maxsize=1)
-def _libraries() -> list[Any]:
-    """Return the handles of the BLAS libraries in this process."""
+def _set(libraries: list[Any], counts: list[int]) -> None:
+    for library, count in zip(libraries, counts, strict=True):
+        # threadpoolctl lets the first thread that limits a library keep that right to itself.
+        take = getattr(library, "clear_controlling_thread", None)
+        if take is not None:
+            take(force=True)
+        library.set_num_threads(count)
+        if take is not None:
+            take(force=True)
+
+
+@lru_cache(maxsize=2)
+def _libraries(per_thread: bool) -> list[Any]:
+    """Return the BLAS libraries of this process, by whether each thread has a limit of its own."""
     from threadpoolctl import ThreadpoolController
 
-    return list(ThreadpoolController().select(user_api="blas").lib_controllers)
+    return [
+        library
+        for library in ThreadpoolController().select(user_api="blas").lib_controllers
+        if per_thread
+        == (library.internal_api == "mkl" or getattr(library, "threading_layer", "") == "openmp")
+    ]
