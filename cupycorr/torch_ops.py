@@ -224,38 +224,38 @@ def _compute(
     operator: _Operator, geometry: Geometry, normalize: bool, *operands: Tensor
 ) -> tuple[Tensor, ...]:
     """Compute what an operator returns for dense CPU tensors, on their own memory."""
-    fmap = operands[0]
-    shapes: dict[int, tuple[int, ...]] = {FMAP1: fmap.shape, FMAP2: fmap.shape}
-    if operator is _COST:
-        shapes[COST] = geometry.cost_shape(fmap.shape)
-    results = tuple(fmap.new_empty(shapes[slot]) for slot in operator.results)
+    fmap, arrays = operands[0], [_array(tensor) for tensor in operands]
     divisor = max(1, fmap.shape[1]) * geometry.window_taps if normalize else 1
     threads = torch.get_num_threads()
-    read = dict(zip(operator.operands, map(_array, operands), strict=True))
-    written = dict(zip(operator.results, map(_array, results), strict=True))
     if operator is _COST:
-        numpy_engine.forward(
-            read[FMAP1], read[FMAP2], written[COST], geometry, divisor=divisor, threads=threads
-        )
-    else:
-        # Of a map that no wanted gradient depends on, the engine reads the shape: either map's.
-        numpy_engine.backward(
-            read[COST],
-            read.get(FMAP1, read.get(FMAP2)),  # type: ignore[arg-type]
-            read.get(FMAP2, read.get(FMAP1)),  # type: ignore[arg-type]
-            written.get(FMAP1),
-            written.get(FMAP2),
-            geometry,
-            divisor=divisor,
-            threads=threads,
-        )
+        cost = fmap.new_empty(geometry.cost_shape(fmap.shape))
+        one, two = arrays
+        numpy_engine.forward(one, two, _array(cost), geometry, divisor=divisor, threads=threads)
+        return (cost,)
+    results = tuple(fmap.new_empty(fmap.shape) for _ in operator.results)
+    read = dict(zip(operator.operands, arrays, strict=True))
+    written = dict(zip(operator.results, map(_array, results), strict=True))
+    # Of a map that no wanted gradient depends on, the engine reads the shape: either map's.
+    numpy_engine.backward(
+        read[COST],
+        read.get(FMAP1, arrays[0]),
+        read.get(FMAP2, arrays[0]),
+        written.get(FMAP1),
+        written.get(FMAP2),
+        geometry,
+        divisor=divisor,
+        threads=threads,
+    )
     return results
 
 
 def _array(tensor: Tensor) -> npt.NDArray[Any]:
     """Return a tensor's memory as an array, bfloat16 as its uint16 bits."""
-    tensor = tensor.detach()
-    return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype is torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    return tensor.numpy()
 
 
 class _Derivative(torch.autograd.Function):
@@ -343,8 +343,9 @@ _PLAIN = _keys("CPU", "BackendSelect", "ADInplaceOrView", "AutogradCPU", "Autoca
 def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
     """Tell whether all that the dispatcher would do is to differentiate and to compute.
 
-    That is: dense tensors on the CPU; no subclass, transform, tracer or mode. The dispatcher and
-    its Python kernels take five times as long as this and the remaining way to the engine.
+    That is: dense tensors on the CPU; no subclass, transform, tracer or mode. What surrounds the
+    engine then takes a third of the time that it takes with the dispatcher and its Python kernels,
+    two thirds for both passes; that is a fifth of a forward call on maps of 4 x 4 pixels.
     """
     keys = torch._C._dispatch_tls_local_include_set().raw_repr()
     for tensor in tensors:
