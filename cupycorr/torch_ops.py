@@ -66,9 +66,6 @@ def correlation(fmap1: Tensor, fmap2: Tensor, geometry: Geometry, normalize: boo
             f"the maps must be dense tensors, got {fmap1.layout} and {fmap2.layout}; convert them "
             "with .to_dense()"
         )
-    if torch.compiler.is_compiling():
-        # What is traced is to be the bare operator: the dispatcher's state cannot be traced.
-        return _dispatch(_COST, geometry, normalize, fmap1, fmap2)[0]
     return _derive(_COST, geometry, normalize, fmap1, fmap2)[0]
 
 
@@ -209,6 +206,9 @@ def _derive(
     operator: _Operator, geometry: Geometry, normalize: bool, *operands: Tensor
 ) -> tuple[Tensor, ...]:
     """Compute what an operator returns, differentiably, in the operands' dtype."""
+    if torch.compiler.is_compiling():
+        # What is traced is to be the bare operator: the dispatcher's state cannot be traced.
+        return _dispatch(operator, geometry, normalize, *operands)
     if _is_plain(operands):
         if _is_differentiated(operands):
             results: tuple[Tensor, ...] = _Derivative.apply(  # type: ignore[no-untyped-call]

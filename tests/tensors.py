@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import cupycorr
 from cupycorr import Geometry, verify
 
 torch = pytest.importorskip("torch")
@@ -11,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 SHAPE = (2, 3, 5, 6)
 GEOMETRY = Geometry(kernel_size=2, patch_size=(3, 2), stride=(1, 2), padding=1, dilation_patch=2)
+COST_SHAPE = GEOMETRY.cost_shape(SHAPE)
+SMALL = (1, 1, 3, 3)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -22,6 +25,15 @@ def integers(shape=SHAPE, dtype="float64", seed=0, differentiable=False):
 def pair(shape=SHAPE, dtype="float64", differentiable=False):
     """Return two different maps."""
     return tuple(integers(shape, dtype, seed, differentiable) for seed in range(2))
+
+
+def cost(fmap1, fmap2):
+    return cupycorr.correlation(fmap1, fmap2, GEOMETRY)
+
+
+def cubes(fmap1, fmap2):
+    """Return a number that is cubic in both maps, so that it has many derivatives."""
+    return cupycorr.correlation(fmap1, fmap2, Geometry(2, 3, padding=1)).pow(3).sum()
 
 
 def difference(got, want):
