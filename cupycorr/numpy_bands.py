@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cupycorr.numpy_plan import MATRIX_BYTES, Block, Tiles
+from cupycorr.numpy_plan import Block, Tiles
 from cupycorr.parallel import Scratch
 
 Array = npt.NDArray[Any]
@@ -49,31 +49,35 @@ def multiply(
 ) -> None:
     """Write the products of some rows of tiles into the volume.
 
-    ``targets`` and ``source`` (C, rows, columns) are contiguous, of the block's target_shape and
-    source_shape, the source's columns in reverse. ``volume`` (P, Q, rows, columns) covers the
-    targets; with shifts it must be zero where a displacement leads out of the map.
+    ``targets`` and ``source`` (tile, C, rows, columns) are contiguous, with the rows and columns
+    of the block's target_shape and source_shape, the source's columns in reverse. ``volume``
+    (P, Q, rows, columns) covers all targets of the block; with shifts it must be zero where a
+    displacement leads out of the map.
     """
     if not block.as_matrix:
-        forwards = source[:, :, ::-1]
         for p, q, here, there in _shifts(block, tiles):
-            np.einsum("cyx,cyx->yx", targets[here], forwards[there], out=volume[p, q][here[1:]])
+            np.einsum(
+                "cyx,cyx->yx",
+                targets[0][here],
+                source[0, :, :, ::-1][there],
+                out=volume[p, q][here[1:]],
+            )
         return
-    for part in _within(block, tiles, source.itemsize):
-        if 0 in (part.extent, block.across.extent):
-            volume[:, :, part.targets] = 0
-            continue
-        dense, full, inside = _matrices(block, part, source.dtype, scratch)
-        np.matmul(
-            _tile_view(source, part.window, part, part.extent).transpose(0, 2, 1),
-            _tile_view(targets, part.start, part, part.size),
-            out=dense.reshape(part.repeat, -1, dense.shape[3]),
-        )
-        if dense.shape != full.shape:
-            full[:, inside[0], inside[1]] = dense
-            full[:, : inside[0].start] = 0
-            full[:, inside[0].stop :] = 0
-        for values, band in _band(block, part, volume, full):
-            values[...] = band
+    if 0 in (tiles.extent, block.across.extent):
+        volume[:, :, tiles.targets] = 0
+        return
+    dense, full, inside = _matrices(block, tiles, source.dtype, scratch)
+    np.matmul(
+        _tile_view(source, tiles.window, tiles, tiles.extent).transpose(0, 1, 3, 2),
+        _tile_view(targets, tiles.start, tiles, tiles.size),
+        out=dense.reshape(*dense.shape[:2], -1, dense.shape[4]),
+    )
+    if dense.shape != full.shape:
+        full[:, :, inside[0], inside[1]] = dense
+        full[:, :, : inside[0].start] = 0
+        full[:, :, inside[0].stop :] = 0
+    for values, band in _band(block, tiles, volume, full):
+        values[...] = band
 
 
 def multiply_adjoint(
@@ -82,49 +86,49 @@ def multiply_adjoint(
     """Write the gradient with respect to some rows of tiles, from the volume's gradient.
 
     ``volume`` (P, Q, rows, columns) gives for each displacement and target the value that belongs
-    to it; ``source`` and ``result`` (C, rows, columns) are contiguous, of the block's source_shape,
-    columns in reverse, and target_shape. Zeros beside the band are multiplied too, so the result
-    is right only where it is finite; `multiply_adjoint_by_shifts` is right everywhere.
+    to it; ``source`` and ``result`` (tile, C, rows, columns) are contiguous, with the rows and
+    columns of the block's source_shape, columns in reverse, and target_shape. Zeros beside the
+    band are multiplied too, so the result is right only where it is finite;
+    `multiply_adjoint_by_shifts` is right everywhere.
     """
     if not block.as_matrix:
         multiply_adjoint_by_shifts(block, tiles, volume, source, result)
         return
-    for part in _within(block, tiles, source.itemsize):
-        if 0 in (part.extent, block.across.extent):
-            result[:, part.targets] = 0
-            continue
-        dense, full, inside = _matrices(block, part, source.dtype, scratch)
-        for values, band in _band(block, part, volume, full):
-            band[...] = values
-        if dense.shape != full.shape:
-            dense[...] = full[:, inside[0], inside[1]]
-        np.matmul(
-            _tile_view(source, part.window, part, part.extent),
-            dense.reshape(part.repeat, -1, dense.shape[3]),
-            out=_tile_view(result, part.start, part, part.size),
-        )
+    if 0 in (tiles.extent, block.across.extent):
+        result[:, :, tiles.targets] = 0
+        return
+    dense, full, inside = _matrices(block, tiles, source.dtype, scratch)
+    for values, band in _band(block, tiles, volume, full):
+        band[...] = values
+    if dense.shape != full.shape:
+        dense[...] = full[:, :, inside[0], inside[1]]
+    np.matmul(
+        _tile_view(source, tiles.window, tiles, tiles.extent),
+        dense.reshape(*dense.shape[:2], -1, dense.shape[4]),
+        out=_tile_view(result, tiles.start, tiles, tiles.size),
+    )
 
 
 def multiply_adjoint_by_shifts(
     block: Block, tiles: Tiles, volume: Array, source: Array, result: Array
 ) -> None:
     """Do the work of `multiply_adjoint` without any product of positions that do not meet."""
-    forwards = source[:, :, ::-1]
-    result[:, tiles.targets] = 0
-    for p, q, here, there in _shifts(block, tiles):
-        result[here] += volume[p, q][here[1:]] * forwards[there]
+    result[:, :, tiles.targets] = 0
+    for number, (one_source, one_result) in enumerate(zip(source, result, strict=True)):
+        columns = volume[..., number * block.across.size :]
+        for p, q, here, there in _shifts(block, tiles):
+            one_result[here] += columns[p, q][here[1:]] * one_source[:, :, ::-1][there]
 
 
 def _shifts(
     block: Block, tiles: Tiles
 ) -> Iterator[tuple[int, int, tuple[slice, ...], tuple[slice, ...]]]:
-    """Yield (p, q, targets, sources) of each displacement, as indices into packed maps."""
+    """Yield (p, q, targets, sources) of each displacement, as indices into one packed tile."""
     y, x, across = block.y, block.x, block.across
-    first, stop = tiles.start, tiles.start + tiles.repeat * tiles.size
-    every = slice(None)
+    every, wanted = slice(None), tiles.targets
     for p in range(y.count_patch):
         down = (y.count_patch - 1 - p if block.mirrored else p) + y.shift
-        low, high = max(first, -down), min(stop, y.count2 - down)
+        low, high = max(wanted.start, -down), min(wanted.stop, y.count2 - down)
         if low >= high:
             continue
         for q in range(x.count_patch):
@@ -136,49 +140,39 @@ def _shifts(
                 yield p, q, here, there
 
 
-def _within(block: Block, tiles: Tiles, itemsize: int) -> list[Tiles]:
-    """Split tiles such that their matrices stay within MATRIX_BYTES."""
-    rows, columns = _window_size(block, tiles)
-    tile_bytes = tiles.size * block.across.size * rows * columns * itemsize
-    return tiles.split(max(1, MATRIX_BYTES // tile_bytes))
-
-
-def _window_size(block: Block, tiles: Tiles) -> tuple[int, int]:
-    """Return the rows and columns of a tile's window, existing or not."""
-    return tiles.size + block.y.count_patch - 1, block.across.size + block.x.count_patch - 1
-
-
 def _matrices(
     block: Block, tiles: Tiles, dtype: np.dtype[Any], scratch: Scratch
 ) -> tuple[Array, Array, tuple[slice, slice]]:
     """Return the matrix for the product, the one with room for the whole band, and where it fits.
 
-    Both have the axes (tile, source row, source column, target). The first has only the rows and
-    columns that exist, and is the second where they all do. The second is zero beside its band,
-    but for rows that do not exist.
+    Both have the axes (tile across, tile down, source row, source column, target). The first has
+    only the rows and columns that exist, and is the second where they all do. The second is zero
+    beside its band, but for rows that do not exist.
     """
-    rows, columns = _window_size(block, tiles)
-    across, targets = block.across, tiles.size * block.across.size
+    across = block.across
+    rows, columns = tiles.size + block.y.count_patch - 1, across.size + block.x.count_patch - 1
     # Which cells are ever written depends on this, and on the shape.
     layout = (tiles.size, across.cut, across.extent, block.x.count_patch, block.mirrored)
-    full = scratch.take_zeroed("full", (tiles.repeat, rows, columns, targets), dtype, layout)
+    count, targets = across.repeat * tiles.repeat, tiles.size * across.size
+    full = scratch.take_zeroed("full", (count, rows, columns, targets), dtype, layout)
+    full = full.reshape(across.repeat, tiles.repeat, rows, columns, targets)
     last = columns - across.cut
     inside = slice(tiles.cut, tiles.cut + tiles.extent), slice(last - across.extent, last)
     if (tiles.extent, across.extent) == (rows, columns):
         return full, full, inside
-    shape = (tiles.repeat, tiles.extent, across.extent, targets)
+    shape = (across.repeat, tiles.repeat, tiles.extent, across.extent, targets)
     return scratch.take("dense", shape, dtype), full, inside
 
 
 def _tile_view(packed: Array, first_row: int, tiles: Tiles, rows: int) -> Array:
-    """View a packed map (C, rows, columns) as (tile, C, positions); windows overlap."""
-    channel, row, item = packed.strides
+    """View packed tiles as (tile across, tile down, C, positions); windows overlap."""
+    across, channel, row, item = packed.strides
     return np.ndarray(
-        (tiles.repeat, packed.shape[0], rows * packed.shape[2]),
+        (packed.shape[0], tiles.repeat, packed.shape[1], rows * packed.shape[3]),
         packed.dtype,
         packed,
         first_row * row,
-        (tiles.size * row, channel, item),
+        (across, tiles.size * row, channel, item),
     )
 
 
@@ -187,13 +181,13 @@ def _band(
 ) -> Iterator[tuple[Array, Array]]:
     """Yield pairs of views: cells of the volume, and where they stand in the matrix's band.
 
-    The axes are (p, q, tile, row, column).
+    The axes are (p, q, tile down, row, tile across, column).
     """
     patch_y, patch_x = block.y.count_patch, block.x.count_patch
-    across = block.across.size
-    per_tile, per_row, per_column, item = matrix.strides
+    across = block.across
+    per_across, per_down, per_row, per_column, item = matrix.strides
     # The first target's column stands last; mirrored, its last displacement does.
-    corner = (matrix.shape[2] - 1) * per_column
+    corner = (matrix.shape[3] - 1) * per_column
     sign = 1
     if block.mirrored:
         corner += (patch_y - 1) * per_row - (patch_x - 1) * per_column
@@ -201,12 +195,13 @@ def _band(
     strides = (
         sign * per_row,
         -sign * per_column,
-        per_tile,
-        per_row + across * item,
+        per_down,
+        per_row + across.size * item,
+        per_across,
         item - per_column,
     )
-    for few in tiles.split(max(1, BAND_TARGETS // (tiles.size * across))):
-        shape = (patch_y, patch_x, few.repeat, tiles.size, across)
-        offset = corner + (few.start - tiles.start) // tiles.size * per_tile
+    for few in tiles.split(max(1, BAND_TARGETS // (tiles.size * across.size * across.repeat))):
+        shape = (patch_y, patch_x, few.repeat, tiles.size, across.repeat, across.size)
+        offset = corner + (few.start - tiles.start) // tiles.size * per_down
         cells = np.ndarray(shape, matrix.dtype, matrix, offset, strides)
         yield volume[:, :, few.targets].reshape(shape), cells

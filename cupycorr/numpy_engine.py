@@ -15,8 +15,8 @@ bfloat16 numbers.
 from __future__ import annotations
 
 from functools import partial
-from itertools import groupby, product
-from typing import Any, NamedTuple
+from itertools import product
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from cupycorr import numpy_bands
 from cupycorr.geometry import Geometry
-from cupycorr.numpy_plan import COPY_ELEMENTS, Piece, Step, cover, plan, spans
+from cupycorr.numpy_plan import COPY_ELEMENTS, Block, Group, Step, Tiles, cover, plan, spans
 from cupycorr.parallel import Arena, Runner, Scratch, Unit, workers
 
 Array = npt.NDArray[Any]
@@ -130,26 +130,23 @@ def _forward_chunk(
     total = np.zeros(out.shape, dtype) if len(steps) > 1 else None
     for step in steps:
         volume = arena.take(_volume_shape(out.shape, step), dtype)
-        products = []
-        for piece in step.pieces[0]:
-            y, x, block = piece
-            targets = arena.take((*map1.shape[:2], *block.target_shape), dtype)
-            source = arena.take((*map1.shape[:2], *block.source_shape), dtype)
-            where = volume[:, y.patch, x.patch, y.lattice, x.lattice][..., block.across.targets]
-            products.append((piece, targets, source, where))
-        units = _pack_units(map1, 1, [(piece, targets) for piece, targets, _, _ in products])
-        units += _pack_units(map2, 2, [(piece, source) for piece, _, source, _ in products])
         if not step.complete:
             volume.fill(0)
-        run(units)
-        run(
-            [
-                partial(numpy_bands.multiply, piece.block, tiles, targets[n], source[n], where[n])
+        units: list[Unit] = []
+        products: list[Unit] = []
+        for group in step.targets[0].groups:
+            targets = [_take(arena, map1, b, b.target_shape, dtype) for b in group.blocks]
+            sources = [_take(arena, map2, b, b.source_shape, dtype) for b in group.blocks]
+            units += _pack_units(map1, 1, group, targets)
+            units += _pack_units(map2, 2, group, sources)
+            values = [_values(volume, group, block) for block in group.blocks]
+            products += [
+                partial(_multiply, group, tiles, n, targets, sources, values)
                 for n in range(len(out))
-                for piece, targets, source, where in products
-                for tiles in piece.block.down
+                for tiles in group.down
             ]
-        )
+        run(units)
+        run(products)
         is_last = step is steps[-1]
         run(
             [
@@ -157,6 +154,19 @@ def _forward_chunk(
                 for at in _planes(volume.shape)
             ]
         )
+
+
+def _multiply(
+    group: Group,
+    tiles: Tiles,
+    n: int,
+    targets: list[Array],
+    sources: list[Array],
+    values: list[Array],
+    scratch: Scratch,
+) -> None:
+    for block, target, source, value in zip(group.blocks, targets, sources, values, strict=True):
+        numpy_bands.multiply(block, tiles, target[n], source[n], value[n], scratch)
 
 
 def _store_cost(
@@ -200,77 +210,97 @@ class _Gradient:
             for n, part in _map_parts(self.out)
         ]
 
-    def products(self, step: Step, volume: Array, arena: Arena) -> list[_Product]:
-        """Return the pieces of the product with their arrays."""
-        return [
-            _Product(
-                piece,
-                arena.take((*self.source.shape[:2], *piece.block.source_shape), volume.dtype),
-                arena.take((*self.source.shape[:2], *piece.block.target_shape), volume.dtype),
-                self._values(piece, volume),
+
+class _Product:
+    """The product of one step for one gradient, with its packed arrays."""
+
+    def __init__(self, gradient: _Gradient, step: Step, volume: Array, arena: Arena) -> None:
+        self.gradient, self.step = gradient, step
+        self.which = gradient.which
+        self.targets = step.targets[self.which - 1]
+        fmap, dtype = gradient.source, volume.dtype
+        self.packed = [
+            (
+                group,
+                [_take(arena, fmap, block, block.source_shape, dtype) for block in group.blocks],
+                [_take(arena, fmap, block, block.target_shape, dtype) for block in group.blocks],
+                [_values(volume, group, block) for block in group.blocks],
             )
-            for piece in step.pieces[self.which - 1]
+            for group in self.targets.groups
         ]
 
-    def _values(self, piece: Piece, volume: Array) -> Array:
-        """View the volume's gradient as (N, P, Q, rows, columns) of the targets."""
-        y, x, block = piece
-        volume = volume[:, y.patch, x.patch, y.lattice, x.lattice]
-        if self.which == 2:
-            # Target j of displacement p belongs to position j - p - shift. Rows that do not exist
-            # lie in the neighbouring displacements' planes; no product reads them.
-            per_n, per_p, per_q, per_row, per_column = volume.strides
-            volume = as_strided(
-                volume[..., -y.band.shift :, -x.band.shift :],
-                (*volume.shape[:3], y.band.count2, x.band.count2),
-                (per_n, per_p - per_row, per_q - per_column, per_row, per_column),
-                writeable=False,
-            )
-        return volume[..., block.across.targets]
+    def pack_units(self) -> list[Unit]:
+        """Return the units that pack the sources."""
+        other = 3 - self.which
+        return [
+            unit
+            for group, sources, _, _ in self.packed
+            for unit in _pack_units(self.gradient.source, other, group, sources)
+        ]
 
-    def add_units(self, products: list[_Product], step: Step) -> list[Unit]:
+    def multiply_units(self) -> list[Unit]:
+        """Return the units that multiply."""
+        return [
+            partial(self._multiply, packed, tiles, n)
+            for n in range(len(self.gradient.out))
+            for packed in self.packed
+            for tiles in packed[0].down
+        ]
+
+    def _multiply(self, packed: _Packed, tiles: Tiles, n: int, scratch: Scratch) -> None:
+        for block, source, result, values in zip(packed[0].blocks, *packed[1:], strict=True):
+            numpy_bands.multiply_adjoint(block, tiles, values[n], source[n], result[n], scratch)
+
+    def add_units(self) -> list[Unit]:
         """Return the units that add the results to the sums, or store them if there are none."""
-        return [partial(self._add, products, step, n, part) for n, part in _map_parts(self.out)]
+        rows = self.gradient.out[:, :, self.targets.rows]
+        return [partial(self._add, n, part) for n, part in _map_parts(rows)]
 
-    def _add(
-        self, products: list[_Product], step: Step, n: int, part: slice, scratch: Scratch
-    ) -> None:
-        out = self.out[n, part]
-        partition = step.partition[self.which - 1] and self.sums is None
-        if self.sums is not None:
-            gradient = self.sums[n, part]
-        else:
-            gradient = scratch.take("rows", out.shape, _accumulator(out))
-            if not partition:
-                gradient.fill(0)
-        for piece, source, results, values in products:
-            result = results[n, part]
-            flat = result.reshape(-1)
-            if piece.block.as_matrix and not np.isfinite(np.dot(flat, flat)):
-                # Redo the products such that a NaN or infinity stays with its own targets.
-                (tiles,) = cover(piece.block.y, piece.block.y.count1)
-                numpy_bands.multiply_adjoint_by_shifts(
-                    piece.block, tiles, values[n], source[n, part], result
-                )
-            if self.which == 1:
-                _clear_untouched(results[n : n + 1, part], piece, step)
-            rows, columns = piece.positions(self.which)
-            target = gradient[:, rows, columns][..., piece.block.across.targets]
-            if partition:
-                target[...] = result
-            else:
-                target += result
-        if self.sums is None:
-            _store(out, gradient, self.divisor)
+    def _add(self, n: int, part: slice, scratch: Scratch) -> None:
+        out, sums, rows = self.gradient.out[n, part], self.gradient.sums, self.targets.rows
+        gradient = scratch.take("rows", out[:, rows].shape, _accumulator(out))
+        self._assemble(gradient, n, part)
+        flat = gradient.reshape(-1)
+        if not np.isfinite(np.dot(flat, flat)):
+            # Redo the products such that a NaN or infinity stays with its own targets.
+            for group, sources, results, values in self.packed:
+                (tiles,) = cover(group.blocks[0].y, group.blocks[0].y.count1)
+                for block, source, result, value in zip(
+                    group.blocks, sources, results, values, strict=True
+                ):
+                    numpy_bands.multiply_adjoint_by_shifts(
+                        block, tiles, value[n], source[n, :, part], result[n, :, part]
+                    )
+            self._assemble(gradient, n, part)
+        if sums is not None:
+            sums[n, part, rows] += gradient
+            return
+        _store(out[:, rows], gradient, self.gradient.divisor)
+        out[:, : rows.start] = 0
+        out[:, rows.stop :] = 0
+
+    def _assemble(self, gradient: Array, n: int, part: slice) -> None:
+        """Put the results of all tiles where they belong, in the targets' rows of the map."""
+        if not self.targets.partition:
+            gradient.fill(0)
+        for group, _, results, _ in self.packed:
+            rows = group.rows(self.which)
+            first = self.targets.rows.start
+            places = gradient[:, rows.start - first : rows.stop - first : rows.step]
+            for block, result in zip(group.blocks, results, strict=True):
+                if self.which == 1:
+                    _clear_untouched(result[n, :, part], group, block, self.step)
+                across = block.across
+                place = places[..., block.columns(self.which)][..., across.targets]
+                place = place.reshape(*place.shape[:2], across.repeat, across.size)
+                values = result[n, :, part].transpose(1, 2, 0, 3)
+                if self.targets.partition:
+                    place[...] = values
+                else:
+                    place += values
 
 
-class _Product(NamedTuple):
-    """A piece of a gradient's product with its arrays, each (N, C or P Q, rows, columns)."""
-
-    piece: Piece
-    source: Array
-    result: Array
-    values: Array
+_Packed = tuple[Group, list[Array], list[Array], list[Array]]
 
 
 def _backward_step(
@@ -281,41 +311,49 @@ def _backward_step(
     arena: Arena,
 ) -> None:
     volume = arena.take(_volume_shape(upstream.shape, step), _accumulator(upstream))
-    products = [(gradient, gradient.products(step, volume, arena)) for gradient in gradients]
-    units: list[Unit] = [
-        partial(_spread_taps, volume[at], upstream[at], step) for at in _planes(volume.shape)
-    ]
-    for gradient, group in products:
-        sources = [(piece, source) for piece, source, _, _ in group]
-        units += _pack_units(gradient.source, 3 - gradient.which, sources)
-    run(units)
-    for gradient, group in products:
-        if gradient.which == 2:
-            for piece, source, _, _ in group:
-                _clear_untouched(source[..., ::-1], piece, step)
-    run(
-        [
-            partial(
-                numpy_bands.multiply_adjoint, piece.block, tiles, values[n], source[n], result[n]
-            )
-            for n in range(len(upstream))
-            for _, group in products
-            for piece, source, result, values in group
-            for tiles in piece.block.down
-        ]
-    )
-    run([unit for gradient, group in products for unit in gradient.add_units(group, step)])
+    products = [_Product(gradient, step, volume, arena) for gradient in gradients]
+    spread = [partial(_spread_taps, volume[at], upstream[at], step) for at in _planes(volume.shape)]
+    run(spread + [unit for one in products for unit in one.pack_units()])
+    for one in products:
+        if one.which == 2:
+            for group, sources, _, _ in one.packed:
+                for block, source in zip(group.blocks, sources, strict=True):
+                    _clear_untouched(source[..., ::-1], group, block, step)
+    run([unit for one in products for unit in one.multiply_units()])
+    run([unit for one in products for unit in one.add_units()])
 
 
-def _clear_untouched(packed: Array, piece: Piece, step: Step) -> None:
-    """Zero the positions of map 1 that no tap touches: a zero gradient times NaN is no term."""
+def _values(volume: Array, group: Group, block: Block) -> Array:
+    """View the products (N, P, Q, lattice rows, columns) as (N, P, Q, rows, columns) of targets."""
+    y, x = group.phase, block.phase
+    volume = volume[:, y.patch, x.patch, y.lattice, x.lattice]
+    if block.mirrored:
+        # Target j of displacement p belongs to position j - p - shift. Rows that do not exist
+        # lie in the neighbouring displacements' planes; no product reads them.
+        per_n, per_p, per_q, per_row, per_column = volume.strides
+        volume = as_strided(
+            volume[..., -y.band.shift :, -x.band.shift :],
+            (*volume.shape[:3], y.band.count2, x.band.count2),
+            (per_n, per_p - per_row, per_q - per_column, per_row, per_column),
+            writeable=False,
+        )
+    return volume[..., block.across.targets]
+
+
+def _clear_untouched(packed: Array, group: Group, block: Block, step: Step) -> None:
+    """Zero the positions of map 1 that no tap touches: a zero gradient times NaN is no term.
+
+    ``packed`` is (..., tile, C, rows, columns), columns not in reverse.
+    """
     hidden_rows, hidden_columns = step.untouched
     if hidden_rows:
-        packed[:, :, np.isin(_indices(piece.y.lattice), hidden_rows)] = 0
+        packed[..., np.isin(_indices(group.phase.lattice), hidden_rows), :] = 0
     if hidden_columns:
-        across = piece.block.across
-        columns = across.sources if piece.block.mirrored else across.targets
-        packed[..., np.isin(_indices(piece.x.lattice)[columns], hidden_columns)] = 0
+        hidden = np.isin(_indices(block.phase.lattice), hidden_columns)
+        across = block.across
+        for number in range(across.repeat):
+            first = (across.window if block.mirrored else across.start) + number * across.size
+            packed[..., number, :, :, hidden[first : first + packed.shape[-1]]] = 0
 
 
 def _indices(span: slice) -> npt.NDArray[np.intp]:
@@ -325,48 +363,56 @@ def _indices(span: slice) -> npt.NDArray[np.intp]:
 # Stages of copying.
 
 
-def _pack_units(fmap: Array, which: int, packed: list[tuple[Piece, Array]]) -> list[Unit]:
-    """Return units that copy what pieces need of map 1 or 2 to their packed arrays.
+def _take(
+    arena: Arena, fmap: Array, block: Block, shape: tuple[int, int], dtype: np.dtype[Any]
+) -> Array:
+    """Return an array for packed tiles: (N, tile, C, rows, columns)."""
+    return arena.take((fmap.shape[0], block.across.repeat, fmap.shape[1], *shape), dtype)
 
-    Targets are packed as they are, sources with their columns in reverse.
-    """
-    units: list[Unit] = []
-    for _, group in groupby(packed, key=lambda item: item[0].y):
-        copies = []
-        for piece, array in group:
-            rows, columns = piece.positions(which)
-            is_target = (which == 2) == piece.block.mirrored
-            across = piece.block.across
-            copies.append(
-                (
-                    array if is_target else array[..., ::-1],
-                    columns,
-                    across.targets if is_target else across.sources,
-                )
-            )
-        values = fmap[:, :, rows]
-        units += [partial(_pack, values, copies, n, part) for n, part in _map_parts(values)]
-    return units
+
+def _pack_units(fmap: Array, which: int, group: Group, packed: list[Array]) -> list[Unit]:
+    """Return units that copy what blocks need of map 1 or 2 to their packed arrays."""
+    values = fmap[:, :, group.rows(which)]
+    return [partial(_pack, values, which, group, packed, n, part) for n, part in _map_parts(values)]
 
 
 def _pack(
     values: Array,
-    copies: list[tuple[Array, slice, slice]],
+    which: int,
+    group: Group,
+    packed: list[Array],
     n: int,
     part: slice,
     scratch: Scratch,
 ) -> None:
     # In two steps: the map is read once, in order, and then from the cache.
-    rows = scratch.take("rows", values[n, part].shape, copies[0][0].dtype)
+    rows = scratch.take("rows", values[n, part].shape, packed[0].dtype)
     _widen(rows, values[n, part])
-    for packed, columns, window in copies:
-        packed[n, part] = rows[..., columns][..., window]
+    for block, array in zip(group.blocks, packed, strict=True):
+        if array.size == 0:
+            continue
+        across, columns = block.across, block.columns(which)
+        is_target = (which == 2) == block.mirrored
+        first = columns.start + (across.start if is_target else across.window) * columns.step
+        tiles = np.ndarray(
+            (across.repeat, *rows.shape[:2], array.shape[4]),
+            rows.dtype,
+            rows,
+            first * rows.itemsize,
+            (
+                across.size * columns.step * rows.itemsize,
+                *rows.strides[:2],
+                columns.step * rows.itemsize,
+            ),
+        )
+        # Targets are packed as they are, sources with their columns in reverse.
+        array[n, :, part] = tiles if is_target else tiles[..., ::-1]
 
 
 def _map_parts(fmap: Array) -> list[tuple[int, slice]]:
     """Split a map into (sample, channels) small enough to stay in the cache between copies."""
     batch, channels, rows, columns = fmap.shape
-    size = max(1, min(channels, COPY_ELEMENTS // (rows * columns)))
+    size = max(1, min(channels, COPY_ELEMENTS // max(1, rows * columns)))
     return list(product(range(batch), spans(channels, size)))
 
 

@@ -3,7 +3,8 @@
 - A *chunk* is a part of the cost volume that is computed at a time, small enough that its scratch
   arrays take `CHUNK_BYTES` or so, whatever the size of the problem.
 - A chunk's products lie on one lattice per axis (or one per tap, see `Axis.lattices`); on each pair
-  of lattices the phases are cut into *blocks*, and those into *tiles* with their *windows*.
+  of lattices the phases are cut into *tiles* with their *windows*. Equal tiles beside each other
+  make a *block*, whose products are one batch.
 
 The cut depends on shapes alone, never on the number of threads, so results do not either.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import product
-from math import prod
 from typing import NamedTuple
 
 from cupycorr.geometry import Band, Geometry, Lattice, Phase
@@ -74,40 +74,57 @@ class Tiles(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A column of tiles of one pair of phases.
+    """Equal tiles beside each other, of one pair of phases.
 
     ``y`` and ``x`` are the bands from targets to sources. For the gradient of the second map the
     targets are in the second map, and displacements run backwards: ``mirrored``.
     """
 
+    phase: Phase
+    """The horizontal phase."""
     y: Band
     x: Band
     across: Tiles
-    down: tuple[Tiles, ...]
     as_matrix: bool
     mirrored: bool
 
     @property
     def target_shape(self) -> tuple[int, int]:
-        """Rows and columns of the targets."""
+        """Rows and columns of the targets of a column of tiles."""
         return self.y.count1, self.across.size
 
     @property
     def source_shape(self) -> tuple[int, int]:
-        """Rows and columns of the windows together."""
+        """Rows and columns of the windows of a column of tiles."""
         return self.y.count2, self.across.extent
 
+    def columns(self, which: int) -> slice:
+        """Return the columns of the horizontal phase in map 1 or 2."""
+        return self.phase.image1 if which == 1 else self.phase.image2
 
-class Piece(NamedTuple):
-    """A block and the phases that it is part of."""
 
-    y: Phase
-    x: Phase
-    block: Block
+class Group(NamedTuple):
+    """All blocks of one vertical phase, cut into the same rows of tiles."""
 
-    def positions(self, which: int) -> tuple[slice, slice]:
-        """Return the rows and columns of the phase in map 1 or 2."""
-        return (self.y.image1, self.x.image1) if which == 1 else (self.y.image2, self.x.image2)
+    phase: Phase
+    """The vertical phase."""
+    down: tuple[Tiles, ...]
+    """The rows of tiles, as many at a time as make a unit of work."""
+    blocks: tuple[Block, ...]
+
+    def rows(self, which: int) -> slice:
+        """Return the rows of the vertical phase in map 1 or 2."""
+        return self.phase.image1 if which == 1 else self.phase.image2
+
+
+class Targets(NamedTuple):
+    """What is computed on a pair of lattices for the targets in one map."""
+
+    groups: tuple[Group, ...]
+    rows: slice
+    """The rows of the map from the first to the last target."""
+    partition: bool
+    """Whether the targets are all positions of these rows, each once."""
 
 
 class Step(NamedTuple):
@@ -119,10 +136,8 @@ class Step(NamedTuple):
     """Indices on either lattice that no tap touches."""
     complete: bool
     """Whether every product on the lattice, of every displacement, exists."""
-    pieces: tuple[tuple[Piece, ...], tuple[Piece, ...]]
-    """By whose positions are the targets: those of map 1 (also for the cost) or of map 2."""
-    partition: tuple[bool, bool]
-    """Whether the targets are all positions of the map, each once."""
+    targets: tuple[Targets, Targets]
+    """With the targets in map 1, as for the cost volume, and in map 2."""
 
 
 class Part(NamedTuple):
@@ -192,45 +207,60 @@ def _step(
 ) -> Step:
     existing = [sum(phase.band.pairs for phase in lattice.phases) for lattice in (y, x)]
     complete = existing[0] * existing[1] == displacements * y.size * x.size
+    targets = [_targets(shape, y, x, itemsize, adjoint, mirrored) for mirrored in (False, adjoint)]
+    return Step(y, x, (y.untouched, x.untouched), complete, (targets[0], targets[1]))
 
-    pieces = [
-        tuple(
-            Piece(phase_y, phase_x, block)
-            for phase_y, phase_x in product(y.phases, x.phases)
-            for block in _blocks(shape[0], phase_y.band, phase_x.band, itemsize, adjoint, mirrored)
+
+def _targets(
+    shape: tuple[int, int, int],
+    y: Lattice,
+    x: Lattice,
+    itemsize: int,
+    adjoint: bool,
+    mirrored: bool,
+) -> Targets:
+    """Cut the phases of a pair of lattices into tiles."""
+    channels, _, width = shape
+    groups = []
+    for phase in y.phases if x.phases else ():
+        band = phase.band.mirrored() if mirrored else phase.band
+        bands = [p.band.mirrored() if mirrored else p.band for p in x.phases]
+        tiling = choose_tiling(channels, band, bands[0], itemsize, adjoint)
+        rows = min(tiling.rows, band.count1)
+        cell_bytes = rows * (rows + band.count_patch - 1) * itemsize
+        blocks = []
+        for phase_x, band_x in zip(x.phases, bands, strict=True):
+            columns = tiling.columns if tiling.as_matrix else band_x.count1
+            columns = min(columns, band_x.count1)
+            tile_bytes = cell_bytes * columns * (columns + band_x.count_patch - 1)
+            blocks += [
+                Block(phase_x, band, band_x, across, tiling.as_matrix, mirrored)
+                for tiles in cover(band_x, columns)
+                for across in tiles.split(max(1, MATRIX_BYTES // tile_bytes))
+            ]
+        widest = max(
+            b.across.repeat * b.across.size * (b.across.size + b.x.count_patch - 1) for b in blocks
         )
-        for mirrored in ((False, True) if adjoint else (False,))
-    ]
-    partition = [_is_partition(group, which, shape[1:]) for which, group in enumerate(pieces, 1)]
-    if not adjoint:
-        pieces.append(())
-        partition.append(False)
-    untouched = y.untouched, x.untouched
-    return Step(y, x, untouched, complete, (pieces[0], pieces[1]), (partition[0], partition[1]))
+        at_once = max(1, MATRIX_BYTES // (cell_bytes * widest))
+        down = tuple(part for tiles in cover(band, rows) for part in tiles.split(at_once))
+        groups.append(Group(phase, down, tuple(blocks)))
+    which = 2 if mirrored else 1
+    spans_y = [group.rows(which) for group in groups]
+    spans_x = [phase.image2 if mirrored else phase.image1 for phase in x.phases]
+    low = min((span.start for span in spans_y), default=0)
+    high = max((span.stop for span in spans_y), default=0)
+    return Targets(
+        tuple(groups),
+        slice(low, high),
+        _is_partition(spans_y, high - low) and _is_partition(spans_x, width),
+    )
 
 
-def _is_partition(pieces: tuple[Piece, ...], which: int, size: tuple[int, int]) -> bool:
-    places = {
-        (rows.start, rows.step, columns.start, columns.step, piece.block.across.start)
-        for piece in pieces
-        for rows, columns in [piece.positions(which)]
-    }
-    covered = sum(prod(piece.block.target_shape) for piece in pieces)
-    return len(places) == len(pieces) and covered == prod(size)
-
-
-def _blocks(
-    channels: int, y: Band, x: Band, itemsize: int, adjoint: bool, mirrored: bool
-) -> list[Block]:
-    if mirrored:
-        y, x = y.mirrored(), x.mirrored()
-    tiling = choose_tiling(channels, y, x, itemsize, adjoint)
-    down = cover(y, tiling.rows)
-    return [
-        Block(y, x, tile, down, tiling.as_matrix, mirrored)
-        for tiles in cover(x, tiling.columns)
-        for tile in tiles.split(1)
-    ]
+def _is_partition(parts: list[slice], size: int) -> bool:
+    """Tell whether slices of a range are different and cover ``size`` positions."""
+    different = {(part.start, part.step) for part in parts}
+    covered = sum(len(range(part.start, part.stop, part.step)) for part in parts)
+    return len(different) == len(parts) and covered == size
 
 
 @lru_cache(maxsize=1024)
@@ -314,7 +344,7 @@ def _cost_of_tiles(
     return (
         channels * (products * MULTIPLY_ADD + packed_by_blas * PACKED_BY_BLAS)
         + (channels * packed + band) * (COPIED + COPIED_RUN / across[0].size)
-        + tiles_x * (len(down) * 8 + 4) * CALL
+        + (len(across) + 1) * (len(down) + 1) * 10 * CALL
         + tiles_x * tiles_y * BLAS_CALL
     )
 
