@@ -30,6 +30,8 @@ of the smallest step, copies bands along the targets, in which the volume is con
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -49,33 +51,29 @@ def multiply(
 ) -> None:
     """Write the products of some rows of tiles into the volume.
 
-    ``targets`` and ``source`` (tile, C, rows, columns) are contiguous, with the rows and columns
-    of the block's target_shape and source_shape, the source's columns in reverse. ``volume``
-    (P, Q, rows, columns) covers all targets of the block; with shifts it must be zero where a
-    displacement leads out of the map.
+    ``targets`` and ``source`` (N, tile, C, rows, columns) have the rows and columns of the block's
+    target_shape and source_shape, the source's columns in reverse; for matrix products they are
+    contiguous. ``volume`` (N, P, Q, rows, columns) covers all targets of the block; with shifts it
+    must be zero where a displacement leads out of the map.
     """
     if not block.as_matrix:
+        one, two = targets[:, 0], source[:, 0, ..., ::-1]
         for p, q, here, there in _shifts(block, tiles):
-            np.einsum(
-                "cyx,cyx->yx",
-                targets[0][here],
-                source[0, :, :, ::-1][there],
-                out=volume[p, q][here[1:]],
-            )
+            np.einsum("ncyx,ncyx->nyx", one[here], two[there], out=volume[:, p, q][here])
         return
     if 0 in (tiles.extent, block.across.extent):
-        volume[:, :, tiles.targets] = 0
+        volume[:, :, :, tiles.targets] = 0
         return
-    dense, full, inside = _matrices(block, tiles, source.dtype, scratch)
+    dense, full, inside = _matrices(len(volume), block, tiles, source.dtype, scratch)
     np.matmul(
-        _tile_view(source, tiles.window, tiles, tiles.extent).transpose(0, 1, 3, 2),
+        _tile_view(source, tiles.window, tiles, tiles.extent).swapaxes(-1, -2),
         _tile_view(targets, tiles.start, tiles, tiles.size),
-        out=dense.reshape(*dense.shape[:2], -1, dense.shape[4]),
+        out=dense.reshape(*dense.shape[:3], -1, dense.shape[5]),
     )
     if dense.shape != full.shape:
-        full[:, :, inside[0], inside[1]] = dense
-        full[:, :, : inside[0].start] = 0
-        full[:, :, inside[0].stop :] = 0
+        full[:, :, :, inside[0], inside[1]] = dense
+        full[:, :, :, : inside[0].start] = 0
+        full[:, :, :, inside[0].stop :] = 0
     for values, band in _band(block, tiles, volume, full):
         values[...] = band
 
@@ -85,26 +83,26 @@ def multiply_adjoint(
 ) -> None:
     """Write the gradient with respect to some rows of tiles, from the volume's gradient.
 
-    ``volume`` (P, Q, rows, columns) gives for each displacement and target the value that belongs
-    to it; ``source`` and ``result`` (tile, C, rows, columns) are contiguous, with the rows and
-    columns of the block's source_shape, columns in reverse, and target_shape. Zeros beside the
-    band are multiplied too, so the result is right only where it is finite;
-    `multiply_adjoint_by_shifts` is right everywhere.
+    ``volume`` (N, P, Q, rows, columns) gives for each displacement and target the value that
+    belongs to it; ``source`` and ``result`` (N, tile, C, rows, columns) have the rows and columns
+    of the block's source_shape, columns in reverse, and target_shape; for matrix products they are
+    contiguous. Zeros beside the band are multiplied too, so the result is right only where it is
+    finite; `multiply_adjoint_by_shifts` is right everywhere.
     """
     if not block.as_matrix:
         multiply_adjoint_by_shifts(block, tiles, volume, source, result)
         return
     if 0 in (tiles.extent, block.across.extent):
-        result[:, :, tiles.targets] = 0
+        result[..., tiles.targets, :] = 0
         return
-    dense, full, inside = _matrices(block, tiles, source.dtype, scratch)
+    dense, full, inside = _matrices(len(volume), block, tiles, source.dtype, scratch)
     for values, band in _band(block, tiles, volume, full):
         band[...] = values
     if dense.shape != full.shape:
-        dense[...] = full[:, :, inside[0], inside[1]]
+        dense[...] = full[:, :, :, inside[0], inside[1]]
     np.matmul(
         _tile_view(source, tiles.window, tiles, tiles.extent),
-        dense.reshape(*dense.shape[:2], -1, dense.shape[4]),
+        dense.reshape(*dense.shape[:3], -1, dense.shape[5]),
         out=_tile_view(result, tiles.start, tiles, tiles.size),
     )
 
@@ -113,19 +111,21 @@ def multiply_adjoint_by_shifts(
     block: Block, tiles: Tiles, volume: Array, source: Array, result: Array
 ) -> None:
     """Do the work of `multiply_adjoint` without any product of positions that do not meet."""
-    result[:, :, tiles.targets] = 0
-    for number, (one_source, one_result) in enumerate(zip(source, result, strict=True)):
-        columns = volume[..., number * block.across.size :]
+    result[..., tiles.targets, :] = 0
+    for number in range(block.across.repeat):
+        values = volume[..., number * block.across.size :]
+        one, two = result[:, number], source[:, number, ..., ::-1]
         for p, q, here, there in _shifts(block, tiles):
-            one_result[here] += columns[p, q][here[1:]] * one_source[:, :, ::-1][there]
+            one[here] += values[:, p, q, None][here] * two[there]
 
 
-def _shifts(
-    block: Block, tiles: Tiles
-) -> Iterator[tuple[int, int, tuple[slice, ...], tuple[slice, ...]]]:
+_Index = tuple[EllipsisType, slice, slice]
+
+
+def _shifts(block: Block, tiles: Tiles) -> Iterator[tuple[int, int, _Index, _Index]]:
     """Yield (p, q, targets, sources) of each displacement, as indices into one packed tile."""
     y, x, across = block.y, block.x, block.across
-    every, wanted = slice(None), tiles.targets
+    wanted = tiles.targets
     for p in range(y.count_patch):
         down = (y.count_patch - 1 - p if block.mirrored else p) + y.shift
         low, high = max(wanted.start, -down), min(wanted.stop, y.count2 - down)
@@ -135,44 +135,46 @@ def _shifts(
             right = (x.count_patch - 1 - q if block.mirrored else q) - across.cut
             left, end = max(0, -right), min(across.size, across.extent - right)
             if left < end:
-                here = (every, slice(low, high), slice(left, end))
-                there = (every, slice(low + down, high + down), slice(left + right, end + right))
+                here = (..., slice(low, high), slice(left, end))
+                there = (..., slice(low + down, high + down), slice(left + right, end + right))
                 yield p, q, here, there
 
 
 def _matrices(
-    block: Block, tiles: Tiles, dtype: np.dtype[Any], scratch: Scratch
+    batch: int, block: Block, tiles: Tiles, dtype: np.dtype[Any], scratch: Scratch
 ) -> tuple[Array, Array, tuple[slice, slice]]:
     """Return the matrix for the product, the one with room for the whole band, and where it fits.
 
-    Both have the axes (tile across, tile down, source row, source column, target). The first has
-    only the rows and columns that exist, and is the second where they all do. The second is zero
-    beside its band, but for rows that do not exist.
+    Both have the axes (N, tile across, tile down, source row, source column, target). The first
+    has only the rows and columns that exist, and is the second where they all do. The second is
+    zero beside its band, but for rows that do not exist.
     """
     across = block.across
     rows, columns = tiles.size + block.y.count_patch - 1, across.size + block.x.count_patch - 1
     # Which cells are ever written depends on this, and on the shape.
     layout = (tiles.size, across.cut, across.extent, block.x.count_patch, block.mirrored)
-    count, targets = across.repeat * tiles.repeat, tiles.size * across.size
-    full = scratch.take_zeroed("full", (count, rows, columns, targets), dtype, layout)
-    full = full.reshape(across.repeat, tiles.repeat, rows, columns, targets)
+    tile = (batch, across.repeat, tiles.repeat)
+    targets = tiles.size * across.size
+    full = scratch.take_zeroed("full", (prod(tile), rows, columns, targets), dtype, layout)
+    full = full.reshape(*tile, rows, columns, targets)
     last = columns - across.cut
     inside = slice(tiles.cut, tiles.cut + tiles.extent), slice(last - across.extent, last)
     if (tiles.extent, across.extent) == (rows, columns):
         return full, full, inside
-    shape = (across.repeat, tiles.repeat, tiles.extent, across.extent, targets)
-    return scratch.take("dense", shape, dtype), full, inside
+    dense = scratch.take("dense", (*tile, tiles.extent, across.extent, targets), dtype)
+    return dense, full, inside
 
 
 def _tile_view(packed: Array, first_row: int, tiles: Tiles, rows: int) -> Array:
-    """View packed tiles as (tile across, tile down, C, positions); windows overlap."""
-    across, channel, row, item = packed.strides
+    """View packed tiles as (N, tile across, tile down, C, positions); windows overlap."""
+    batch, across, channels, _, columns = packed.shape
+    per_n, per_across, per_channel, per_row, item = packed.strides
     return np.ndarray(
-        (packed.shape[0], tiles.repeat, packed.shape[1], rows * packed.shape[3]),
+        (batch, across, tiles.repeat, channels, rows * columns),
         packed.dtype,
         packed,
-        first_row * row,
-        (across, tiles.size * row, channel, item),
+        first_row * per_row,
+        (per_n, per_across, tiles.size * per_row, per_channel, item),
     )
 
 
@@ -181,18 +183,19 @@ def _band(
 ) -> Iterator[tuple[Array, Array]]:
     """Yield pairs of views: cells of the volume, and where they stand in the matrix's band.
 
-    The axes are (p, q, tile down, row, tile across, column).
+    The axes are (N, p, q, tile down, row, tile across, column).
     """
     patch_y, patch_x = block.y.count_patch, block.x.count_patch
     across = block.across
-    per_across, per_down, per_row, per_column, item = matrix.strides
+    per_n, per_across, per_down, per_row, per_column, item = matrix.strides
     # The first target's column stands last; mirrored, its last displacement does.
-    corner = (matrix.shape[3] - 1) * per_column
+    corner = (matrix.shape[4] - 1) * per_column
     sign = 1
     if block.mirrored:
         corner += (patch_y - 1) * per_row - (patch_x - 1) * per_column
         sign = -1
     strides = (
+        per_n,
         sign * per_row,
         -sign * per_column,
         per_down,
@@ -201,7 +204,7 @@ def _band(
         item - per_column,
     )
     for few in tiles.split(max(1, BAND_TARGETS // (tiles.size * across.size * across.repeat))):
-        shape = (patch_y, patch_x, few.repeat, tiles.size, across.repeat, across.size)
+        shape = (len(volume), patch_y, patch_x, few.repeat, tiles.size, across.repeat, across.size)
         offset = corner + (few.start - tiles.start) // tiles.size * per_down
         cells = np.ndarray(shape, matrix.dtype, matrix, offset, strides)
-        yield volume[:, :, few.targets].reshape(shape), cells
+        yield volume[:, :, :, few.targets].reshape(shape), cells

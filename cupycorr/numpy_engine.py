@@ -135,14 +135,13 @@ def _forward_chunk(
         units: list[Unit] = []
         products: list[Unit] = []
         for group in step.targets[0].groups:
-            targets = [_take(arena, map1, b, b.target_shape, dtype) for b in group.blocks]
-            sources = [_take(arena, map2, b, b.source_shape, dtype) for b in group.blocks]
-            units += _pack_units(map1, 1, group, targets)
-            units += _pack_units(map2, 2, group, sources)
+            targets, pack_targets = _packed(map1, 1, group, step, dtype, arena)
+            sources, pack_sources = _packed(map2, 2, group, step, dtype, arena)
+            units += pack_targets + pack_sources
             values = [_values(volume, group, block) for block in group.blocks]
             products += [
                 partial(_multiply, group, tiles, n, targets, sources, values)
-                for n in range(len(out))
+                for n in spans(len(out), group.samples)
                 for tiles in group.down
             ]
         run(units)
@@ -159,7 +158,7 @@ def _forward_chunk(
 def _multiply(
     group: Group,
     tiles: Tiles,
-    n: int,
+    n: slice,
     targets: list[Array],
     sources: list[Array],
     values: list[Array],
@@ -218,36 +217,30 @@ class _Product:
         self.gradient, self.step = gradient, step
         self.which = gradient.which
         self.targets = step.targets[self.which - 1]
-        fmap, dtype = gradient.source, volume.dtype
-        self.packed = [
-            (
-                group,
-                [_take(arena, fmap, block, block.source_shape, dtype) for block in group.blocks],
-                [_take(arena, fmap, block, block.target_shape, dtype) for block in group.blocks],
-                [_values(volume, group, block) for block in group.blocks],
+        self.packed: list[_Packed] = []
+        self.pack_units: list[Unit] = []
+        for group in self.targets.groups:
+            sources, units = _packed(
+                gradient.source, 3 - self.which, group, step, volume.dtype, arena
             )
-            for group in self.targets.groups
-        ]
-
-    def pack_units(self) -> list[Unit]:
-        """Return the units that pack the sources."""
-        other = 3 - self.which
-        return [
-            unit
-            for group, sources, _, _ in self.packed
-            for unit in _pack_units(self.gradient.source, other, group, sources)
-        ]
+            results = [
+                _take(arena, gradient.out, block, block.target_shape, volume.dtype)
+                for block in group.blocks
+            ]
+            values = [_values(volume, group, block) for block in group.blocks]
+            self.packed.append((group, sources, results, values))
+            self.pack_units += units
 
     def multiply_units(self) -> list[Unit]:
         """Return the units that multiply."""
         return [
             partial(self._multiply, packed, tiles, n)
-            for n in range(len(self.gradient.out))
             for packed in self.packed
+            for n in spans(len(self.gradient.out), packed[0].samples)
             for tiles in packed[0].down
         ]
 
-    def _multiply(self, packed: _Packed, tiles: Tiles, n: int, scratch: Scratch) -> None:
+    def _multiply(self, packed: _Packed, tiles: Tiles, n: slice, scratch: Scratch) -> None:
         for block, source, result, values in zip(packed[0].blocks, *packed[1:], strict=True):
             numpy_bands.multiply_adjoint(block, tiles, values[n], source[n], result[n], scratch)
 
@@ -256,9 +249,9 @@ class _Product:
         rows = self.gradient.out[:, :, self.targets.rows]
         return [partial(self._add, n, part) for n, part in _map_parts(rows)]
 
-    def _add(self, n: int, part: slice, scratch: Scratch) -> None:
+    def _add(self, n: slice, part: slice, scratch: Scratch) -> None:
         out, sums, rows = self.gradient.out[n, part], self.gradient.sums, self.targets.rows
-        gradient = scratch.take("rows", out[:, rows].shape, _accumulator(out))
+        gradient = scratch.take("rows", out[:, :, rows].shape, _accumulator(out))
         self._assemble(gradient, n, part)
         flat = gradient.reshape(-1)
         if not np.isfinite(np.dot(flat, flat)):
@@ -275,25 +268,25 @@ class _Product:
         if sums is not None:
             sums[n, part, rows] += gradient
             return
-        _store(out[:, rows], gradient, self.gradient.divisor)
-        out[:, : rows.start] = 0
-        out[:, rows.stop :] = 0
+        _store(out[:, :, rows], gradient, self.gradient.divisor)
+        out[:, :, : rows.start] = 0
+        out[:, :, rows.stop :] = 0
 
-    def _assemble(self, gradient: Array, n: int, part: slice) -> None:
+    def _assemble(self, gradient: Array, n: slice, part: slice) -> None:
         """Put the results of all tiles where they belong, in the targets' rows of the map."""
         if not self.targets.partition:
             gradient.fill(0)
         for group, _, results, _ in self.packed:
             rows = group.rows(self.which)
             first = self.targets.rows.start
-            places = gradient[:, rows.start - first : rows.stop - first : rows.step]
+            places = gradient[:, :, rows.start - first : rows.stop - first : rows.step]
             for block, result in zip(group.blocks, results, strict=True):
                 if self.which == 1:
                     _clear_untouched(result[n, :, part], group, block, self.step)
                 across = block.across
                 place = places[..., block.columns(self.which)][..., across.targets]
-                place = place.reshape(*place.shape[:2], across.repeat, across.size)
-                values = result[n, :, part].transpose(1, 2, 0, 3)
+                place = place.reshape(*place.shape[:3], across.repeat, across.size)
+                values = result[n, :, part].transpose(0, 2, 3, 1, 4)
                 if self.targets.partition:
                     place[...] = values
                 else:
@@ -313,12 +306,7 @@ def _backward_step(
     volume = arena.take(_volume_shape(upstream.shape, step), _accumulator(upstream))
     products = [_Product(gradient, step, volume, arena) for gradient in gradients]
     spread = [partial(_spread_taps, volume[at], upstream[at], step) for at in _planes(volume.shape)]
-    run(spread + [unit for one in products for unit in one.pack_units()])
-    for one in products:
-        if one.which == 2:
-            for group, sources, _, _ in one.packed:
-                for block, source in zip(group.blocks, sources, strict=True):
-                    _clear_untouched(source[..., ::-1], group, block, step)
+    run(spread + [unit for one in products for unit in one.pack_units])
     run([unit for one in products for unit in one.multiply_units()])
     run([unit for one in products for unit in one.add_units()])
 
@@ -370,58 +358,87 @@ def _take(
     return arena.take((fmap.shape[0], block.across.repeat, fmap.shape[1], *shape), dtype)
 
 
-def _pack_units(fmap: Array, which: int, group: Group, packed: list[Array]) -> list[Unit]:
-    """Return units that copy what blocks need of map 1 or 2 to their packed arrays."""
+def _packed(
+    fmap: Array, which: int, group: Group, step: Step, dtype: np.dtype[Any], arena: Arena
+) -> tuple[list[Array], list[Unit]]:
+    """Return what blocks need of map 1 or 2, (N, tile, C, rows, columns) each, and how to pack it.
+
+    Targets come as they are, sources with their columns in reverse.
+    """
+    is_target = (which == 2) == group.blocks[0].mirrored
     values = fmap[:, :, group.rows(which)]
-    return [partial(_pack, values, which, group, packed, n, part) for n, part in _map_parts(values)]
+    mirrored_source = group.blocks[0].mirrored and not is_target
+    hide = step if mirrored_source and any(step.untouched) else None
+    if not group.blocks[0].as_matrix and fmap.dtype == dtype and hide is None:
+        # Shifts work on the map itself.
+        sides = [(block.columns(which), block.across) for block in group.blocks]
+        views = [
+            values[..., columns][:, None, ..., across.targets if is_target else across.sources]
+            for columns, across in sides
+        ]
+        return [view if is_target else view[..., ::-1] for view in views], []
+    packed = [
+        _take(arena, fmap, block, block.target_shape if is_target else block.source_shape, dtype)
+        for block in group.blocks
+    ]
+    return packed, [
+        partial(_pack, values, which, group, hide, packed, n, part)
+        for n, part in _map_parts(values)
+    ]
 
 
 def _pack(
     values: Array,
     which: int,
     group: Group,
+    hide: Step | None,
     packed: list[Array],
-    n: int,
+    n: slice,
     part: slice,
     scratch: Scratch,
 ) -> None:
     # In two steps: the map is read once, in order, and then from the cache.
     rows = scratch.take("rows", values[n, part].shape, packed[0].dtype)
     _widen(rows, values[n, part])
+    per_n, per_channel, per_row, item = rows.strides
     for block, array in zip(group.blocks, packed, strict=True):
         if array.size == 0:
             continue
         across, columns = block.across, block.columns(which)
         is_target = (which == 2) == block.mirrored
         first = columns.start + (across.start if is_target else across.window) * columns.step
+        step = columns.step * item
         tiles = np.ndarray(
-            (across.repeat, *rows.shape[:2], array.shape[4]),
+            (len(rows), across.repeat, *rows.shape[1:3], array.shape[4]),
             rows.dtype,
             rows,
-            first * rows.itemsize,
-            (
-                across.size * columns.step * rows.itemsize,
-                *rows.strides[:2],
-                columns.step * rows.itemsize,
-            ),
+            first * item,
+            (per_n, across.size * step, per_channel, per_row, step),
         )
-        # Targets are packed as they are, sources with their columns in reverse.
-        array[n, :, part] = tiles if is_target else tiles[..., ::-1]
+        target = array[n, :, part] if is_target else array[n, :, part, :, ::-1]
+        target[...] = tiles
+        if hide is not None:
+            _clear_untouched(target, group, block, hide)
 
 
-def _map_parts(fmap: Array) -> list[tuple[int, slice]]:
-    """Split a map into (sample, channels) small enough to stay in the cache between copies."""
+def _map_parts(fmap: Array) -> list[tuple[slice, slice]]:
+    """Split a map into (samples, channels) small enough to stay in the cache between copies."""
     batch, channels, rows, columns = fmap.shape
-    size = max(1, min(channels, COPY_ELEMENTS // max(1, rows * columns)))
-    return list(product(range(batch), spans(channels, size)))
+    planes = max(1, COPY_ELEMENTS // max(1, rows * columns))
+    return list(product(spans(batch, max(1, planes // channels)), spans(channels, planes)))
 
 
-def _planes(shape: tuple[int, ...]) -> list[tuple[int, slice, slice]]:
-    """Split (N, P, Q, rows, columns) into (sample, displacements p, displacements q)."""
+def _planes(shape: tuple[int, ...]) -> list[tuple[slice, slice, slice]]:
+    """Split (N, P, Q, rows, columns) into (samples, displacements p, displacements q)."""
     batch, patch_y, patch_x, rows, columns = shape
     planes = max(1, COPY_ELEMENTS // (rows * columns))
-    parts_y, parts_x = spans(patch_y, max(1, planes // patch_x)), spans(patch_x, planes)
-    return list(product(range(batch), parts_y, parts_x))
+    return list(
+        product(
+            spans(batch, max(1, planes // (patch_y * patch_x))),
+            spans(patch_y, max(1, planes // patch_x)),
+            spans(patch_x, planes),
+        )
+    )
 
 
 def _volume_shape(cost_shape: tuple[int, ...], step: Step) -> tuple[int, ...]:
@@ -429,8 +446,8 @@ def _volume_shape(cost_shape: tuple[int, ...], step: Step) -> tuple[int, ...]:
 
 
 def _sum_taps(volume: Array, step: Step) -> Array:
-    """Sum over the taps of each window: (P, Q, lattice rows, columns) to (P, Q, OH, OW)."""
-    rows = [volume[:, :, tap] for tap in step.lattice_y.taps]
+    """Sum over the taps of each window: (..., lattice rows, columns) to (..., OH, OW)."""
+    rows = [volume[..., tap, :] for tap in step.lattice_y.taps]
     volume = _sum(rows)
     return _sum([volume[..., tap] for tap in step.lattice_x.taps])
 
@@ -452,12 +469,12 @@ def _spread_taps(volume: Array, grad: Array, step: Step, scratch: Scratch) -> No
         return
     wide = np.empty(grad.shape, volume.dtype)
     _widen(wide, grad)
-    rows = np.zeros((*wide.shape[:3], step.lattice_x.size), volume.dtype)
+    rows = np.zeros((*wide.shape[:-1], step.lattice_x.size), volume.dtype)
     for tap in taps_x:
         rows[..., tap] += wide
     volume.fill(0)
     for tap in taps_y:
-        volume[:, :, tap] += rows
+        volume[..., tap, :] += rows
 
 
 # Number formats.

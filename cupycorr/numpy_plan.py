@@ -23,6 +23,8 @@ BATCH_BYTES = 6 << 20
 """Samples are taken together in a chunk while their scratch arrays stay below this."""
 MATRIX_BYTES = 1 << 20
 """Upper limit of the product matrices in work at a time: about a core's second-level cache."""
+SHIFTED_BYTES = 1 << 17
+"""Size of the targets that displacements are tried on one after the other."""
 COPY_ELEMENTS = 1 << 16
 """Elements per unit of copying."""
 
@@ -111,6 +113,8 @@ class Group(NamedTuple):
     down: tuple[Tiles, ...]
     """The rows of tiles, as many at a time as make a unit of work."""
     blocks: tuple[Block, ...]
+    samples: int
+    """Samples per unit of work."""
 
     def rows(self, which: int) -> slice:
         """Return the rows of the vertical phase in map 1 or 2."""
@@ -238,12 +242,20 @@ def _targets(
                 for tiles in cover(band_x, columns)
                 for across in tiles.split(max(1, MATRIX_BYTES // tile_bytes))
             ]
-        widest = max(
-            b.across.repeat * b.across.size * (b.across.size + b.x.count_patch - 1) for b in blocks
-        )
-        at_once = max(1, MATRIX_BYTES // (cell_bytes * widest))
+        # As many tiles down, and samples, as stay within the limit.
+        if tiling.as_matrix:
+            unit_bytes = cell_bytes * max(
+                b.across.repeat * b.across.size * (b.across.size + b.x.count_patch - 1)
+                for b in blocks
+            )
+            limit = MATRIX_BYTES
+        else:
+            unit_bytes = channels * rows * max(b.across.size for b in blocks) * itemsize
+            limit = SHIFTED_BYTES
+        at_once = max(1, limit // unit_bytes)
         down = tuple(part for tiles in cover(band, rows) for part in tiles.split(at_once))
-        groups.append(Group(phase, down, tuple(blocks)))
+        samples = max(1, at_once // max(tiles.repeat for tiles in down)) if len(down) < 4 else 1
+        groups.append(Group(phase, down, tuple(blocks), samples))
     which = 2 if mirrored else 1
     spans_y = [group.rows(which) for group in groups]
     spans_x = [phase.image2 if mirrored else phase.image1 for phase in x.phases]
@@ -308,7 +320,7 @@ def choose_tiling(channels: int, y: Band, x: Band, itemsize: int, adjoint: bool)
     Large tiles make efficient matrix products but compute much beside the band; for few channels
     or displacements one multiplication per displacement beats any tile.
     """
-    rows = max(1, min(y.count1, 2 * COPY_ELEMENTS // (itemsize * channels * x.count1)))
+    rows = max(1, min(y.count1, SHIFTED_BYTES // (itemsize * channels * x.count1)))
     best = Tiling(rows, x.count1, as_matrix=False)
     best_cost = (
         y.count_patch
