@@ -23,7 +23,7 @@ BATCH_BYTES = 6 << 20
 """Samples are taken together in a chunk while their scratch arrays stay below this."""
 MATRIX_BYTES = 1 << 20
 """Upper limit of the product matrices in work at a time: about a core's second-level cache."""
-SHIFTED_BYTES = 1 << 17
+SHIFTED_BYTES = 1 << 20
 """Size of the targets that displacements are tried on one after the other."""
 COPY_ELEMENTS = 1 << 16
 """Elements per unit of copying."""
@@ -309,8 +309,9 @@ COPIED = 7e-10
 COPIED_RUN = 8e-9
 CALL = 1.5e-6
 BLAS_CALL = 1e-6
-SHIFTED = 6e-10
-SHIFTED_ADJOINT = 1.8e-9
+CELL, CELL_ADJOINT = 1e-9, 1.8e-9
+SHIFTED, SHIFTED_ADJOINT = 4e-10, 1.5e-9
+SHIFTED_RUN, SHIFTED_RUN_ADJOINT = 6e-9, 1.5e-8
 
 
 @lru_cache(maxsize=4096)
@@ -322,13 +323,12 @@ def choose_tiling(channels: int, y: Band, x: Band, itemsize: int, adjoint: bool)
     """
     rows = max(1, min(y.count1, SHIFTED_BYTES // (itemsize * channels * x.count1)))
     best = Tiling(rows, x.count1, as_matrix=False)
+    position = 1e-9 + channels * (SHIFTED_ADJOINT if adjoint else SHIFTED)
+    run = channels * (SHIFTED_RUN_ADJOINT if adjoint else SHIFTED_RUN)
     best_cost = (
         y.count_patch
         * x.count_patch
-        * (
-            -(-y.count1 // rows) * 3 * CALL
-            + y.count1 * x.count1 * channels * (SHIFTED_ADJOINT if adjoint else SHIFTED)
-        )
+        * (-(-y.count1 // rows) * 3 * CALL + y.count1 * (x.count1 * position + run))
     )
     for columns in _even_sizes(x.count1):
         across = cover(x, columns)
@@ -337,14 +337,19 @@ def choose_tiling(channels: int, y: Band, x: Band, itemsize: int, adjoint: bool)
             window = (rows + y.count_patch - 1) * extent
             if rows * columns * window * itemsize > MATRIX_BYTES:
                 continue
-            cost = _cost_of_tiles(channels, y, x, cover(y, rows), across)
+            cost = _cost_of_tiles(channels, y, x, cover(y, rows), across, adjoint)
             if cost < best_cost:
                 best, best_cost = Tiling(rows, columns, as_matrix=True), cost
     return best
 
 
 def _cost_of_tiles(
-    channels: int, y: Band, x: Band, down: tuple[Tiles, ...], across: tuple[Tiles, ...]
+    channels: int,
+    y: Band,
+    x: Band,
+    down: tuple[Tiles, ...],
+    across: tuple[Tiles, ...],
+    adjoint: bool,
 ) -> float:
     targets = down[0].size * across[0].size
     tiles_y, tiles_x = (sum(t.repeat for t in axis) for axis in (down, across))
@@ -355,6 +360,7 @@ def _cost_of_tiles(
     band = y.count1 * x.count1 * y.count_patch * x.count_patch
     return (
         channels * (products * MULTIPLY_ADD + packed_by_blas * PACKED_BY_BLAS)
+        + products * (CELL_ADJOINT if adjoint else CELL)
         + (channels * packed + band) * (COPIED + COPIED_RUN / across[0].size)
         + (len(across) + 1) * (len(down) + 1) * 10 * CALL
         + tiles_x * tiles_y * BLAS_CALL
