@@ -42,7 +42,7 @@ from cupycorr.parallel import Scratch
 
 Array = npt.NDArray[Any]
 
-BAND_TARGETS = 512
+BAND_TARGETS = 1024
 """Targets whose bands are copied at a time, such that their cache lines serve the next one too."""
 
 

@@ -21,12 +21,13 @@ CHUNK_BYTES = 48 << 20
 """What a chunk's scratch arrays should take together."""
 BATCH_BYTES = 6 << 20
 """Samples are taken together in a chunk while their scratch arrays stay below this."""
-MATRIX_BYTES = 1 << 20
-"""Upper limit of the product matrices in work at a time: about a core's second-level cache."""
+MATRIX_BYTES = 2 << 20
+"""Upper limit of the product matrices in work at a time. Calls should be long, since threads wait
+for the interpreter between them, but matrices should stay in the cache."""
 SHIFTED_BYTES = 1 << 20
-"""Size of the targets that displacements are tried on one after the other."""
-COPY_ELEMENTS = 1 << 16
-"""Elements per unit of copying."""
+"""Likewise the targets on which displacements are tried one after the other."""
+COPY_ELEMENTS = 1 << 18
+"""Likewise the elements per unit of copying."""
 
 
 class Tiling(NamedTuple):
