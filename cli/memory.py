@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cupycorr.parallel import release_scratch
+
 
 def peak(call: Callable[[], Any], torch_too: bool) -> tuple[int, Any]:
     """Return the most bytes that a call held at once beyond what was there, and its result.
 
     That is the peak of NumPy's arrays (tracemalloc) plus, if asked for, that of torch's tensors on
-    the CPU (its profiler).
+    the CPU (its profiler). Memory that cupycorr keeps from call to call counts as the call's.
     """
+    release_scratch()
     tracemalloc.start()
     try:
         with _torch_peak() if torch_too else contextlib.nullcontext([0]) as torch_peak:

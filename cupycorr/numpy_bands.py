@@ -64,7 +64,7 @@ def multiply(
     if 0 in (tiles.extent, block.across.extent):
         volume[:, :, :, tiles.targets] = 0
         return
-    dense, full, inside = _matrices(len(volume), block, tiles, source.dtype, scratch)
+    dense, full, inside = _matrices("products", len(volume), block, tiles, source.dtype, scratch)
     np.matmul(
         _tile_view(source, tiles.window, tiles, tiles.extent).swapaxes(-1, -2),
         _tile_view(targets, tiles.start, tiles, tiles.size),
@@ -95,7 +95,7 @@ def multiply_adjoint(
     if 0 in (tiles.extent, block.across.extent):
         result[..., tiles.targets, :] = 0
         return
-    dense, full, inside = _matrices(len(volume), block, tiles, source.dtype, scratch)
+    dense, full, inside = _matrices("band", len(volume), block, tiles, source.dtype, scratch)
     for values, band in _band(block, tiles, volume, full):
         band[...] = values
     if dense.shape != full.shape:
@@ -141,18 +141,26 @@ def _shifts(block: Block, tiles: Tiles) -> Iterator[tuple[int, int, _Index, _Ind
 
 
 def _matrices(
-    batch: int, block: Block, tiles: Tiles, dtype: np.dtype[Any], scratch: Scratch
+    content: str, batch: int, block: Block, tiles: Tiles, dtype: np.dtype[Any], scratch: Scratch
 ) -> tuple[Array, Array, tuple[slice, slice]]:
     """Return the matrix for the product, the one with room for the whole band, and where it fits.
 
     Both have the axes (N, tile across, tile down, source row, source column, target). The first
-    has only the rows and columns that exist, and is the second where they all do. The second is
-    zero beside its band, but for rows that do not exist.
+    has only the rows and columns that exist, and is the second where they all do. The second has
+    zeros in columns that do not exist, and with only a "band" as content everywhere beside that;
+    rows that do not exist may hold anything.
     """
     across = block.across
     rows, columns = tiles.size + block.y.count_patch - 1, across.size + block.x.count_patch - 1
     # Which cells are ever written depends on this, and on the shape.
-    layout = (tiles.size, across.cut, across.extent, block.x.count_patch, block.mirrored)
+    layout = (
+        content,
+        tiles.size,
+        across.cut,
+        across.extent,
+        block.x.count_patch,
+        block.mirrored,
+    )
     tile = (batch, across.repeat, tiles.repeat)
     targets = tiles.size * across.size
     full = scratch.take_zeroed("full", (prod(tile), rows, columns, targets), dtype, layout)

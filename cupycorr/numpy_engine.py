@@ -59,8 +59,7 @@ def forward(
         return
     dtype = _accumulator(cost)
     work = plan(fmap1.shape[1:], geometry, dtype.itemsize, False)
-    with workers(len(fmap1) * work.multiply_adds, threads) as run:
-        arena = Arena()
+    with workers(len(fmap1) * work.multiply_adds, threads) as (run, arena):
         for samples, part in product(spans(len(fmap1), work.samples), work.parts):
             arena.reset()
             out = cost[samples, part.patch_y, part.patch_x, part.rows]
@@ -104,8 +103,7 @@ def backward(
     dtype = _accumulator(grad_cost)
     work = plan(fmap1.shape[1:], geometry, dtype.itemsize, True)
     multiply_adds = len(fmap1) * work.multiply_adds * len(gradients)
-    with workers(multiply_adds, threads) as run:
-        arena = Arena()
+    with workers(multiply_adds, threads) as (run, arena):
         for samples in spans(len(fmap1), work.samples):
             steps = [(part, step) for part in work.parts for step in part.steps]
             for gradient in gradients:

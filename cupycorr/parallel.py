@@ -23,19 +23,24 @@ Array = npt.NDArray[Any]
 
 
 class Scratch:
-    """The buffers of one thread, reused from unit to unit."""
+    """Named buffers of one thread, reused from unit to unit and from call to call."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Array] = {}
+        self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
         self._layout: object = None
         self._zeroed = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.size for buffer in self._buffers.values())
+
     def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Return an uninitialised contiguous array, valid until the name is taken again."""
-        size = prod(shape)
+        size = prod(shape) * dtype.itemsize
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.size < size or buffer.dtype != dtype:
-            self._buffers[name] = buffer = np.empty(size, dtype)
+        if buffer is None or buffer.size < size:
+            self._buffers[name] = buffer = np.empty(size, np.uint8)
             self._layout = None
         return np.ndarray(shape, dtype, buffer)
 
@@ -44,12 +49,13 @@ class Scratch:
     ) -> Array:
         """Return an array that is zero, but for the cells that this ``layout`` always writes.
 
-        The layout is that of the last axes; along the first all cells are alike.
+        The layout is that of the last axes; along the first all cells are alike. Only one name
+        can be asked for.
         """
         array = self.take(name, shape, dtype)
-        if self._layout != (shape[1:], layout) or shape[0] > self._zeroed:
+        if self._layout != (shape[1:], dtype, layout) or shape[0] > self._zeroed:
             array.fill(0)
-            self._layout, self._zeroed = (shape[1:], layout), shape[0]
+            self._layout, self._zeroed = (shape[1:], dtype, layout), shape[0]
         return array
 
 
@@ -57,7 +63,7 @@ class Arena:
     """Memory for the arrays of one chunk of work after the other."""
 
     def __init__(self) -> None:
-        self._scratch = Scratch()
+        self.scratch = Scratch()
         self._taken = 0
 
     def reset(self) -> None:
@@ -67,7 +73,43 @@ class Arena:
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Return an uninitialised contiguous array."""
         self._taken += 1
-        return self._scratch.take(str(self._taken), shape, dtype)
+        return self.scratch.take(str(self._taken), shape, dtype)
+
+
+class _Memory:
+    """The scratch memory of one call."""
+
+    def __init__(self) -> None:
+        self.arena = Arena()
+        self.scratches = [Scratch()]
+
+    @property
+    def nbytes(self) -> int:
+        return self.arena.scratch.nbytes + sum(scratch.nbytes for scratch in self.scratches)
+
+
+_idle: deque[_Memory] = deque()
+RETAINED_BYTES = 32 << 20
+"""Scratch memory kept for the next call: fetching pages anew can take longer than small work."""
+
+
+def release_scratch() -> None:
+    """Free the scratch memory that is kept for the next call."""
+    _idle.clear()
+
+
+@contextmanager
+def _memory() -> Iterator[_Memory]:
+    try:
+        memory = _idle.pop()
+    except IndexError:
+        memory = _Memory()
+    memory.arena.reset()
+    try:
+        yield memory
+    finally:
+        if memory.nbytes + sum(idle.nbytes for idle in list(_idle)) <= RETAINED_BYTES:
+            _idle.append(memory)
 
 
 WORTH_LIMITING_BLAS = 1 << 18
@@ -80,24 +122,24 @@ Runner = Callable[[Sequence[Unit]], None]
 
 
 @contextmanager
-def workers(multiply_adds: int, threads: int | None) -> Iterator[Runner]:
-    """Provide a function that runs units and returns when all are done.
+def workers(multiply_adds: int, threads: int | None) -> Iterator[tuple[Runner, Arena]]:
+    """Provide memory, and a function that runs units and returns when all are done.
 
     The units of one call may run in any order and at the same time, on at most ``threads``
     threads, by default as many as BLAS would use; small work stays on the calling thread.
     """
-    if multiply_adds < WORTH_LIMITING_BLAS:
-        scratch = Scratch()
-        yield lambda units: _drain(deque(units), scratch)
-        return
-    with _blas.one_thread():
-        if multiply_adds < WORTH_THREADS:
+    with _memory() as memory:
+        scratches = memory.scratches
+        if multiply_adds < WORTH_LIMITING_BLAS:
+            yield lambda units: _drain(deque(units), scratches[0]), memory.arena
+            return
+        with _blas.one_thread():
             count = 1
-        else:
-            count = thread_count() if threads is None else threads
-        scratches = [Scratch() for _ in range(count)]
-        with ThreadPoolExecutor(max(1, count - 1), initializer=_limit_blas) as pool:
-            yield lambda units: _run(units, scratches, pool)
+            if multiply_adds >= WORTH_THREADS:
+                count = max(1, thread_count() if threads is None else threads)
+            scratches += [Scratch() for _ in range(count - len(scratches))]
+            with ThreadPoolExecutor(max(1, count - 1), initializer=_limit_blas) as pool:
+                yield lambda units: _run(units, scratches[:count], pool), memory.arena
 
 
 def _run(units: Sequence[Unit], scratches: list[Scratch], pool: ThreadPoolExecutor) -> None:

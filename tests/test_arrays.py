@@ -11,7 +11,7 @@ import pytest
 from cases import CASES
 
 import cupycorr
-from cupycorr import Geometry, verify
+from cupycorr import Geometry, parallel, verify
 
 MIB = 1 << 20
 SCRATCH = 64 * MIB
@@ -213,6 +213,7 @@ HEAVY = {
 
 def peak_beyond_results(function, *arguments):
     """Return how many bytes were allocated at once, less those of the results."""
+    parallel.release_scratch()
     tracemalloc.start()
     try:
         results = function(*arguments)
@@ -245,3 +246,33 @@ def test_scratch_memory_of_the_gradients_is_bounded_for_any_batch(name, dtype, b
     grad, fmap1, fmap2 = maps(rng, (batch, *rest), geometry, dtype)
     peak = peak_beyond_results(cupycorr.correlation_vjp, grad, fmap1, fmap2, geometry)
     assert peak < allowed(fmap1.shape)
+
+
+def test_memory_kept_for_the_next_call_is_bounded(rng):
+    parallel.release_scratch()
+    (_, *rest), geometry = HEAVY["FlowNetC"]
+    grad, fmap1, fmap2 = maps(rng, (1, *rest), geometry, "float32")
+    tracemalloc.start()
+    try:
+        cupycorr.correlation_vjp(grad, fmap1, fmap2, geometry)
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert kept < 1.01 * parallel.RETAINED_BYTES
+
+
+def test_memory_of_earlier_calls_does_not_show_in_later_ones(rng):
+    shape, geometry = (2, 24, 17, 19), Geometry(patch_size=(5, 7))
+    grad, fmap1, fmap2 = maps(rng, shape, geometry, "float32")
+
+    def results():
+        cost = cupycorr.correlation(fmap1, fmap2, geometry)
+        return (cost, *cupycorr.correlation_vjp(grad, fmap1, fmap2, geometry))
+
+    parallel.release_scratch()
+    first = results()
+    for other in (Geometry(patch_size=(5, 5)), Geometry(3, (7, 5), padding=1)):
+        upstream, *others = maps(rng, shape, other, "float32")
+        cupycorr.correlation_vjp(upstream, *others, other)
+        for got, want in zip(results(), first, strict=True):
+            assert verify.difference(got, want) is None
