@@ -150,7 +150,7 @@ def correlation_vjp(
         None if grad_fmap1 is None else _storage(grad_fmap1),
         None if grad_fmap2 is None else _storage(grad_fmap2),
         geometry,
-        divisor=_divisor(fmap1.shape, geometry, normalize),
+        divisor=geometry.divisor(fmap1.shape[1], normalize),
     )
     return grad_fmap1, grad_fmap2
 
@@ -176,7 +176,7 @@ def _correlate(
         _storage(fmap2),
         _storage(cost),
         geometry,
-        divisor=_divisor(fmap1.shape, geometry, normalize),
+        divisor=geometry.divisor(fmap1.shape[1], normalize),
     )
     return cost
 
@@ -248,11 +248,6 @@ def _dtype_name(dtype: Any) -> str:
 def _all(values: Sequence[object], word: str = "and") -> str:
     """Enumerate values in a sentence."""
     return f"{', '.join(map(str, values[:-1]))} {word} {values[-1]}"
-
-
-def _divisor(shape: Shape, geometry: Geometry, normalize: bool) -> int:
-    """Return what every sum is divided by."""
-    return max(1, shape[1]) * geometry.window_taps if normalize else 1
 
 
 def _empty(shape: Shape, like: npt.NDArray[Any]) -> npt.NDArray[Any]:

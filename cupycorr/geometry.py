@@ -411,6 +411,10 @@ class Geometry:
         batch, _, height, width = shape
         return (batch, *self.patch_size, *self.output_size(height, width))
 
+    def divisor(self, channels: int, normalize: bool) -> int:
+        """Return what sums are divided by: if they are normalized, the terms of a full window."""
+        return max(1, channels) * self.window_taps if normalize else 1
+
     def multiply_adds(self, shape: tuple[int, ...]) -> int:
         """Return how many multiply-adds the products of maps of shape (N, C, H, W) need at least.
 

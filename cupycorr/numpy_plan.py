@@ -19,13 +19,15 @@ from cupycorr.geometry import Band, Geometry, Lattice, Phase
 
 CHUNK_BYTES = 48 << 20
 """What a chunk's scratch arrays should take together."""
-BATCH_BYTES = 6 << 20
+BATCH_BYTES = 32 << 20
 """Samples are taken together in a chunk while their scratch arrays stay below this."""
 MATRIX_BYTES = 2 << 20
 """Upper limit of the product matrices in work at a time. Calls should be long, since threads wait
 for the interpreter between them, but matrices should stay in the cache."""
 SHIFTED_BYTES = 1 << 20
 """Likewise the targets on which displacements are tried one after the other."""
+UNITS, UNIT_MULTIPLY_ADDS = 6, 1 << 21
+"""Into how many units the products of a vertical phase are cut at least, if they are that many."""
 COPY_ELEMENTS = 1 << 18
 """Likewise the elements per unit of copying."""
 
@@ -230,6 +232,7 @@ def _targets(
     for phase in y.phases if x.phases else ():
         band = phase.band.mirrored() if mirrored else phase.band
         bands = [p.band.mirrored() if mirrored else p.band for p in x.phases]
+        pairs = band.pairs * sum(b.pairs for b in bands)
         tiling = choose_tiling(channels, band, bands[0], itemsize, adjoint)
         rows = min(tiling.rows, band.count1)
         cell_bytes = rows * (rows + band.count_patch - 1) * itemsize
@@ -254,7 +257,11 @@ def _targets(
             unit_bytes = channels * rows * max(b.across.size for b in blocks) * itemsize
             limit = SHIFTED_BYTES
         at_once = max(1, limit // unit_bytes)
-        down = tuple(part for tiles in cover(band, rows) for part in tiles.split(at_once))
+        tiles_down = cover(band, rows)
+        if pairs * channels > UNIT_MULTIPLY_ADDS:
+            count = sum(tiles.repeat for tiles in tiles_down)
+            at_once = min(at_once, -(-count // UNITS))
+        down = tuple(part for tiles in tiles_down for part in tiles.split(at_once))
         samples = max(1, at_once // max(tiles.repeat for tiles in down)) if len(down) < 4 else 1
         groups.append(Group(phase, down, tuple(blocks), samples))
     which = 2 if mirrored else 1

@@ -225,7 +225,7 @@ def _compute(
 ) -> tuple[Tensor, ...]:
     """Compute what an operator returns for dense CPU tensors, on their own memory."""
     fmap, arrays = operands[0], [_array(tensor) for tensor in operands]
-    divisor = max(1, fmap.shape[1]) * geometry.window_taps if normalize else 1
+    divisor = geometry.divisor(fmap.shape[1], normalize)
     threads = torch.get_num_threads()
     if operator is _COST:
         cost = fmap.new_empty(geometry.cost_shape(fmap.shape))
