@@ -90,7 +90,7 @@ def multiply_adjoint(
     finite; `multiply_adjoint_by_shifts` is right everywhere.
     """
     if not block.as_matrix:
-        multiply_adjoint_by_shifts(block, tiles, volume, source, result)
+        multiply_adjoint_by_shifts(block, tiles, volume, source, result, scratch)
         return
     if 0 in (tiles.extent, block.across.extent):
         result[..., tiles.targets, :] = 0
@@ -108,7 +108,7 @@ def multiply_adjoint(
 
 
 def multiply_adjoint_by_shifts(
-    block: Block, tiles: Tiles, volume: Array, source: Array, result: Array
+    block: Block, tiles: Tiles, volume: Array, source: Array, result: Array, scratch: Scratch
 ) -> None:
     """Do the work of `multiply_adjoint` without any product of positions that do not meet."""
     result[..., tiles.targets, :] = 0
@@ -116,7 +116,10 @@ def multiply_adjoint_by_shifts(
         values = volume[..., number * block.across.size :]
         one, two = result[:, number], source[:, number, ..., ::-1]
         for p, q, here, there in _shifts(block, tiles):
-            one[here] += values[:, p, q, None][here] * two[there]
+            target = one[here]
+            terms = scratch.take("terms", target.shape, target.dtype)
+            np.multiply(values[:, p, q, None][here], two[there], out=terms)
+            target += terms
 
 
 _Index = tuple[EllipsisType, slice, slice]

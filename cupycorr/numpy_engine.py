@@ -265,7 +265,7 @@ class _Product:
                     group.blocks, sources, results, values, strict=True
                 ):
                     numpy_bands.multiply_adjoint_by_shifts(
-                        block, tiles, value[n], source[n, :, part], result[n, :, part]
+                        block, tiles, value[n], source[n, :, part], result[n, :, part], scratch
                     )
             self._assemble(gradient, n, part)
         if sums is not None:
@@ -372,8 +372,9 @@ def _packed(
     values = fmap[:, :, group.rows(which)]
     mirrored_source = group.blocks[0].mirrored and not is_target
     hide = step if mirrored_source and any(step.untouched) else None
-    if not group.blocks[0].as_matrix and fmap.dtype == dtype and hide is None:
-        # Shifts work on the map itself.
+    dense = all(block.columns(which).step <= 2 for block in group.blocks)
+    if not group.blocks[0].as_matrix and fmap.dtype == dtype and dense and hide is None:
+        # Shifts work on the map itself, where its cache lines are worth reading again.
         sides = [(block.columns(which), block.across) for block in group.blocks]
         views = [
             values[..., columns][:, None, ..., across.targets if is_target else across.sources]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import product
+from math import prod
 from typing import NamedTuple
 
 from cupycorr.geometry import Band, Geometry, Lattice, Phase
@@ -173,16 +174,23 @@ def plan(shape: tuple[int, int, int], geometry: Geometry, itemsize: int, adjoint
     patch_y, patch_x = geometry.patch_size
     size = [patch_y, patch_x, rows]
 
-    def scratch_bytes() -> int:
-        y, x = geometry.y, geometry.x
-        lattice_rows = size[2] * max(1, y.stride // y.dilation_patch) + y.window_extent
-        windows = min(height, lattice_rows * y.stride + size[0] * y.dilation_patch)
-        packed = channels * width * (min(height, lattice_rows * y.stride) + 2 * windows)
-        volume = size[0] * size[1] * lattice_rows * (columns + x.window_extent)
-        return itemsize * ((2 if adjoint else 1) * packed + volume)
+    volume, packed1, packed2 = zip(
+        _per_lattice(geometry.y.lattices(height, 0, rows)),
+        _per_lattice(geometry.x.lattices(width, 0, columns)),
+        strict=True,
+    )
 
-    # Rows are cut while their windows overlap little, then the patch, then rows to the last.
-    for axis, least in ((2, 2 * patch_y), (0, 1), (1, 1), (2, 1)):
+    def scratch_bytes() -> int:
+        # Parts of all rows; those of the second map overlap by the patch, and windows by theirs.
+        part1 = min(1.0, (size[2] + geometry.y.window_extent // geometry.y.stride) / rows)
+        part2 = min(1.0, part1 + size[0] * geometry.y.dilation_patch / height)
+        packed = channels * (part1 * prod(packed1) + 2 * part2 * prod(packed2))
+        products = size[0] * size[1] * part1 * prod(volume)
+        return int(itemsize * ((2 if adjoint else 1) * packed + products))
+
+    # Rows are cut down to those that the patch spans, then the patch, then rows to the last.
+    spanned = max(1, patch_y * geometry.y.dilation_patch // geometry.y.stride)
+    for axis, least in ((2, spanned), (0, 1), (1, 1), (2, 1)):
         while size[axis] > least and scratch_bytes() > CHUNK_BYTES:
             size[axis] = max(least, -(-size[axis] // 2))
 
@@ -195,8 +203,14 @@ def plan(shape: tuple[int, int, int], geometry: Geometry, itemsize: int, adjoint
             for y, x in product(lattices_y, lattices_x)
         )
         parts.append(Part(p, q, h, steps))
-    samples = max(1, BATCH_BYTES // scratch_bytes())
+    samples = max(1, BATCH_BYTES // max(1, scratch_bytes()))
     return Plan(samples, tuple(parts), geometry.multiply_adds((1, channels, height, width)))
+
+
+def _per_lattice(lattices: tuple[Lattice, ...]) -> tuple[int, int, int]:
+    """Return the positions of a lattice, and of its phases in either map."""
+    bands = [phase.band for phase in lattices[0].phases]
+    return lattices[0].size, sum(b.count1 for b in bands), sum(b.count2 for b in bands)
 
 
 def spans(count: int, size: int) -> list[slice]:
