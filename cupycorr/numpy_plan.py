@@ -144,8 +144,8 @@ class Step(NamedTuple):
     """Indices on either lattice that no tap touches."""
     complete: bool
     """Whether every product on the lattice, of every displacement, exists."""
-    targets: tuple[Targets, Targets]
-    """With the targets in map 1, as for the cost volume, and in map 2."""
+    targets: tuple[Targets, ...]
+    """With the targets in map 1, as for the cost volume, and for the gradients also in map 2."""
 
 
 class Part(NamedTuple):
@@ -228,8 +228,11 @@ def _step(
 ) -> Step:
     existing = [sum(phase.band.pairs for phase in lattice.phases) for lattice in (y, x)]
     complete = existing[0] * existing[1] == displacements * y.size * x.size
-    targets = [_targets(shape, y, x, itemsize, adjoint, mirrored) for mirrored in (False, adjoint)]
-    return Step(y, x, (y.untouched, x.untouched), complete, (targets[0], targets[1]))
+    targets = tuple(
+        _targets(shape, y, x, itemsize, adjoint, mirrored)
+        for mirrored in ((False, True) if adjoint else (False,))
+    )
+    return Step(y, x, (y.untouched, x.untouched), complete, targets)
 
 
 def _targets(
@@ -308,16 +311,7 @@ def cover(band: Band, size: int) -> tuple[Tiles, ...]:
         high = min(band.count2, virtual + targets - 1 + band.count_patch)
         tile = Tiles(start, targets, 1, low, max(0, high - low), low - virtual)
         last = found[-1] if found else None
-        if (
-            last
-            and tile.cut == 0
-            and (last.size, last.extent, last.cut)
-            == (
-                targets,
-                tile.extent,
-                0,
-            )
-        ):
+        if last and (last.size, last.extent, last.cut, tile.cut) == (targets, tile.extent, 0, 0):
             found[-1] = last._replace(repeat=last.repeat + 1)
         else:
             found.append(tile)
