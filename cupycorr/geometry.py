@@ -120,6 +120,20 @@ class Axis(NamedTuple):
             if 0 <= position < size
         )
 
+    @property
+    def lattice_step(self) -> int:
+        """Pixels between the positions of the coarsest lattice that holds every tap."""
+        return gcd(self.stride, self.dilation) if self.kernel_size > 1 else self.stride
+
+    def lattice_size(self, outputs: int) -> int:
+        """Return how many positions of that lattice ``outputs`` output positions span."""
+        span = (outputs - 1) * self.stride + (self.kernel_size - 1) * self.dilation
+        return span // self.lattice_step + 1
+
+    def is_sparse(self, outputs: int) -> bool:
+        """Tell whether most positions of that lattice belong to no tap."""
+        return self.lattice_size(outputs) > outputs * self.kernel_size
+
     @lru_cache(maxsize=1024)  # noqa: B019 - an axis is a small immutable value
     def lattices(self, size: int, start: int, stop: int) -> tuple[Lattice, ...]:
         """Return the lattices that hold all taps of the output positions [start, stop).
@@ -129,10 +143,10 @@ class Axis(NamedTuple):
         tap, each tap has a lattice of its own.
         """
         outputs, origin = stop - start, start * self.stride - self.padding
-        step = gcd(self.stride, self.dilation) if self.kernel_size > 1 else self.stride
+        step = self.lattice_step
         stride, dilation = self.stride // step, self.dilation // step
-        dense = (outputs - 1) * stride + (self.kernel_size - 1) * dilation + 1
-        if dense <= outputs * self.kernel_size:
+        if not self.is_sparse(outputs):
+            dense = self.lattice_size(outputs)
             spans = tuple(_span(u * dilation, outputs, stride) for u in range(self.kernel_size))
             return (Lattice(dense, spans, self._phases(size, origin, step, dense)),)
         whole = (_span(0, outputs, 1),)

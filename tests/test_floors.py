@@ -28,10 +28,15 @@ ROOMS = {
     "cupycorr.geometry": Room(0),
     "cupycorr.parallel": Room(1, NUMPY, frozenset({"threadpoolctl"})),
     "cupycorr.numpy_*": Room(1, NUMPY),
+    # What compiles and plans without a device must not need CuPy.
+    "cupycorr.cuda_tiles": Room(0.5),
+    "cupycorr.cuda_plan": Room(0.6),
+    "cupycorr.cuda_sources": Room(0.7),
+    "cupycorr.cuda_engine": Room(1, NUMPY | {"cupy"}),
     # The torch module enters by the public door, where its tensors are checked.
     "cupycorr.torch_ops": Room(1.5, NUMPY | {"torch"}, up=frozenset({"cupycorr.api"})),
-    "cupycorr.api": Room(2, NUMPY, frozenset({"torch"})),
-    "cupycorr.verify": Room(2, NUMPY, frozenset({"torch", "ml_dtypes"})),
+    "cupycorr.api": Room(2, NUMPY, frozenset({"cupy", "torch"})),
+    "cupycorr.verify": Room(2, NUMPY, frozenset({"cupy", "torch", "ml_dtypes"})),
     "cupycorr.compat": Room(2, NUMPY, frozenset({"torch"})),
     "cupycorr": Room(2.5),
     "cupycorr.kernels": Room(0),

@@ -1,0 +1,245 @@
+"""The cost volume and its gradients on CUDA devices.
+
+A plan (`cuda_plan`) lists launches; here their sources are compiled at run time by NVRTC through
+`cupy.RawModule`, kept, and launched on the current stream of the arrays' device. Nothing here
+waits for the device.
+
+The engine trusts its arguments: contiguous CuPy arrays of one dtype on one device.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+
+from cupycorr import cuda_plan
+from cupycorr.cuda_plan import Launch, Plan, Shape
+from cupycorr.cuda_sources import source
+from cupycorr.cuda_tiles import Device
+from cupycorr.geometry import Geometry
+
+# C++17 is not CuPy's default. No fast-math: a sum must not depend on what is nearly equal.
+OPTIONS = ("-std=c++17",)
+ALIGNMENT = 16  # bytes, of arrays that are read and written several elements at a time
+
+_functions: dict[tuple[Any, ...], Any] = {}
+_compiling = threading.Lock()
+
+
+class Compiled(NamedTuple):
+    """A kernel that was made ready."""
+
+    kernel: str
+    seconds: float
+    """That compiling and loading it took; next to nothing if it was there."""
+    registers: int
+    """Of a thread."""
+    local_bytes: int
+    """Of a thread's local memory: registers that were spilled."""
+
+
+def forward(
+    fmap1: Any,
+    fmap2: Any,
+    cost: Any,
+    geometry: Geometry,
+    *,
+    divisor: int = 1,
+    plain: bool = False,
+) -> None:
+    """Compute the cost volume of two maps.
+
+    Parameters
+    ----------
+    fmap1, fmap2 : cupy.ndarray (N, C, H, W), float16|bfloat16|float32|float64, contiguous
+        The feature maps.
+    cost : cupy.ndarray (N, PH, PW, OH, OW), of the maps' dtype, contiguous
+        Where the result is written.
+    geometry : Geometry
+        What is compared.
+    divisor : int, default 1
+        Every sum is divided by it before it is rounded.
+    plain : bool, default False
+        Use only the kernels that compute one output per thread.
+
+    Raises
+    ------
+    RuntimeError
+        If a kernel cannot be compiled, or the device cannot launch it.
+    """
+    if 0 in fmap1.shape:
+        cost.fill(0)
+        return
+    arrays = {"fmap1": fmap1, "fmap2": fmap2, "cost": cost}
+    options: dict[str, Any] = {"aligned": _aligned(arrays), "plain": plain}
+    for part in _parts(arrays, geometry, fmap1):
+        shape = part["fmap1"].shape
+        dtype = str(fmap1.dtype)
+        plan = cuda_plan.forward(geometry, shape, dtype, device_of(fmap1.device.id), **options)
+        _run(plan, part, divisor)
+
+
+def backward(
+    grad_cost: Any,
+    fmap1: Any,
+    fmap2: Any,
+    grad_fmap1: Any | None,
+    grad_fmap2: Any | None,
+    geometry: Geometry,
+    *,
+    divisor: int = 1,
+    plain: bool = False,
+) -> None:
+    """Compute the gradients with respect to the maps.
+
+    Parameters
+    ----------
+    grad_cost : cupy.ndarray (N, PH, PW, OH, OW), of the maps' dtype, contiguous
+        The gradient with respect to the cost volume.
+    fmap1, fmap2 : cupy.ndarray (N, C, H, W), float16|bfloat16|float32|float64, contiguous
+        The feature maps.
+    grad_fmap1, grad_fmap2 : cupy.ndarray (N, C, H, W), of the maps' dtype, contiguous, or None
+        Where the gradients are written; None where not needed.
+    geometry, divisor, plain
+        As for `forward`.
+
+    Raises
+    ------
+    RuntimeError
+        As `forward`.
+    """
+    if 0 in fmap1.shape:
+        for grad in (grad_fmap1, grad_fmap2):
+            if grad is not None:
+                grad.fill(0)
+        return
+    arrays = {"grad_cost": grad_cost, "fmap1": fmap1, "fmap2": fmap2}
+    outputs = {"grad_fmap1": grad_fmap1, "grad_fmap2": grad_fmap2}
+    arrays.update({name: array for name, array in outputs.items() if array is not None})
+    options: dict[str, Any] = {
+        "needs": (grad_fmap1 is not None, grad_fmap2 is not None),
+        "aligned": _aligned(arrays),
+        "plain": plain,
+    }
+    for part in _parts(arrays, geometry, fmap1):
+        shape = part["fmap1"].shape
+        dtype = str(fmap1.dtype)
+        plan = cuda_plan.backward(geometry, shape, dtype, device_of(fmap1.device.id), **options)
+        _run(plan, part, divisor)
+
+
+def warm_up(geometry: Geometry, shape: Shape, dtype: str) -> list[Compiled]:
+    """Compile what forward and backward need on the current device.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        The layer.
+    shape : (N, C, H, W)
+        Of its maps; other images of about this size (to three binary digits) share the kernels.
+    dtype : {"float16", "bfloat16", "float32", "float64"}
+        Of its maps.
+
+    Returns
+    -------
+    list of Compiled
+        One for each kernel.
+
+    Raises
+    ------
+    RuntimeError
+        As `forward`.
+    """
+    device = device_of(cupy.cuda.Device().id)
+    shape = (cuda_plan.samples_at_once(geometry, shape, dtype), *shape[1:])
+    compiled = []
+    for plan in (cuda_plan.forward, cuda_plan.backward):
+        for launch in plan(geometry, shape, dtype, device).launches:
+            start = time.perf_counter()
+            function = _function(launch)
+            seconds = time.perf_counter() - start
+            compiled.append(
+                Compiled(launch.kernel, seconds, function.num_regs, function.local_size_bytes)
+            )
+    return compiled
+
+
+@cache
+def device_of(number: int) -> Device:
+    """Describe a CUDA device by its number."""
+    attributes = cupy.cuda.Device(number).attributes
+    return Device(
+        capability=int(cupy.cuda.Device(number).compute_capability),
+        multiprocessors=attributes["MultiProcessorCount"],
+        shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
+        shared_bytes_of_multiprocessor=attributes["MaxSharedMemoryPerMultiprocessor"],
+    )
+
+
+def _parts(arrays: dict[str, Any], geometry: Geometry, fmap: Any) -> Iterator[dict[str, Any]]:
+    """Split the batch where the workspace of all of it would be too large."""
+    at_once = cuda_plan.samples_at_once(geometry, fmap.shape, str(fmap.dtype))
+    for start in range(0, len(fmap), at_once):
+        yield {name: array[start : start + at_once] for name, array in arrays.items()}
+
+
+def _aligned(arrays: dict[str, Any]) -> bool:
+    return all(array.data.ptr % ALIGNMENT == 0 for array in arrays.values())
+
+
+def _run(plan: Plan, arrays: dict[str, Any], divisor: int) -> None:
+    """Launch on the current stream of the arrays' device."""
+    fmap = arrays["fmap1"]
+    dtype = np.dtype(cuda_plan.accumulator(str(fmap.dtype)))
+    with fmap.device:
+        if plan.volume is not None:
+            arrays = {**arrays, "volume": cupy.empty(plan.volume, dtype)}
+        for launch in plan.launches:
+            scale = dtype.type(1 / divisor if launch.scaled else 1)
+            fields = np.dtype([(f"size{i}", np.int32) for i in range(len(launch.sizes))])
+            sizes = np.array([launch.sizes], fields)  # one struct, passed by value
+            _function(launch)(
+                (launch.blocks,),
+                (launch.threads,),
+                (*(arrays[name] for name in launch.arrays), sizes, scale),
+                shared_mem=launch.shared_bytes,
+            )
+
+
+def _function(launch: Launch) -> Any:
+    """Return a launch's kernel for the current device; compile it if it is not there."""
+    key = (cupy.cuda.runtime.getDevice(), launch.source, launch.constants, launch.kernel)
+    function = _functions.get(key)
+    if function is None:
+        with _compiling:
+            function = _functions.get(key)
+            if function is None:
+                function = _functions[key] = _compile(launch)
+    return function
+
+
+def _compile(launch: Launch) -> Any:
+    try:
+        module = cupy.RawModule(code=source(launch), options=OPTIONS)
+        function = module.get_function(launch.kernel)
+        function.compile()
+    except cupy.cuda.compiler.CompileException as error:
+        capability = cupy.cuda.Device().compute_capability
+        raise RuntimeError(
+            f"{launch.source} must compile for sm_{capability}, got from NVRTC:\n{error}\n"
+            "An NVRTC older than the GPU does not know it: update nvidia-cuda-nvrtc-cu12"
+        ) from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"NVRTC must be there to compile {launch.source}, got: {error}; "
+            "pip install nvidia-cuda-nvrtc-cu12"
+        ) from error
+    if launch.shared_bytes > function.max_dynamic_shared_size_bytes:
+        function.max_dynamic_shared_size_bytes = launch.shared_bytes
+    return function

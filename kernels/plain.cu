@@ -1,0 +1,125 @@
+// The cost volume and its gradients, one output per thread: every geometry, any size.
+//
+//   cost[n, p, q, y, x]      = sum over c, i, j  of  fmap1[n, c, Y, X] * fmap2[n, c, Y + dy, X + dx]
+//   grad_fmap1[n, c, Y, X]   = sum over p, q, i, j of  grad_cost[n, p, q, y, x] * fmap2[n, c, Y + dy, X + dx]
+//   grad_fmap2[n, c, Y, X]   = sum over p, q, i, j of  grad_cost[n, p, q, y, x] * fmap1[n, c, Y - dy, X - dx]
+//
+//   Y = y * stride - padding + i * dilation,   dy = first_displacement + p * dilation_patch   (X, dx likewise)
+//
+// with terms left out where a position lies outside its map. All arrays are contiguous, in the
+// order of their indices above. A thread owns one output and gathers all its terms; threads along x
+// are neighbours, so that a warp reads and writes full lines. Launch: any number of blocks of
+// `threads` threads that covers the outputs.
+
+#ifndef CUPYCORR_CONSTANTS
+using element = float;      // of all arrays
+using accumulator = float;  // of sums
+using index = long long;    // of arrays; int while all of them have fewer than 2^31 elements
+constexpr int threads = 256;
+#endif
+
+#include "device.cuh"
+
+struct Sizes {
+  int samples, channels, height, width;
+  int cost_height, cost_width;
+  int kernel_y, kernel_x, patch_y, patch_x, stride_y, stride_x, padding_y, padding_x;
+  int dilation_y, dilation_x, spacing_y, spacing_x;  // spacing: dilation_patch
+  int first_y, first_x;                              // first_displacement
+};
+
+// Split off the fastest index.
+__device__ __forceinline__ int pop(index& rest, int size) {
+  const int last = static_cast<int>(rest % size);
+  rest /= size;
+  return last;
+}
+
+__device__ __forceinline__ index row_of_map(const Sizes& s, int n, int c, int y) {
+  return ((static_cast<index>(n) * s.channels + c) * s.height + y) * s.width;
+}
+
+__device__ __forceinline__ index row_of_cost(const Sizes& s, int n, int p, int q, int y) {
+  const index displacement = (static_cast<index>(n) * s.patch_y + p) * s.patch_x + q;
+  return (displacement * s.cost_height + y) * s.cost_width;
+}
+
+extern "C" __global__ void __launch_bounds__(threads) plain_cost(
+    const element* __restrict__ fmap1, const element* __restrict__ fmap2,
+    element* __restrict__ cost, const Sizes s, const accumulator scale) {
+  const index output = static_cast<index>(blockIdx.x) * threads + threadIdx.x;
+  index rest = output;
+  const int x = pop(rest, s.cost_width), y = pop(rest, s.cost_height);
+  const int q = pop(rest, s.patch_x), p = pop(rest, s.patch_y);
+  if (rest >= s.samples) return;
+  const int n = static_cast<int>(rest);
+  const int dy = s.first_y + p * s.spacing_y, dx = s.first_x + q * s.spacing_x;
+  const index plane = static_cast<index>(s.height) * s.width;
+
+  accumulator sum = 0;
+  for (int i = 0; i < s.kernel_y; ++i) {
+    const int y1 = y * s.stride_y - s.padding_y + i * s.dilation_y, y2 = y1 + dy;
+    if (!inside(y1, s.height) || !inside(y2, s.height)) continue;
+    for (int j = 0; j < s.kernel_x; ++j) {
+      const int x1 = x * s.stride_x - s.padding_x + j * s.dilation_x, x2 = x1 + dx;
+      if (!inside(x1, s.width) || !inside(x2, s.width)) continue;
+      const element* one = fmap1 + row_of_map(s, n, 0, y1) + x1;
+      const element* two = fmap2 + row_of_map(s, n, 0, y2) + x2;
+      for (int c = 0; c < s.channels; ++c, one += plane, two += plane) {
+        sum += widen(*one) * widen(*two);
+      }
+    }
+  }
+  cost[output] = narrow<element>(sum * scale);
+}
+
+// The gradient of the map number `which`; `other` is the other map.
+template <int which>
+__device__ __forceinline__ void gradient(const element* __restrict__ grad_cost,
+                                         const element* __restrict__ other,
+                                         element* __restrict__ grad_fmap, const Sizes& s,
+                                         const accumulator scale) {
+  const index output = static_cast<index>(blockIdx.x) * threads + threadIdx.x;
+  index rest = output;
+  const int x = pop(rest, s.width), y = pop(rest, s.height), c = pop(rest, s.channels);
+  if (rest >= s.samples) return;
+  const int n = static_cast<int>(rest);
+
+  accumulator sum = 0;
+  for (int p = 0; p < s.patch_y; ++p) {
+    const int dy = s.first_y + p * s.spacing_y, other_y = which == 1 ? y + dy : y - dy;
+    if (!inside(other_y, s.height)) continue;
+    for (int q = 0; q < s.patch_x; ++q) {
+      const int dx = s.first_x + q * s.spacing_x, other_x = which == 1 ? x + dx : x - dx;
+      if (!inside(other_x, s.width)) continue;
+      const int y1 = which == 1 ? y : other_y, x1 = which == 1 ? x : other_x;
+      accumulator upstream = 0;  // of all windows that hold this pair of positions
+      bool compared = false;
+      for (int i = 0; i < s.kernel_y; ++i) {
+        const int oy = lattice_index(y1, i * s.dilation_y - s.padding_y, s.stride_y, s.cost_height);
+        if (oy < 0) continue;
+        for (int j = 0; j < s.kernel_x; ++j) {
+          const int ox =
+              lattice_index(x1, j * s.dilation_x - s.padding_x, s.stride_x, s.cost_width);
+          if (ox < 0) continue;
+          upstream += widen(grad_cost[row_of_cost(s, n, p, q, oy) + ox]);
+          compared = true;
+        }
+      }
+      if (compared) sum += upstream * widen(other[row_of_map(s, n, c, other_y) + other_x]);
+    }
+  }
+  grad_fmap[output] = narrow<element>(sum * scale);
+}
+
+extern "C" __global__ void __launch_bounds__(threads) plain_grad_fmap1(
+    const element* __restrict__ grad_cost, const element* __restrict__ fmap2,
+    element* __restrict__ grad_fmap1, const Sizes s, const accumulator scale) {
+  gradient<1>(grad_cost, fmap2, grad_fmap1, s, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(threads) plain_grad_fmap2(
+    const element* __restrict__ grad_cost, const element* __restrict__ fmap1,
+    element* __restrict__ grad_fmap2, const Sizes s, const accumulator scale) {
+  gradient<2>(grad_cost, fmap1, grad_fmap2, s, scale);
+}

@@ -1,0 +1,247 @@
+// The products of two feature maps, summed over channels: a cost volume whose window is one tap.
+//
+//   cost[n, p, q, u, v] = scale * sum over c of fmap1[n, c, y, x] * fmap2[n, c, y + dy, x + dx]
+//   y = origin_y + u * step_y,  dy = first_y + p * spacing_y                 (x, dx likewise)
+//
+// and 0 where a position lies outside its map. Lattice positions lie `step` pixels apart,
+// displacements `spacing` pixels. Arrays are contiguous, in the order of their indices.
+//
+// Phases. Along an axis, lattice position v = phases * m + r of phase r meets, at displacement q, the
+// pixel  phase's origin + spacing * (advance * m + q),  with phases = spacing / gcd(step, spacing)
+// and advance = step / gcd(step, spacing). So inside a phase position m meets column
+// advance * m + q: neighbours share their columns, whatever the spacing.
+//
+//   fmap1 column   m     m+1   m+2         advance = 1, three displacements:
+//   fmap2 column   m  m+1  m+2  m+3  m+4   position m meets m, m+1, m+2
+//
+// Threads. A strip is one row of positions at one vertical displacement p and one group of
+// horizontal displacements. A block owns `strips` consecutive strips, numbered (row, p, group of q)
+// with the last fastest, of one row phase, and on each of them `groups` x `positions` positions of
+// every column phase; it stages `chunk` channels of the map rows that they need at a time. A
+// thread owns `positions` consecutive positions m of one phase on one strip, for `displacements`
+// consecutive q: per channel it reads positions + window words and does positions * displacements
+// multiply-adds. For small images the channels of a chunk are shared among `channel_groups` threads,
+// whose sums are added in a fixed order at the end.
+//
+// Launch: samples * phases_y * blocks_y * blocks_x blocks of `threads` threads, with `shared_words`
+// accumulators of dynamic shared memory; fewer than 2^31 elements per sample in each array.
+
+#ifndef CUPYCORR_CONSTANTS
+using element = float;      // of the maps
+using accumulator = float;  // of sums
+using result = float;       // of cost: element, or accumulator if a window sum follows
+// The layer.
+constexpr int patch_y = 21, patch_x = 21;
+constexpr int step_y = 1, step_x = 1;
+constexpr int spacing_y = 2, spacing_x = 2;
+constexpr int phases_y = 2, phases_x = 2;
+constexpr int advance_y = 1, advance_x = 1;
+// The tile.
+constexpr int positions = 8, displacements = 21;  // of a thread
+constexpr int groups = 1;                         // of positions, per column phase
+constexpr int strips = 63;
+constexpr int channel_groups = 1;
+constexpr int chunk = 4;           // channels staged at a time
+constexpr int vector = 1;          // elements per load from global memory
+constexpr int result_vector = 1;   // elements per store to global memory
+constexpr int lead = 0;            // columns staged before the first, to align loads
+constexpr int rows1 = 4, rows2 = 24;    // rows of the maps that a block stages
+constexpr int pitch1 = 12, pitch2 = 28; // words per row and phase
+constexpr bool asynchronous = true;     // copy straight to shared memory
+constexpr bool ahead = true;            // fetch the next chunk before computing this one
+constexpr int threads = 128;
+constexpr int shared_words = 11520;
+#endif
+
+#include "device.cuh"
+#include "staging.cuh"
+
+struct Sizes {
+  int channels, height, width;
+  int lattice_height, lattice_width;
+  int origin_y, origin_x, first_y, first_x;  // pixels
+  int blocks_y, blocks_x;                    // of one sample and row phase
+};
+
+constexpr int columns = groups * positions;  // positions of one phase in a block
+constexpr int columns2 = lead + advance_x * (columns - 1) + patch_x;
+constexpr int window = lead + advance_x * (positions - 1) + displacements;  // fmap2 words of a thread
+constexpr int q_groups = ceil_div(patch_x, displacements);
+constexpr int row_strips = patch_y * q_groups;
+constexpr int lanes = phases_x * groups;  // threads along x
+constexpr int words1 = rows1 * phases_x * pitch1;
+constexpr int channel_words = words1 + rows2 * phases_x * pitch2;
+constexpr int buffer_words = chunk * channel_words;
+constexpr int load = words_per_load<accumulator>;
+constexpr int line = lanes * positions + load;  // words of a strip in the epilogue
+constexpr int slices = smaller(displacements, shared_words / (channel_groups * strips * line));
+
+static_assert(channel_groups * strips * lanes <= threads, "every thread has its own outputs");
+static_assert(2 * buffer_words <= shared_words && slices >= 1, "shared memory is too small");
+static_assert(pitch1 % load == 0 && pitch2 % load == 0 && positions % load == 0, "alignment");
+static_assert(q_groups == 1 || displacements % load == 0, "alignment of a thread's window");
+static_assert(pitch2 >= advance_x * positions * (groups - 1) + displacements * (q_groups - 1) +
+                            round_up(window, load), "a thread's window leaves its row");
+
+template <int ROWS, int COLUMNS, int PITCH>
+using Map = Share<element, accumulator, threads, asynchronous, vector, ROWS, COLUMNS * phases_x,
+                  phases_x, phases_x * PITCH, PITCH, chunk>;
+
+extern "C" __global__ void __launch_bounds__(threads) product_cost(
+    const element* __restrict__ fmap1, const element* __restrict__ fmap2,
+    result* __restrict__ cost, const Sizes s, const accumulator scale) {
+  DYNAMIC_SHARED(accumulator, shared);
+  const int thread = threadIdx.x;
+  const int plane = s.height * s.width;
+
+  // What this block owns.
+  int rest = blockIdx.x;
+  const int m0 = rest % s.blocks_x * columns;
+  rest /= s.blocks_x;
+  const int strip0 = rest % s.blocks_y * strips;
+  rest /= s.blocks_y;
+  const int phase_y = rest % phases_y, n = rest / phases_y;
+  const int row0 = strip0 / row_strips;
+  // A block inside one row stages only the rows of its own displacements.
+  const int p0 = rows1 == 1 ? strip0 % row_strips / q_groups : 0;
+
+  // What this thread owns.
+  const int lane = thread % lanes, phase = lane / groups, group = lane % groups;
+  const int own_strip = thread / lanes % strips, strip = strip0 + own_strip;
+  const int channel_group = thread / (lanes * strips);
+  const bool active = channel_group < channel_groups;
+  const int row = strip / row_strips, p = strip % row_strips / q_groups, q_group = strip % q_groups;
+  const int at1 = ((row - row0) * phases_x + phase) * pitch1 + group * positions;
+  const int at2 = words1 + ((advance_y * (row - row0) + p - p0) * phases_x + phase) * pitch2 +
+                  advance_x * positions * group + displacements * q_group;
+
+  // Pixels of the staged rows and columns.
+  const int y1 = s.origin_y + step_y * phase_y + spacing_y * advance_y * row0;
+  const int y2 = y1 + s.first_y + spacing_y * p0;
+  const int x1 = s.origin_x + step_x * phases_x * m0;
+  const int x2 = x1 + s.first_x - spacing_x * lead;
+  using Map1 = Map<rows1, columns, pitch1>;
+  using Map2 = Map<rows2, columns2, pitch2>;
+  Map1 share1;
+  Map2 share2;
+  const auto pixel_y1 = [&](int r) { return y1 + spacing_y * advance_y * r; };
+  const auto pixel_x1 = [&](int k) { return x1 + step_x * k; };
+  const auto pixel_y2 = [&](int r) { return y2 + spacing_y * r; };
+  const auto pixel_x2 = [&](int k) {
+    return x2 + step_x * (k % phases_x) + spacing_x * (k / phases_x);
+  };
+  share1.find(
+      thread, [&](int r, int k) { return pixel_y1(r) * s.width + pixel_x1(k); },
+      [&](int r, int k) { return inside(pixel_y1(r), s.height) && inside(pixel_x1(k), s.width); });
+  share2.find(
+      thread, [&](int r, int k) { return pixel_y2(r) * s.width + pixel_x2(k); },
+      [&](int r, int k) { return inside(pixel_y2(r), s.height) && inside(pixel_x2(k), s.width); });
+
+  const long long sample = static_cast<long long>(n) * s.channels * plane;
+  const auto buffer = [&](int c) { return shared + c / chunk % 2 * buffer_words; };
+  typename Map1::Fetched fetched1;
+  typename Map2::Fetched fetched2;
+  const auto fetch = [&](int c) {
+    const int count = smaller(chunk, s.channels - c);
+    const long long base = sample + static_cast<long long>(c) * plane;
+    share1.fetch(fmap1 + base, plane, spacing_y * advance_y * s.width, count, fetched1,
+                 buffer(c), channel_words);
+    share2.fetch(fmap2 + base, plane, spacing_y * s.width, count, fetched2, buffer(c) + words1,
+                 channel_words);
+  };
+  const auto land = [&](int c) {
+    const int count = smaller(chunk, s.channels - c);
+    share1.land(count, fetched1, buffer(c), channel_words);
+    share2.land(count, fetched2, buffer(c) + words1, channel_words);
+    if (asynchronous) wait_for_copies();
+  };
+
+  accumulator sums[displacements][positions] = {};
+  const auto multiply = [&](int c) {
+    const int count = smaller(chunk, s.channels - c);
+#pragma unroll 1
+    for (int k = channel_group; k < count; k += channel_groups) {
+      accumulator one[positions], two[round_up(window, load)];
+#pragma unroll
+      for (int i = 0; i < positions; i += load) {
+        load_words(one + i, buffer(c) + k * channel_words + at1 + i);
+      }
+#pragma unroll
+      for (int i = 0; i < window; i += load) {
+        load_words(two + i, buffer(c) + k * channel_words + at2 + i);
+      }
+#pragma unroll
+      for (int q = 0; q < displacements; ++q) {
+#pragma unroll
+        for (int m = 0; m < positions; ++m) sums[q][m] += one[m] * two[lead + advance_x * m + q];
+      }
+    }
+  };
+
+  // Two buffers take turns. A thread that passes the barrier of chunk c knows that all have
+  // finished with chunk c - 1, whose buffer is the one that the next fetch fills; and a buffer is
+  // stored to (`land`) only after a barrier that follows its last use.
+  clear<threads>(shared, 2 * buffer_words, thread);
+  __syncthreads();
+  if ((ahead || asynchronous) && s.channels > 0) fetch(0);
+#pragma unroll 1
+  for (int c = 0; c < s.channels; c += chunk) {
+    if (!(ahead || asynchronous)) fetch(c);
+    land(c);
+    __syncthreads();
+    if ((ahead || asynchronous) && c + chunk < s.channels) fetch(c + chunk);
+    if (active) multiply(c);
+  }
+
+  // Lines leave through shared memory, so that neighbouring threads write neighbouring words.
+#pragma unroll
+  for (int q0 = 0; q0 < displacements; q0 += slices) {
+    __syncthreads();
+    if (active) {
+#pragma unroll
+      for (int k = 0; k < slices; ++k) {
+        if (q0 + k >= displacements) continue;
+        accumulator* const target =
+            shared + ((channel_group * slices + k) * strips + own_strip) * line + lane * positions;
+#pragma unroll
+        for (int m = 0; m < positions; m += load) {
+          store_words(target + m, &sums[smaller(q0 + k, displacements - 1)][m]);
+        }
+      }
+    }
+    __syncthreads();
+    constexpr int units = lanes * positions / result_vector;
+    for (int i = thread; i < slices * strips * units; i += threads) {
+      const int column = i % units * result_vector, at = i / units;  // at: (slice, strip)
+      const int out = strip0 + at % strips, out_row = out / row_strips;
+      const int out_p = out % row_strips / q_groups;
+      const int out_q = out % q_groups * displacements + q0 + at / strips;
+      const int u = phases_y * out_row + phase_y, v = phases_x * m0 + column;
+      if (q0 + at / strips >= displacements || out_q >= patch_x || u >= s.lattice_height ||
+          v >= s.lattice_width) {
+        continue;
+      }
+      const int y = s.origin_y + step_y * u, y_other = y + s.first_y + spacing_y * out_p;
+      const bool row_counts = inside(y, s.height) && inside(y_other, s.height);
+      Pack<result, result_vector> pack;
+#pragma unroll
+      for (int k = 0; k < result_vector; ++k) {
+        const int x = s.origin_x + step_x * (v + k), x_other = x + s.first_x + spacing_x * out_q;
+        const accumulator* const source = shared + at * line +
+                                          (column + k) % phases_x * columns +
+                                          (column + k) / phases_x;
+        accumulator sum = 0;
+#pragma unroll
+        for (int g = 0; g < channel_groups; ++g) sum += source[g * slices * strips * line];
+        // Outside, even 0 * infinity counts for nothing.
+        const bool counts = row_counts && inside(x, s.width) && inside(x_other, s.width);
+        pack.values[k] = narrow<result>(counts ? sum * scale : accumulator(0));
+      }
+      const int displacement = out_p * patch_x + out_q;
+      const long long output =
+          static_cast<long long>(n) * (patch_y * patch_x) * s.lattice_height * s.lattice_width +
+          (displacement * s.lattice_height + u) * s.lattice_width + v;
+      *reinterpret_cast<Pack<result, result_vector>*>(cost + output) = pack;
+    }
+  }
+}

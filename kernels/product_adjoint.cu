@@ -1,0 +1,326 @@
+// The gradient of product.cu's cost with respect to one map: one body for both.
+//
+//   which = 1   grad[n, c, t] = scale * sum over p, q of grad_cost[n, p, q, t] * fmap2[n, c, t + d]
+//   which = 2   grad[n, c, t] = scale * sum over p, q of grad_cost[n, p, q, t - d] * fmap1[n, c, t - d]
+//
+// t are positions in the map of the gradient (targets), d = first + spacing * (p, q), and terms are
+// left out where a position lies outside its map or the one in fmap1 off the lattice. With the
+// displacements counted backwards for which = 2, i = patch_y - 1 - p and e = patch_x - 1 - q, both read
+//
+//   grad[n, c, t] = scale * sum over i, e of G[i, e, t] * source[n, c, t + first + spacing * (i, e)]
+//
+// and differ only in where G lies: at the target's lattice index, or at the source's. Targets lie
+// `step` pixels apart and split into phases as in product.cu: in one phase target m meets the
+// source column advance * m + e. Pixels that are no target get zeros from their neighbour's block.
+//
+// Threads. A thread owns `positions` consecutive targets m of one row and phase in
+// `channels` channels. A block owns `rows` target rows of one row phase, `groups` x `positions`
+// targets of every column phase and channel_groups * channels channels. It walks over the
+// displacement rows; at step j row r takes displacement row i = (j - advance * r) mod patch_y, so that
+// all rows read the same source row j, or, where that wrapped around, row j + patch_y:
+//
+//   step       j = 0   1   2   3   4        patch_y = 5, advance = 1
+//   row 0  i =     0   1   2   3   4        source row   0  1  2  3  4
+//   row 1  i =     4   0   1   2   3        source row   5  1  2  3  4
+//   row 2  i =     3   4   0   1   2        source row   5  6  2  3  4
+//
+// So every source row is staged once per block, two at a time while j < advance * (rows - 1), and
+// sums are added in a fixed order.
+//
+// Launch: samples * phases_y * blocks_y * blocks_x * blocks_c blocks of `threads` threads, with
+// `shared_words` accumulators of dynamic shared memory; advance_y * (rows - 1) < patch_y; for
+// which = 2 the lattice step along x divides spacing_x; fewer than 2^31 elements per sample.
+
+#ifndef CUPYCORR_CONSTANTS
+using element = float;      // of the maps
+using accumulator = float;  // of sums
+using upstream = float;     // of grad_cost: element, or accumulator after a window spread
+// The layer.
+constexpr int which = 1;
+constexpr int patch_y = 21, patch_x = 21;
+constexpr int step_y = 1, step_x = 1;          // between targets
+constexpr int lattice_y = 1, lattice_x = 1;    // between lattice positions
+constexpr int spacing_y = 2, spacing_x = 2;
+constexpr int phases_y = 2, phases_x = 2;
+constexpr int advance_y = 1, advance_x = 1;
+// The tile.
+constexpr int positions = 4, channels = 8;  // of a thread
+constexpr int displacements = 21;           // of a row, held in registers at a time
+constexpr int groups = 2;                   // of positions, per column phase
+constexpr int rows = 8;
+constexpr int channel_groups = 4;
+constexpr int vector = 1;           // elements per load from the source
+constexpr int result_vector = 1;    // elements per store to global memory
+constexpr int pitch_g = 12, pitch_rows = 508;  // words per displacement and phase; per row
+constexpr int pitch_s = 28;                    // words per channel and phase of the source
+constexpr bool asynchronous = true;
+constexpr bool upstream_asynchronous = true;
+constexpr bool ahead = true;  // fetch the next step before computing this one
+constexpr int threads = 128;
+constexpr int shared_words = 15296;
+#endif
+
+#include "device.cuh"
+#include "staging.cuh"
+
+struct Sizes {
+  int channels, height, width;
+  int lattice_height, lattice_width;
+  int origin_y, origin_x;    // pixel of the first lattice position
+  int target_y, target_x;    // pixel of the first target, below step
+  int targets_y, targets_x;  // number of targets
+  int shift_y, shift_x;      // lattice index of G[..., 0] at the first target
+  int first_y, first_x;      // pixels from a target to its first source
+  int blocks_y, blocks_x, blocks_c;
+};
+
+constexpr int columns = groups * positions;
+constexpr int source_columns = advance_x * (columns - 1) + patch_x;
+constexpr int window = advance_x * (positions - 1) + displacements;
+constexpr int lanes = phases_x * groups;
+constexpr int block_channels = channel_groups * channels;
+constexpr int wraps = advance_y * (rows - 1);  // steps in which some row has wrapped around
+constexpr int slots = wraps > 0 ? 2 : 1;
+constexpr int g_words = rows * pitch_rows;
+constexpr int source_words = block_channels * phases_x * pitch_s;
+constexpr int buffer_words = g_words + slots * source_words;
+constexpr int load = words_per_load<accumulator>;
+constexpr int line = lanes * positions + load;
+constexpr int slices = smaller(channels, shared_words / (channel_groups * rows * line));
+
+static_assert(channel_groups * rows * lanes <= threads, "every thread has its own outputs");
+static_assert(2 * buffer_words <= shared_words && slices >= 1, "shared memory is too small");
+static_assert(wraps < patch_y, "a row wraps around once at most");
+static_assert(which == 1 || (advance_x == 1 && step_x == lattice_x), "sources are on the lattice");
+static_assert(pitch_g % load == 0 && pitch_rows % load == 0 && pitch_s % load == 0 &&
+                  positions % load == 0, "alignment");
+static_assert(displacements >= patch_x || displacements % load == 0, "alignment of windows");
+static_assert(pitch_rows >= patch_x * phases_x * pitch_g, "rows overlap");
+static_assert(pitch_s >= round_up(advance_x * (columns - 1) + round_up(patch_x, load), load),
+              "a thread's window leaves its row");
+
+using Source = Share<element, accumulator, threads, asynchronous, vector, block_channels,
+                     source_columns * phases_x, phases_x, phases_x * pitch_s, pitch_s, 1>;
+using Upstream = Share<upstream, accumulator, threads, upstream_asynchronous, 1,
+                       patch_x, columns * phases_x, phases_x, phases_x * pitch_g, pitch_g, 1>;
+
+extern "C" __global__ void __launch_bounds__(threads) product_gradient(
+    const upstream* __restrict__ grad_cost, const element* __restrict__ source,
+    element* __restrict__ grad, const Sizes s, const accumulator scale) {
+  DYNAMIC_SHARED(accumulator, shared);
+  const int thread = threadIdx.x;
+  const int plane = s.height * s.width, lattice = s.lattice_height * s.lattice_width;
+
+  // What this block owns.
+  int rest = blockIdx.x;
+  const int c0 = rest % s.blocks_c * block_channels;
+  rest /= s.blocks_c;
+  const int m0 = rest % s.blocks_x * columns;
+  rest /= s.blocks_x;
+  const int row0 = rest % s.blocks_y * rows;
+  rest /= s.blocks_y;
+  const int phase_y = rest % phases_y, n = rest / phases_y;
+
+  // What this thread owns. Rows are fastest: then neighbours read the same words of the source.
+  const int row = thread % rows, channel_group = thread / rows % channel_groups;
+  const int lane = thread / (rows * channel_groups), phase = lane / groups, group = lane % groups;
+  const bool active = lane < lanes;
+  const int at_g = row * pitch_rows + phase * pitch_g + group * positions;
+  const int at_source = g_words + (channel_group * phases_x + phase) * pitch_s +
+                        advance_x * positions * group;
+
+  // Pixels and lattice indices of the sources.
+  const int source_y0 =
+      s.target_y + step_y * phase_y + spacing_y * advance_y * row0 + s.first_y;
+  const int source_x0 = s.target_x + step_x * phases_x * m0 + s.first_x;
+  const int v0 = s.shift_x + phases_x * m0;
+  const auto pixel_x = [&](int k) {  // of column k, in pixel order
+    return source_x0 + step_x * (k % phases_x) + spacing_x * (k / phases_x);
+  };
+  const auto on_lattice = [&](int v) { return inside(v, s.lattice_width); };
+  const auto column_exists = [&](int k) {
+    return inside(pixel_x(k), s.width) && (which == 1 || on_lattice(v0 + k));
+  };
+  const long long sample = static_cast<long long>(n) * s.channels + c0;
+  const long long costs = static_cast<long long>(n) * (patch_y * patch_x) * lattice;
+
+  Source share_source;
+  share_source.find(
+      thread, [&](int c, int k) { return c * plane + pixel_x(k); },
+      [&](int c, int k) { return c0 + c < s.channels && column_exists(k); });
+
+  // G[i, e] of the targets' columns k: lattice index v, displacement q. A word exists only where its
+  // source does, so that every product is of two values or of two zeros.
+  const auto source_column = [&](int e, int k) {
+    return k % phases_x + phases_x * (advance_x * (k / phases_x) + e);
+  };
+  const auto g_column = [&](int e, int k) { return v0 + k + (which == 1 ? 0 : phases_x * e); };
+  const auto g_patch = [&](int e) { return which == 1 ? e : patch_x - 1 - e; };
+  const int g_row = which == 1 ? lattice : phases_x - lattice;  // from one e to the next
+  Upstream share_g;
+  share_g.find(
+      thread, [&](int e, int k) { return g_patch(e) * lattice + g_column(e, k); },
+      [&](int e, int k) {
+        return on_lattice(g_column(e, k)) && column_exists(source_column(e, k));
+      });
+
+  // The displacement row of target row r at step j, and whether its terms exist: the pixel row of
+  // the source, and the lattice row u of G.
+  const auto displacement_row = [&](int j, int r) {
+    const int i = j - advance_y * r;
+    return i < 0 ? i + patch_y : i;
+  };
+  const auto source_row = [&](int j, int r) {
+    return source_y0 + spacing_y * (j < advance_y * r ? j + patch_y : j);
+  };
+  const auto lattice_row = [&](int j, int r) {
+    if (which == 2) return lattice_index(source_row(j, r), s.origin_y, lattice_y, s.lattice_height);
+    const int u = s.shift_y + phases_y * (row0 + r) + phase_y;
+    return inside(u, s.lattice_height) ? u : -1;
+  };
+  const auto row_exists = [&](int j, int r) {
+    return inside(source_row(j, r), s.height) && lattice_row(j, r) >= 0;
+  };
+  const auto step_exists = [&](int j) {  // for any row
+    return inside(source_y0 + spacing_y * j, s.height) ||
+           (j < wraps && inside(source_y0 + spacing_y * (j + patch_y), s.height));
+  };
+  const auto next_step = [&](int j) {
+    while (j < patch_y && !step_exists(j)) ++j;
+    return j;
+  };
+
+  // Rows that do not exist are neither fetched nor used.
+  Upstream::Fetched fetched_g[rows];
+  Source::Fetched fetched_source[slots];
+  const auto fetch = [&](int j, accumulator* buffer) {
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      if (!row_exists(j, r)) continue;
+      const int i = displacement_row(j, r), p = which == 1 ? i : patch_y - 1 - i;
+      const upstream* const base =
+          grad_cost + costs + p * patch_x * lattice + lattice_row(j, r) * s.lattice_width;
+      share_g.fetch(base, 0, g_row, 1, fetched_g[r], buffer + r * pitch_rows, 0);
+    }
+#pragma unroll
+    for (int slot = 0; slot < slots; ++slot) {
+      const int y = source_y0 + spacing_y * (j + slot * patch_y);
+      if (!inside(y, s.height) || (slot == 1 && j >= wraps)) continue;
+      share_source.fetch(source + sample * plane + y * s.width, 0, plane, 1, fetched_source[slot],
+                         buffer + g_words + slot * source_words, 0);
+    }
+  };
+  const auto land = [&](int j, accumulator* buffer) {
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      if (row_exists(j, r)) share_g.land(1, fetched_g[r], buffer + r * pitch_rows, 0);
+    }
+#pragma unroll
+    for (int slot = 0; slot < slots; ++slot) {
+      const int y = source_y0 + spacing_y * (j + slot * patch_y);
+      if (!inside(y, s.height) || (slot == 1 && j >= wraps)) continue;
+      share_source.land(1, fetched_source[slot], buffer + g_words + slot * source_words, 0);
+    }
+    if (asynchronous || upstream_asynchronous) wait_for_copies();
+  };
+
+  accumulator sums[channels][positions] = {};
+  const auto multiply = [&](int j, const accumulator* buffer) {
+    const accumulator* const g = buffer + at_g;
+    const accumulator* const words = buffer + at_source + (j < advance_y * row ? source_words : 0);
+#pragma unroll
+    for (int e0 = 0; e0 < patch_x; e0 += displacements) {
+      accumulator held[displacements][positions];
+#pragma unroll
+      for (int e = 0; e < displacements; ++e) {
+        if (e0 + e >= patch_x) continue;
+#pragma unroll
+        for (int m = 0; m < positions; m += load) {
+          load_words(&held[e][m], g + (e0 + e) * phases_x * pitch_g + m);
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < channels; ++c) {
+        accumulator two[round_up(window, load)];
+#pragma unroll
+        for (int k = 0; k < window; k += load) {
+          if (e0 + k < advance_x * (positions - 1) + patch_x) {
+            load_words(two + k, words + c * channel_groups * phases_x * pitch_s + e0 + k);
+          }
+        }
+#pragma unroll
+        for (int e = 0; e < displacements; ++e) {
+          if (e0 + e >= patch_x) continue;
+#pragma unroll
+          for (int m = 0; m < positions; ++m) sums[c][m] += held[e][m] * two[advance_x * m + e];
+        }
+      }
+    }
+  };
+
+  // Two buffers take turns, as in product.cu.
+  clear<threads>(shared, 2 * buffer_words, thread);
+  __syncthreads();
+  constexpr bool early = ahead || asynchronous || upstream_asynchronous;
+  accumulator *buffer = shared, *other = shared + buffer_words;
+  int j = next_step(0);
+  if (early && j < patch_y) fetch(j, buffer);
+#pragma unroll 1
+  while (j < patch_y) {
+    const int next = next_step(j + 1);
+    if (!early) fetch(j, buffer);
+    land(j, buffer);
+    __syncthreads();
+    if (early && next < patch_y) fetch(next, other);
+    if (active && row_exists(j, row)) multiply(j, buffer);
+    accumulator* const swap = buffer;
+    buffer = other;
+    other = swap;
+    j = next;
+  }
+
+  // Lines leave through shared memory: whole pixel rows, zeros between the targets included. The
+  // first target of an axis brings the pixels before it along.
+  const int left = m0 == 0 ? 0 : s.target_x + step_x * phases_x * m0;
+  const int right = smaller(s.width, s.target_x + step_x * phases_x * (m0 + columns));
+  const int units = ceil_div(larger(0, right - left), result_vector);
+#pragma unroll
+  for (int k0 = 0; k0 < channels; k0 += slices) {
+    __syncthreads();
+    if (active) {
+#pragma unroll
+      for (int k = 0; k < slices; ++k) {
+        if (k0 + k >= channels) continue;
+        accumulator* const target =
+            shared + ((k * channel_groups + channel_group) * rows + row) * line + lane * positions;
+#pragma unroll
+        for (int m = 0; m < positions; m += load) {
+          store_words(target + m, &sums[smaller(k0 + k, channels - 1)][m]);
+        }
+      }
+    }
+    __syncthreads();
+    for (int i = thread; i < slices * channel_groups * rows * units; i += threads) {
+      const int x = left + i % units * result_vector, at = i / units;  // at: (channel, row)
+      const int channel = k0 * channel_groups + at / rows, c = c0 + channel;
+      const int t = phases_y * (row0 + at % rows) + phase_y, y = s.target_y + step_y * t;
+      if (channel >= block_channels || c >= s.channels || t >= s.targets_y) continue;
+      Pack<element, result_vector> pack, zeros;
+#pragma unroll
+      for (int k = 0; k < result_vector; ++k) {
+        const int distance = x + k - s.target_x, column = distance / step_x - phases_x * m0;
+        const bool is_target = distance >= 0 && distance % step_x == 0;
+        const accumulator sum =
+            is_target ? shared[at * line + column % phases_x * columns + column / phases_x]
+                      : accumulator(0);
+        pack.values[k] = narrow<element>(sum * scale);
+        zeros.values[k] = narrow<element>(accumulator(0));
+      }
+      const int bottom = smaller(s.height, y + step_y);
+      for (int to = t == 0 ? 0 : y; to < bottom; ++to) {
+        *reinterpret_cast<Pack<element, result_vector>*>(
+            grad + (sample + channel) * plane + to * s.width + x) = to == y ? pack : zeros;
+      }
+    }
+  }
+}

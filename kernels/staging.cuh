@@ -1,0 +1,177 @@
+// Copies from global to shared memory: a block stages rectangles of words, each thread its share.
+//
+// A rectangle has ROWS rows of COLUMNS columns. Columns are neighbours in global memory, but in
+// shared memory they are split into PHASES residue classes, so that positions which meet the same
+// displacements lie side by side:
+//
+//   column k = phase + PHASES * m   of row r   ->   word  r * ROW_PITCH + phase * PHASE_PITCH + m
+//
+// A thread owns some columns and every `at_once`-th row of them, for all rectangles that a kernel
+// stages: where they lie and which of them exist is worked out once. Words that do not exist are
+// never written; the kernel zeroes its buffers at the start, and so they stay zero.
+//
+// With ASYNCHRONOUS, copies go straight to shared memory (cp.async, compute capability 8.0 and up,
+// for words that need no conversion). Without, `fetch` reads into registers and `land` stores them:
+// what lies between hides the latency of global memory.
+#pragma once
+#include "device.cuh"
+
+// VECTOR neighbouring elements, moved by one instruction.
+template <typename T, int VECTOR>
+struct alignas(sizeof(T) * VECTOR) Pack {
+  T values[VECTOR];
+};
+
+template <typename Accumulator>
+constexpr int words_per_load = 16 / static_cast<int>(sizeof(Accumulator));
+
+// Read or write 16 bytes of shared memory.
+template <typename Accumulator>
+__device__ __forceinline__ void load_words(Accumulator* to, const Accumulator* from) {
+  constexpr int words = words_per_load<Accumulator>;
+  const auto pack = *reinterpret_cast<const Pack<Accumulator, words>*>(from);
+#pragma unroll
+  for (int k = 0; k < words; ++k) to[k] = pack.values[k];
+}
+template <typename Accumulator>
+__device__ __forceinline__ void store_words(Accumulator* to, const Accumulator* from) {
+  constexpr int words = words_per_load<Accumulator>;
+  Pack<Accumulator, words> pack;
+#pragma unroll
+  for (int k = 0; k < words; ++k) pack.values[k] = from[k];
+  *reinterpret_cast<Pack<Accumulator, words>*>(to) = pack;
+}
+
+// Zero the words [0, count) of shared memory; count is a multiple of words_per_load.
+template <int THREADS, typename Accumulator>
+__device__ __forceinline__ void clear(Accumulator* shared, int count, int thread) {
+  constexpr int words = words_per_load<Accumulator>;
+  Accumulator zeros[words] = {};
+  for (int i = thread * words; i < count; i += THREADS * words) store_words(shared + i, zeros);
+}
+
+// Queue a copy of BYTES (4, 8 or 16) from global to shared memory; both addresses are multiples.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+#if defined(CUPYCORR_HOST)
+  host_copy_async(to, from, BYTES);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES)
+                 : "memory");
+  }
+#endif
+}
+// Wait for this thread's queued copies. Other threads see them after a barrier.
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(CUPYCORR_HOST)
+  host_wait_for_copies();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+template <typename Element, typename Accumulator, int THREADS, bool ASYNCHRONOUS, int VECTOR,
+          int ROWS, int COLUMNS, int PHASES, int ROW_PITCH, int PHASE_PITCH, int SLABS>
+struct Share {
+  static constexpr int units = ceil_div(COLUMNS, VECTOR);     // copies that make a row
+  static constexpr int across = ceil_div(units, THREADS);     // of them, this thread's
+  static constexpr int at_once = across > 1 ? 1 : THREADS / units;  // rows copied by the block at once
+  static constexpr int rows = ceil_div(ROWS, at_once);        // of them, this thread's
+  static constexpr int mask_words = ceil_div(rows, 32);
+  static_assert(PHASE_PITCH * PHASES >= round_up(COLUMNS, VECTOR), "columns overlap");
+  static_assert(!ASYNCHRONOUS || VECTOR == 1 || PHASES == 1, "a copy must not be torn apart");
+
+  int from[across];                      // first unit in global memory, elements
+  int to[across];                        // and in shared memory, words
+  unsigned exists[across][mask_words];   // bit i: row i of the share
+
+  // What is on its way, in registers; unused with ASYNCHRONOUS.
+  struct Fetched {
+    Pack<Element, VECTOR> packs[SLABS][across][rows];
+  };
+
+  // Find this thread's share. offset(row, column) tells where an element lies, exists(row, column)
+  // whether it does; from row to row offsets must grow evenly.
+  template <typename Offset, typename Exists>
+  __device__ __forceinline__ void find(int thread, Offset offset, Exists exists_at) {
+    const int first = across > 1 ? 0 : thread / units;
+#pragma unroll
+    for (int i = 0; i < across; ++i) {
+      const int unit = across > 1 ? thread + i * THREADS : thread % units, column = unit * VECTOR;
+      from[i] = offset(first, column);
+      to[i] = first * ROW_PITCH + column % PHASES * PHASE_PITCH + column / PHASES;
+#pragma unroll
+      for (int word = 0; word < mask_words; ++word) exists[i][word] = 0;
+#pragma unroll
+      for (int k = 0; k < rows; ++k) {
+        const int row = first + k * at_once;
+        if (first < at_once && unit < units && row < ROWS && exists_at(row, column)) {
+          exists[i][k / 32] |= 1u << k % 32;
+        }
+      }
+    }
+  }
+
+  // Read `count` rectangles that lie `slab` elements apart, their rows `row` elements.
+  __device__ __forceinline__ void fetch(const Element* base, long long slab, int row, int count,
+                                        Fetched& fetched, Accumulator* shared,
+                                        int slab_words) const {
+#pragma unroll
+    for (int i = 0; i < across; ++i) {
+#pragma unroll
+      for (int k = 0; k < rows; ++k) {
+        if (!(exists[i][k / 32] >> k % 32 & 1)) continue;
+        const Element* const source = base + (from[i] + k * at_once * row);
+#pragma unroll
+        for (int s = 0; s < SLABS; ++s) {
+          if (s >= count) continue;
+          if constexpr (ASYNCHRONOUS) {
+            copy_async<sizeof(Element) * VECTOR>(
+                shared + s * slab_words + to[i] + k * at_once * ROW_PITCH, source + s * slab);
+          } else {
+            fetched.packs[s][i][k] =
+                *reinterpret_cast<const Pack<Element, VECTOR>*>(source + s * slab);
+          }
+        }
+      }
+    }
+  }
+
+  // Store what was fetched last.
+  __device__ __forceinline__ void land(int count, const Fetched& fetched, Accumulator* shared,
+                                       int slab_words) const {
+#pragma unroll
+    for (int i = 0; i < (ASYNCHRONOUS ? 0 : across); ++i) {
+#pragma unroll
+      for (int k = 0; k < rows; ++k) {
+        if (!(exists[i][k / 32] >> k % 32 & 1)) continue;
+        Accumulator* const target = shared + to[i] + k * at_once * ROW_PITCH;
+#pragma unroll
+        for (int s = 0; s < SLABS; ++s) {
+          if (s >= count) continue;
+          Accumulator words[VECTOR];
+#pragma unroll
+          for (int v = 0; v < VECTOR; ++v) words[v] = widen(fetched.packs[s][i][k].values[v]);
+          put(target + s * slab_words, words);
+        }
+      }
+    }
+  }
+
+ private:
+  // Store neighbouring columns; VECTOR and the column are multiples of PHASES, or VECTOR is 1.
+  static __device__ __forceinline__ void put(Accumulator* target, const Accumulator* words) {
+    constexpr int load = words_per_load<Accumulator>;
+    if constexpr (PHASES == 1 && VECTOR % load == 0) {
+#pragma unroll
+      for (int v = 0; v < VECTOR; v += load) store_words(target + v, words + v);
+    } else {
+#pragma unroll
+      for (int v = 0; v < VECTOR; ++v) target[v % PHASES * PHASE_PITCH + v / PHASES] = words[v];
+    }
+  }
+};
