@@ -32,7 +32,7 @@ def spatial_correlation_sample(
     Parameters
     ----------
     input1, input2 : array (N, C, H, W), float16|bfloat16|float32|float64
-        The feature maps: NumPy arrays or torch tensors, of any strides.
+        The feature maps: NumPy or CuPy arrays or torch tensors, of any strides.
     kernel_size, patch_size, stride, padding, dilation, dilation_patch : int or (int, int)
         See `Geometry`.
 
@@ -66,7 +66,7 @@ def correlation(fmap1: Any, fmap2: Any, geometry: Geometry, *, normalize: bool =
     Parameters
     ----------
     fmap1, fmap2 : array (N, C, H, W), float16|bfloat16|float32|float64
-        The feature maps: NumPy arrays or torch tensors, of any strides.
+        The feature maps: NumPy or CuPy arrays or torch tensors, of any strides.
     geometry : Geometry
         Which positions and displacements are compared.
     normalize : bool, default False
@@ -96,7 +96,7 @@ def correlation_vjp(
 ) -> tuple[Any, Any]:
     """Compute the gradients of a cost volume with respect to its maps (vector-Jacobian products).
 
-    For NumPy arrays; torch tensors have autograd.
+    For NumPy and CuPy arrays; torch tensors have autograd.
 
     Parameters
     ----------
@@ -132,16 +132,28 @@ def correlation_vjp(
                                                   * fmap1[n, c, Y, X]
     """
     names, arrays = ("fmap1", "fmap2", "grad_cost"), (fmap1, fmap2, grad_cost)
-    if _library(names, arrays) == "torch":
+    library = _library(names, arrays)
+    if library == "torch":
         raise TypeError(
-            f"{_all(names)} must be NumPy arrays, got torch tensors; differentiate those with "
-            "torch.autograd"
+            f"{_all(names)} must be NumPy or CuPy arrays, got torch tensors; differentiate those "
+            "with torch.autograd"
         )
     try:
         need1, need2 = needs
     except (TypeError, ValueError):
         raise TypeError(f"needs must be a pair of bools, got {needs!r}") from None
     _check(names, arrays, geometry)
+    divisor = geometry.divisor(fmap1.shape[1], normalize)
+    if library == "cupy":
+        import cupy
+
+        from cupycorr import cuda_engine
+
+        with fmap1.device:
+            grad1, grad2 = (cupy.empty(fmap1.shape, fmap1.dtype) if n else None for n in needs)
+            upstream, one, two = map(cupy.ascontiguousarray, (grad_cost, fmap1, fmap2))
+            cuda_engine.backward(upstream, one, two, grad1, grad2, geometry, divisor=divisor)
+        return grad1, grad2
     grad_fmap1, grad_fmap2 = (_empty(fmap1.shape, fmap1) if n else None for n in (need1, need2))
     numpy_engine.backward(
         _storage(grad_cost),
@@ -150,7 +162,7 @@ def correlation_vjp(
         None if grad_fmap1 is None else _storage(grad_fmap1),
         None if grad_fmap2 is None else _storage(grad_fmap2),
         geometry,
-        divisor=geometry.divisor(fmap1.shape[1], normalize),
+        divisor=divisor,
     )
     return grad_fmap1, grad_fmap2
 
@@ -164,39 +176,43 @@ def _correlate(
     names: tuple[str, str] = ("fmap1", "fmap2"),
 ) -> Any:
     """Check two maps, which the caller knows by ``names``, and dispatch; see `correlation`."""
-    if _library(names, (fmap1, fmap2)) == "torch":
+    library = _library(names, (fmap1, fmap2))
+    if library == "torch":
         from cupycorr import torch_ops
 
         fmap1, fmap2 = torch_ops.autocast(fmap1, fmap2)
         _check(names, (fmap1, fmap2), geometry)
         return torch_ops.correlation(fmap1, fmap2, geometry, normalize)
-    cost = _empty(_check(names, (fmap1, fmap2), geometry), fmap1)
-    numpy_engine.forward(
-        _storage(fmap1),
-        _storage(fmap2),
-        _storage(cost),
-        geometry,
-        divisor=geometry.divisor(fmap1.shape[1], normalize),
-    )
+    cost_shape = _check(names, (fmap1, fmap2), geometry)
+    divisor = geometry.divisor(fmap1.shape[1], normalize)
+    if library == "cupy":
+        import cupy
+
+        from cupycorr import cuda_engine
+
+        with fmap1.device:
+            cost = cupy.empty(cost_shape, fmap1.dtype)
+            one, two = map(cupy.ascontiguousarray, (fmap1, fmap2))
+            cuda_engine.forward(one, two, cost, geometry, divisor=divisor)
+        return cost
+    cost = _empty(cost_shape, fmap1)
+    one, two, out = map(_storage, (fmap1, fmap2, cost))
+    numpy_engine.forward(one, two, out, geometry, divisor=divisor)
     return cost
 
 
 def _library(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
     """Return the library that arrays belong to; raise unless it is one and the same."""
     libraries = [_library_of(array) for array in arrays]
-    if libraries.count(libraries[0]) == len(libraries) and libraries[0] in ("numpy", "torch"):
+    known = ("numpy", "cupy", "torch")
+    if libraries.count(libraries[0]) == len(libraries) and libraries[0] in known:
         return libraries[0]
     for name, array, library in zip(names, arrays, libraries, strict=True):
         kind = type(array).__name__
         if library == "":
-            raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {kind}")
+            raise TypeError(f"{name} must be a NumPy or CuPy array or a torch tensor, got {kind}")
         if library == "numpy.ma":
             raise TypeError(f"{name} must not be masked, got {kind}; fill it with numpy.ma.filled")
-        if library == "cupy":
-            raise RuntimeError(
-                f"{name} is a CuPy array, and this version computes on the CPU only; convert it "
-                "with cupy.asnumpy"
-            )
     raise TypeError(f"{_all(names)} must be arrays of one library, got {_all(libraries)}")
 
 

@@ -77,6 +77,48 @@ def numpy_engine() -> Engine:
     return Engine("numpy", forward, vjp)
 
 
+def cupy_engine(*, plain: bool = False) -> Engine:
+    """Return this package's CUDA engine, on the current device; needs CuPy.
+
+    Parameters
+    ----------
+    plain : bool, default False
+        Call the engine for its plain kernels only, past the public functions.
+    """
+    import cupy
+
+    from cupycorr import cuda_engine
+
+    def array(values: Array, dtype: str) -> Any:
+        return cupy.asarray(_to_dtype(values, dtype))
+
+    def forward(
+        fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
+    ) -> Array:
+        one, two = (array(a, dtype) for a in (fmap1, fmap2))
+        if plain:
+            cost = cupy.empty(geometry.cost_shape(one.shape), one.dtype)
+            divisor = geometry.divisor(one.shape[1], normalize)
+            cuda_engine.forward(one, two, cost, geometry, divisor=divisor, plain=True)
+        else:
+            cost = correlation(one, two, geometry, normalize=normalize)
+        return _from_cupy(cost)
+
+    def vjp(
+        grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
+    ) -> tuple[Array, Array]:
+        upstream, one, two = (array(a, dtype) for a in (grad, fmap1, fmap2))
+        if plain:
+            grads = cupy.empty_like(one), cupy.empty_like(two)
+            divisor = geometry.divisor(one.shape[1], normalize)
+            cuda_engine.backward(upstream, one, two, *grads, geometry, divisor=divisor, plain=True)
+        else:
+            grads = correlation_vjp(upstream, one, two, geometry, normalize=normalize)
+        return _from_cupy(grads[0]), _from_cupy(grads[1])
+
+    return Engine("cupy, plain kernels" if plain else "cupy", forward, vjp)
+
+
 def torch_engine(device: str = "cpu") -> Engine:
     """Return this package's torch operators, with autograd's gradients; needs torch.
 
@@ -277,6 +319,10 @@ def _describe(wrong: npt.NDArray[np.bool_], got: Array, want: Array) -> str | No
         f"{wrong.sum()} of {wrong.size} values differ, first at {first}: "
         f"{got[first]} instead of {want[first]}"
     )
+
+
+def _from_cupy(array: Any) -> Array:
+    return np.asarray(array.get().astype(np.float64))
 
 
 def _from_torch(tensor: Any) -> Array:

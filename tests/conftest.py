@@ -12,17 +12,19 @@ hypothesis.settings.load_profile("reproducible")
 
 def pytest_collection_modifyitems(items):
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if on_gpu and not _cuda_is_available():
+    missing = _what_cuda_lacks() if on_gpu else None
+    if missing:
         for item in on_gpu:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.skip(reason=f"needs a CUDA device and CuPy: {missing}"))
 
 
-def _cuda_is_available():
+def _what_cuda_lacks():
     try:
-        import torch
-    except ImportError:
-        return False
-    return torch.cuda.is_available()
+        import cupy
+
+        return None if cupy.cuda.runtime.getDeviceCount() else "no device"
+    except Exception as error:  # CuPy raises whatever a missing driver gives it
+        return str(error)
 
 
 @pytest.fixture
