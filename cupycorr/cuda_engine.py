@@ -12,11 +12,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
+import numpy.typing as npt
 
 from cupycorr import cuda_plan
 from cupycorr.cuda_plan import Launch, Plan, Shape
@@ -26,6 +27,7 @@ from cupycorr.geometry import Geometry
 
 # C++17 is not CuPy's default. No fast-math: a sum must not depend on what is nearly equal.
 OPTIONS = ("-std=c++17",)
+_SUM = {"float32": np.float32, "float64": np.float64}
 ALIGNMENT = 16  # bytes, of arrays that are read and written several elements at a time
 
 _functions: dict[tuple[Any, ...], Any] = {}
@@ -196,20 +198,25 @@ def _aligned(arrays: dict[str, Any]) -> bool:
 def _run(plan: Plan, arrays: dict[str, Any], divisor: int) -> None:
     """Launch on the current stream of the arrays' device."""
     fmap = arrays["fmap1"]
-    dtype = np.dtype(cuda_plan.accumulator(str(fmap.dtype)))
+    dtype = _SUM[cuda_plan.accumulator(str(fmap.dtype))]
     with fmap.device:
         if plan.volume is not None:
             arrays = {**arrays, "volume": cupy.empty(plan.volume, dtype)}
         for launch in plan.launches:
-            scale = dtype.type(1 / divisor if launch.scaled else 1)
-            fields = np.dtype([(f"size{i}", np.int32) for i in range(len(launch.sizes))])
-            sizes = np.array([launch.sizes], fields)  # one struct, passed by value
+            scale = dtype(1 / divisor if launch.scaled else 1)
+            operands = (arrays[name] for name in launch.arrays)
             _function(launch)(
                 (launch.blocks,),
                 (launch.threads,),
-                (*(arrays[name] for name in launch.arrays), sizes, scale),
+                (*operands, _struct(launch.sizes), scale),
                 shared_mem=launch.shared_bytes,
             )
+
+
+@lru_cache(maxsize=1024)
+def _struct(fields: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Return a struct of 32-bit integers, as CuPy passes it by value."""
+    return np.array([fields], [(f"field{i}", np.int32) for i in range(len(fields))])
 
 
 def _function(launch: Launch) -> Any:
