@@ -3,6 +3,9 @@
 // Storage is float, double, Half or Bfloat16 (`element`); sums are float or double (`accumulator`).
 // The sources use no header, so that the run-time compiler needs no include path, and no CUDA
 // built-in beyond those that tests/hostcuda.h declares, so that a host compiler builds them too.
+//
+// Launch bounds say that one block per multiprocessor is enough: else the compiler spills a few
+// registers to fit one more block.
 #pragma once
 
 // The dynamic shared memory of a block, as `name`, an array of T.

@@ -44,7 +44,7 @@ __device__ __forceinline__ index row_of_cost(const Sizes& s, int n, int p, int q
   return (displacement * s.cost_height + y) * s.cost_width;
 }
 
-extern "C" __global__ void __launch_bounds__(threads) plain_cost(
+extern "C" __global__ void __launch_bounds__(threads, 1) plain_cost(
     const element* __restrict__ fmap1, const element* __restrict__ fmap2,
     element* __restrict__ cost, const Sizes s, const accumulator scale) {
   const index output = static_cast<index>(blockIdx.x) * threads + threadIdx.x;
@@ -112,13 +112,13 @@ __device__ __forceinline__ void gradient(const element* __restrict__ grad_cost,
   grad_fmap[output] = narrow<element>(sum * scale);
 }
 
-extern "C" __global__ void __launch_bounds__(threads) plain_grad_fmap1(
+extern "C" __global__ void __launch_bounds__(threads, 1) plain_grad_fmap1(
     const element* __restrict__ grad_cost, const element* __restrict__ fmap2,
     element* __restrict__ grad_fmap1, const Sizes s, const accumulator scale) {
   gradient<1>(grad_cost, fmap2, grad_fmap1, s, scale);
 }
 
-extern "C" __global__ void __launch_bounds__(threads) plain_grad_fmap2(
+extern "C" __global__ void __launch_bounds__(threads, 1) plain_grad_fmap2(
     const element* __restrict__ grad_cost, const element* __restrict__ fmap1,
     element* __restrict__ grad_fmap2, const Sizes s, const accumulator scale) {
   gradient<2>(grad_cost, fmap1, grad_fmap2, s, scale);

@@ -87,7 +87,7 @@ template <int ROWS, int COLUMNS, int PITCH>
 using Map = Share<element, accumulator, threads, asynchronous, vector, ROWS, COLUMNS * phases_x,
                   phases_x, phases_x * PITCH, PITCH, chunk>;
 
-extern "C" __global__ void __launch_bounds__(threads) product_cost(
+extern "C" __global__ void __launch_bounds__(threads, 1) product_cost(
     const element* __restrict__ fmap1, const element* __restrict__ fmap2,
     result* __restrict__ cost, const Sizes s, const accumulator scale) {
   DYNAMIC_SHARED(accumulator, shared);

@@ -104,7 +104,7 @@ using Source = Share<element, accumulator, threads, asynchronous, vector, block_
 using Upstream = Share<upstream, accumulator, threads, upstream_asynchronous, 1,
                        patch_x, columns * phases_x, phases_x, phases_x * pitch_g, pitch_g, 1>;
 
-extern "C" __global__ void __launch_bounds__(threads) product_gradient(
+extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
     const upstream* __restrict__ grad_cost, const element* __restrict__ source,
     element* __restrict__ grad, const Sizes s, const accumulator scale) {
   DYNAMIC_SHARED(accumulator, shared);

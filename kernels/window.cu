@@ -28,7 +28,7 @@ struct Sizes {
   int lattice_height, lattice_width;
 };
 
-extern "C" __global__ void __launch_bounds__(threads) window_sum(
+extern "C" __global__ void __launch_bounds__(threads, 1) window_sum(
     const accumulator* __restrict__ volume, element* __restrict__ cost, const Sizes s,
     const accumulator scale) {
   const index output = static_cast<index>(blockIdx.x) * threads + threadIdx.x;
@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(threads) window_sum(
   cost[output] = narrow<element>(sum * scale);
 }
 
-extern "C" __global__ void __launch_bounds__(threads) window_spread(
+extern "C" __global__ void __launch_bounds__(threads, 1) window_spread(
     const element* __restrict__ grad_cost, accumulator* __restrict__ volume, const Sizes s,
     const accumulator scale) {
   const index output = static_cast<index>(blockIdx.x) * threads + threadIdx.x;
