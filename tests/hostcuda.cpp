@@ -1,0 +1,378 @@
+// Blocks of threads as fibers: what hostcuda.h declares.
+//
+// With HOST_TRACE the kernel's object is compiled with -fsanitize=thread, which calls a function
+// before every access to memory. These functions are here, instead of the sanitizer's own: they find
+// data races in shared memory (two threads use a word between the same two barriers, and one
+// writes it), whatever the order of the threads, and keep a record of accesses to be counted.
+#include "hostcuda.h"
+
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <vector>
+
+#ifndef __x86_64__
+#include <ucontext.h>
+#endif
+
+HostIndex threadIdx, blockIdx, blockDim, gridDim;
+
+namespace {
+
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t stack_bytes = 256 << 10;
+constexpr size_t guard_bytes = 0;  // the sanitizer watches the end of every allocation
+#else
+constexpr size_t stack_bytes = 64 << 10;
+constexpr size_t guard_bytes = 256;  // behind shared memory
+#endif
+constexpr unsigned char poison = 0xff;  // NaN in every type
+constexpr int most_threads_of_any_block = 1024;
+
+struct Copy {
+  char* to;
+  const void* from;
+  int bytes;
+};
+
+#ifdef __x86_64__
+using Context = void*;  // stack pointer, with the registers that a callee saves on the stack
+#else
+using Context = ucontext_t;
+#endif
+
+struct Fiber {
+  Context context;
+  bool ended;
+  const char* file;  // where it waits
+  int line;
+  std::vector<Copy> copies;  // queued
+};
+
+std::vector<Fiber> fibers;
+Fiber* current;  // null while the scheduler runs
+Context scheduler;
+HostEntry entry;
+const HostBytes* entry_arguments;
+char* stacks;
+char* shared;
+size_t shared_bytes;
+char message[512];
+
+// ---- fibers
+
+#ifdef __x86_64__
+// Push the registers that a callee saves, leave the stack pointer at *from, continue at `to`.
+extern "C" void host_switch(void** from, void* to) __attribute__((visibility("hidden")));
+asm(R"(
+.text
+.hidden host_switch
+.globl host_switch
+.type host_switch, @function
+host_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size host_switch, .-host_switch
+)");
+
+void begin(Context& context, char* stack, void (*function)()) {
+  void** top = reinterpret_cast<void**>(stack + stack_bytes);
+  *--top = nullptr;  // the function's return address: it does not return
+  *--top = reinterpret_cast<void*>(function);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  context = top;
+}
+void resume(Context& context) { host_switch(&scheduler, context); }
+void suspend(Context& context) { host_switch(&context, scheduler); }
+#else
+void begin(Context& context, char* stack, void (*function)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = stack_bytes;
+  context.uc_link = nullptr;
+  makecontext(&context, function, 0);
+}
+void resume(Context& context) { swapcontext(&scheduler, &context); }
+void suspend(Context& context) { swapcontext(&context, &scheduler); }
+#endif
+
+// Keep the first error's message. A fiber that fails is not resumed: the launch ends.
+__attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
+  if (!*message) {
+    va_list values;
+    va_start(values, format);
+    const int length = vsnprintf(message, sizeof message, format, values);
+    va_end(values);
+    if (length >= 0 && length < static_cast<int>(sizeof message)) {
+      snprintf(message + length, sizeof message - length, " (block %u, thread %u)", blockIdx.x,
+               threadIdx.x);
+    }
+  }
+  if (current) suspend(current->context);
+}
+
+void run_thread() {
+  entry(entry_arguments);
+  if (!current->copies.empty()) fail("a thread ends with copies that it never waited for");
+  current->ended = true;
+  suspend(current->context);
+}
+
+// ---- traces
+
+struct Access {
+  int64_t offset;  // bytes from the start of the array
+  int32_t block, round;
+  int16_t thread, array;  // -1: shared memory
+  int16_t bytes, written;
+};
+
+struct Use {  // of a word of shared memory, since a barrier
+  int round, thread;
+  bool several, written;
+};
+
+int round_number;
+#ifdef HOST_TRACE
+const HostLaunch* traced;
+std::vector<Access> accesses;
+std::vector<Use> uses;
+
+void use_word(size_t word, bool writes) {
+  Use& use = uses[word];
+  const int thread = static_cast<int>(threadIdx.x);
+  if (use.round != round_number) {
+    use = {round_number, thread, false, writes};
+    return;
+  }
+  const bool other = thread != use.thread;
+  if ((other && (writes || use.written)) || (use.several && writes)) {
+    fail("data race: threads %d and %d use word %zu of shared memory between two barriers",
+         use.thread, thread, word);
+  }
+  use.several |= other;
+  use.written |= writes;
+}
+
+void trace(const void* address, size_t bytes, bool writes) {
+  if (!current) return;
+  const char* const at = static_cast<const char*>(address);
+  int array = -2;
+  size_t offset = at - shared;
+  if (at >= shared && offset < shared_bytes) {
+    array = -1;
+    for (size_t word = offset / 4; word < (offset + bytes + 3) / 4; ++word) use_word(word, writes);
+  }
+  for (int i = 0; i < traced->array_count && array == -2; ++i) {
+    const HostBytes& range = traced->arrays[i];
+    offset = at - static_cast<const char*>(range.start);
+    if (at >= range.start && offset < range.bytes) array = i;
+  }
+  if (array == -2 || !traced->log) return;
+  accesses.push_back({static_cast<int64_t>(offset), static_cast<int32_t>(blockIdx.x), round_number,
+                      static_cast<int16_t>(threadIdx.x), static_cast<int16_t>(array),
+                      static_cast<int16_t>(bytes), writes});
+}
+#else
+void trace(const void*, size_t, bool) {}
+#endif
+
+// ---- blocks
+
+bool run_round(const std::vector<int>& sequence) {
+  for (const int thread : sequence) {
+    current = &fibers[thread];
+    threadIdx = {static_cast<unsigned>(thread), 0, 0};
+    resume(current->context);
+    current = nullptr;
+    if (*message) return false;
+  }
+  return true;
+}
+
+void run_block(const HostLaunch& launch, uint32_t& random) {
+  memset(shared, poison, shared_bytes + guard_bytes);
+  std::vector<int> sequence(launch.threads);
+  for (int i = 0; i < launch.threads; ++i) {
+    sequence[i] = launch.order == 1 ? launch.threads - 1 - i : i;
+    fibers[i].ended = false;
+    fibers[i].copies.clear();
+    begin(fibers[i].context, stacks + i * stack_bytes, run_thread);
+  }
+  for (;;) {
+    for (int i = launch.threads - 1; launch.order == 2 && i > 0; --i) {
+      random = random * 1664525u + 1013904223u;
+      std::swap(sequence[i], sequence[(random >> 8) % (i + 1)]);
+    }
+    ++round_number;
+    if (!run_round(sequence)) return;
+    const Fiber& first = fibers[0];
+    for (int i = 1; i < launch.threads; ++i) {
+      const Fiber& other = fibers[i];
+      threadIdx.x = i;
+      if (other.ended != first.ended) {
+        const Fiber& waits = first.ended ? other : first;
+        return fail("a thread ended, others wait at %s:%d", waits.file, waits.line);
+      }
+      if (!first.ended && (other.line != first.line || strcmp(other.file, first.file))) {
+        return fail("threads wait at different barriers, %s:%d and %s:%d", first.file, first.line,
+                    other.file, other.line);
+      }
+    }
+    if (first.ended) break;
+  }
+  for (size_t i = 0; i < guard_bytes; ++i) {
+    if (static_cast<unsigned char>(shared[shared_bytes + i]) != poison) {
+      return fail("a write behind shared memory, at byte %zu of %zu", shared_bytes + i,
+                  shared_bytes);
+    }
+  }
+}
+
+}  // namespace
+
+void* host_shared_memory() { return shared; }
+
+void host_barrier(const char* file, int line) {
+  current->file = file;
+  current->line = line;
+  suspend(current->context);
+}
+
+void host_copy_async(void* to, const void* from, int bytes) {
+  char* const target = static_cast<char*>(to);
+  const size_t offset = target - shared;
+  if (bytes != 4 && bytes != 8 && bytes != 16) return fail("a copy of %d bytes", bytes);
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) {
+    return fail("a copy of %d bytes from %p to %p, which is not aligned", bytes, from, to);
+  }
+  if (target < shared || offset + bytes > shared_bytes) {
+    return fail("a copy to byte %zu of %zu of shared memory", offset, shared_bytes);
+  }
+  trace(from, bytes, false);
+  trace(to, bytes, true);
+  memset(target, poison, bytes);
+  current->copies.push_back({target, from, bytes});
+}
+
+void host_wait_for_copies() {
+  for (const Copy& copy : current->copies) {
+    for (int i = 0; i < copy.bytes; ++i) {
+      if (static_cast<unsigned char>(copy.to[i]) != poison) {
+        return fail("a write to shared memory where a copy is on its way");
+      }
+    }
+    memcpy(copy.to, copy.from, copy.bytes);
+  }
+  current->copies.clear();
+}
+
+const char* host_launch(HostEntry function, const HostLaunch& launch, int most_threads,
+                        const size_t* argument_bytes, int argument_count) {
+  *message = 0;
+  current = nullptr;
+  threadIdx = blockIdx = {0, 0, 0};
+  blockDim = {static_cast<unsigned>(launch.threads), 1, 1};
+  gridDim = {static_cast<unsigned>(launch.blocks), 1, 1};
+  if (most_threads > most_threads_of_any_block) most_threads = most_threads_of_any_block;
+  if (launch.threads < 1 || launch.threads > most_threads) {
+    fail("%d threads, of a kernel for up to %d", launch.threads, most_threads);
+    return message;
+  }
+  if (launch.argument_count != argument_count) {
+    fail("%d arguments, of a kernel that takes %d", launch.argument_count, argument_count);
+    return message;
+  }
+  for (int i = 0; i < argument_count; ++i) {
+    if (launch.arguments[i].bytes == argument_bytes[i]) continue;
+    fail("argument %d has %zu bytes instead of %zu", i, launch.arguments[i].bytes,
+         argument_bytes[i]);
+    return message;
+  }
+
+  entry = function;
+  entry_arguments = launch.arguments;
+  shared_bytes = launch.shared_bytes;
+  const size_t shared_total = shared_bytes + guard_bytes;
+  shared = static_cast<char*>(malloc(shared_total ? shared_total : 1));
+  stacks = static_cast<char*>(aligned_alloc(4096, launch.threads * stack_bytes));
+  fibers.assign(launch.threads, Fiber());
+#ifdef HOST_TRACE
+  traced = &launch;
+  accesses.clear();
+  uses.assign(shared_bytes / 4 + 4, Use());
+#endif
+  uint32_t random = 1;
+  for (int block = 0; block < launch.blocks && !*message; ++block) {
+    blockIdx = {static_cast<unsigned>(block), 0, 0};
+    threadIdx.x = 0;
+    run_block(launch, random);
+  }
+  free(shared);
+  free(stacks);
+  current = nullptr;
+  return *message ? message : nullptr;
+}
+
+// ---- called by what compilers insert
+
+// -fsanitize=undefined: all that it finds, with where that was written.
+struct Source {
+  const char* file;
+  uint32_t line, column;
+};
+#define HOST_UNDEFINED(name, what)                                          \
+  extern "C" void __ubsan_handle_##name(const Source* at, uintptr_t value) { \
+    fail("%s (%#zx) at %s:%u", what, value, at->file, at->line);            \
+  }
+HOST_UNDEFINED(type_mismatch_v1, "an access that is not aligned")
+HOST_UNDEFINED(add_overflow, "overflow of a sum")
+HOST_UNDEFINED(sub_overflow, "overflow of a difference")
+HOST_UNDEFINED(mul_overflow, "overflow of a product")
+HOST_UNDEFINED(negate_overflow, "overflow of a negation")
+HOST_UNDEFINED(divrem_overflow, "division by zero, or its overflow")
+HOST_UNDEFINED(shift_out_of_bounds, "a shift out of bounds")
+HOST_UNDEFINED(out_of_bounds, "an index out of bounds")
+HOST_UNDEFINED(pointer_overflow, "overflow of a pointer")
+HOST_UNDEFINED(load_invalid_value, "a value that its type does not have")
+
+#ifdef HOST_TRACE
+extern "C" __attribute__((visibility("default"))) const void* traced_accesses(int64_t* count) {
+  *count = static_cast<int64_t>(accesses.size());
+  return accesses.data();
+}
+
+extern "C" {
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_read_range(void* at, size_t bytes) { trace(at, bytes, false); }
+void __tsan_write_range(void* at, size_t bytes) { trace(at, bytes, true); }
+#define HOST_TRACED(bytes)                                                  \
+  void __tsan_read##bytes(void* at) { trace(at, bytes, false); }            \
+  void __tsan_write##bytes(void* at) { trace(at, bytes, true); }            \
+  void __tsan_unaligned_read##bytes(void* at) { trace(at, bytes, false); }  \
+  void __tsan_unaligned_write##bytes(void* at) { trace(at, bytes, true); }
+HOST_TRACED(1)
+HOST_TRACED(2)
+HOST_TRACED(4)
+HOST_TRACED(8)
+HOST_TRACED(16)
+}
+#endif
