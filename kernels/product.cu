@@ -131,14 +131,14 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_cost(
     return x2 + step_x * (k % phases_x) + spacing_x * (k / phases_x);
   };
   share1.find(
-      thread, [&](int r, int k) { return pixel_y1(r) * s.width + pixel_x1(k); },
+      thread, shared, 0, [&](int r, int k) { return pixel_y1(r) * s.width + pixel_x1(k); },
       [&](int r, int k) { return inside(pixel_y1(r), s.height) && inside(pixel_x1(k), s.width); });
   share2.find(
-      thread, [&](int r, int k) { return pixel_y2(r) * s.width + pixel_x2(k); },
+      thread, shared, words1, [&](int r, int k) { return pixel_y2(r) * s.width + pixel_x2(k); },
       [&](int r, int k) { return inside(pixel_y2(r), s.height) && inside(pixel_x2(k), s.width); });
 
   const long long sample = static_cast<long long>(n) * s.channels * plane;
-  const auto buffer = [&](int c) { return shared + c / chunk % 2 * buffer_words; };
+  const auto buffer = [&](int c) { return c / chunk % 2 * buffer_words; };
   typename Map1::Fetched fetched1;
   typename Map2::Fetched fetched2;
   const auto fetch = [&](int c) {
@@ -146,13 +146,13 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_cost(
     const long long base = sample + static_cast<long long>(c) * plane;
     share1.fetch(fmap1 + base, plane, spacing_y * advance_y * s.width, count, fetched1,
                  buffer(c), channel_words);
-    share2.fetch(fmap2 + base, plane, spacing_y * s.width, count, fetched2, buffer(c) + words1,
+    share2.fetch(fmap2 + base, plane, spacing_y * s.width, count, fetched2, buffer(c),
                  channel_words);
   };
   const auto land = [&](int c) {
     const int count = smaller(chunk, s.channels - c);
-    share1.land(count, fetched1, buffer(c), channel_words);
-    share2.land(count, fetched2, buffer(c) + words1, channel_words);
+    share1.land(count, fetched1, shared + buffer(c), channel_words);
+    share2.land(count, fetched2, shared + buffer(c), channel_words);
     if (asynchronous) wait_for_copies();
   };
 
@@ -164,11 +164,11 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_cost(
       accumulator one[positions], two[round_up(window, load)];
 #pragma unroll
       for (int i = 0; i < positions; i += load) {
-        load_words(one + i, buffer(c) + k * channel_words + at1 + i);
+        load_words(one + i, shared + buffer(c) + k * channel_words + at1 + i);
       }
 #pragma unroll
       for (int i = 0; i < window; i += load) {
-        load_words(two + i, buffer(c) + k * channel_words + at2 + i);
+        load_words(two + i, shared + buffer(c) + k * channel_words + at2 + i);
       }
 #pragma unroll
       for (int q = 0; q < displacements; ++q) {

@@ -146,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
 
   Source share_source;
   share_source.find(
-      thread, [&](int c, int k) { return c * plane + pixel_x(k); },
+      thread, shared, g_words, [&](int c, int k) { return c * plane + pixel_x(k); },
       [&](int c, int k) { return c0 + c < s.channels && column_exists(k); });
 
   // G[i, e] of the targets' columns k: lattice index v, displacement q. A word exists only where its
@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
   const int g_row = which == 1 ? lattice : phases_x - lattice;  // from one e to the next
   Upstream share_g;
   share_g.find(
-      thread, [&](int e, int k) { return g_patch(e) * lattice + g_column(e, k); },
+      thread, shared, 0, [&](int e, int k) { return g_patch(e) * lattice + g_column(e, k); },
       [&](int e, int k) {
         return on_lattice(g_column(e, k)) && column_exists(source_column(e, k));
       });
@@ -193,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
   // Rows that do not exist are neither fetched nor used.
   Upstream::Fetched fetched_g[rows];
   Source::Fetched fetched_source[slots];
-  const auto fetch = [&](int j, accumulator* buffer) {
+  const auto fetch = [&](int j, int buffer) {  // to the buffer that begins at this word
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
       if (!row_exists(j, r)) continue;
@@ -207,27 +207,28 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
       const int y = source_y0 + spacing_y * (j + slot * patch_y);
       if (!inside(y, s.height) || (slot == 1 && j >= wraps)) continue;
       share_source.fetch(source + sample * plane + y * s.width, 0, plane, 1, fetched_source[slot],
-                         buffer + g_words + slot * source_words, 0);
+                         buffer + slot * source_words, 0);
     }
   };
-  const auto land = [&](int j, accumulator* buffer) {
+  const auto land = [&](int j, int buffer) {
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
-      if (row_exists(j, r)) share_g.land(1, fetched_g[r], buffer + r * pitch_rows, 0);
+      if (row_exists(j, r)) share_g.land(1, fetched_g[r], shared + buffer + r * pitch_rows, 0);
     }
 #pragma unroll
     for (int slot = 0; slot < slots; ++slot) {
       const int y = source_y0 + spacing_y * (j + slot * patch_y);
       if (!inside(y, s.height) || (slot == 1 && j >= wraps)) continue;
-      share_source.land(1, fetched_source[slot], buffer + g_words + slot * source_words, 0);
+      share_source.land(1, fetched_source[slot], shared + buffer + slot * source_words, 0);
     }
     if (asynchronous || upstream_asynchronous) wait_for_copies();
   };
 
   accumulator sums[channels][positions] = {};
-  const auto multiply = [&](int j, const accumulator* buffer) {
-    const accumulator* const g = buffer + at_g;
-    const accumulator* const words = buffer + at_source + (j < advance_y * row ? source_words : 0);
+  const auto multiply = [&](int j, int buffer) {
+    const accumulator* const g = shared + buffer + at_g;
+    const accumulator* const words =
+        shared + buffer + at_source + (j < advance_y * row ? source_words : 0);
 #pragma unroll
     for (int e0 = 0; e0 < patch_x; e0 += displacements) {
       accumulator held[displacements][positions];
@@ -262,8 +263,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
   clear<threads>(shared, 2 * buffer_words, thread);
   __syncthreads();
   constexpr bool early = ahead || asynchronous || upstream_asynchronous;
-  accumulator *buffer = shared, *other = shared + buffer_words;
-  int j = next_step(0);
+  int buffer = 0, other = buffer_words, j = next_step(0);
   if (early && j < patch_y) fetch(j, buffer);
 #pragma unroll 1
   while (j < patch_y) {
@@ -273,9 +273,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
     __syncthreads();
     if (early && next < patch_y) fetch(next, other);
     if (active && row_exists(j, row)) multiply(j, buffer);
-    accumulator* const swap = buffer;
     buffer = other;
-    other = swap;
+    other = buffer_words - buffer;
     j = next;
   }
 

@@ -50,17 +50,30 @@ __device__ __forceinline__ void clear(Accumulator* shared, int count, int thread
   for (int i = thread * words; i < count; i += THREADS * words) store_words(shared + i, zeros);
 }
 
+// An address in shared memory. Making one costs instructions, so a share keeps its own.
+#ifdef CUPYCORR_HOST
+using SharedAddress = char*;
+#else
+using SharedAddress = unsigned;
+#endif
+__device__ __forceinline__ SharedAddress shared_address(void* pointer) {
+#ifdef CUPYCORR_HOST
+  return static_cast<char*>(pointer);
+#else
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+#endif
+}
+
 // Queue a copy of BYTES (4, 8 or 16) from global to shared memory; both addresses are multiples.
 template <int BYTES>
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
+__device__ __forceinline__ void copy_async(SharedAddress to, const void* from) {
 #if defined(CUPYCORR_HOST)
   host_copy_async(to, from, BYTES);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   if constexpr (BYTES == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES)
                  : "memory");
   }
 #endif
@@ -86,7 +99,8 @@ struct Share {
   static_assert(!ASYNCHRONOUS || VECTOR == 1 || PHASES == 1, "a copy must not be torn apart");
 
   int from[across];                      // first unit in global memory, elements
-  int to[across];                        // and in shared memory, words
+  int to[across];                        // and in shared memory, words from its beginning
+  SharedAddress address[across];         // of that word
   unsigned exists[across][mask_words];   // bit i: row i of the share
 
   // What is on its way, in registers; unused with ASYNCHRONOUS.
@@ -94,16 +108,19 @@ struct Share {
     Pack<Element, VECTOR> packs[SLABS][across][rows];
   };
 
-  // Find this thread's share. offset(row, column) tells where an element lies, exists(row, column)
-  // whether it does; from row to row offsets must grow evenly.
+  // Find this thread's share of rectangles in `shared`, where the first begins at word `begin`.
+  // offset(row, column) tells where an element lies, exists(row, column) whether it does; from row to
+  // row offsets must grow evenly.
   template <typename Offset, typename Exists>
-  __device__ __forceinline__ void find(int thread, Offset offset, Exists exists_at) {
+  __device__ __forceinline__ void find(int thread, Accumulator* shared, int begin, Offset offset,
+                                       Exists exists_at) {
     const int first = across > 1 ? 0 : thread / units;
 #pragma unroll
     for (int i = 0; i < across; ++i) {
       const int unit = across > 1 ? thread + i * THREADS : thread % units, column = unit * VECTOR;
       from[i] = offset(first, column);
-      to[i] = first * ROW_PITCH + column % PHASES * PHASE_PITCH + column / PHASES;
+      to[i] = begin + first * ROW_PITCH + column % PHASES * PHASE_PITCH + column / PHASES;
+      address[i] = shared_address(shared + to[i]);
 #pragma unroll
       for (int word = 0; word < mask_words; ++word) exists[i][word] = 0;
 #pragma unroll
@@ -116,22 +133,24 @@ struct Share {
     }
   }
 
-  // Read `count` rectangles that lie `slab` elements apart, their rows `row` elements.
-  __device__ __forceinline__ void fetch(const Element* base, long long slab, int row, int count,
-                                        Fetched& fetched, Accumulator* shared,
-                                        int slab_words) const {
+  // Read `count` rectangles that lie `slab` elements apart, their rows `row` elements. In shared
+  // memory the first lies `shift` words behind that of `find`, the others every `slab_words` words.
+  __device__ __forceinline__ void fetch(const Element* base, int slab, int row, int count,
+                                        Fetched& fetched, int shift, int slab_words) const {
+    constexpr int word = static_cast<int>(sizeof(Accumulator));
 #pragma unroll
     for (int i = 0; i < across; ++i) {
+      const Element* source = base + from[i];
+      const SharedAddress target = address[i] + shift * word;
 #pragma unroll
-      for (int k = 0; k < rows; ++k) {
+      for (int k = 0; k < rows; ++k, source += at_once * row) {
         if (!(exists[i][k / 32] >> k % 32 & 1)) continue;
-        const Element* const source = base + (from[i] + k * at_once * row);
 #pragma unroll
         for (int s = 0; s < SLABS; ++s) {
           if (s >= count) continue;
           if constexpr (ASYNCHRONOUS) {
             copy_async<sizeof(Element) * VECTOR>(
-                shared + s * slab_words + to[i] + k * at_once * ROW_PITCH, source + s * slab);
+                target + (s * slab_words + k * at_once * ROW_PITCH) * word, source + s * slab);
           } else {
             fetched.packs[s][i][k] =
                 *reinterpret_cast<const Pack<Element, VECTOR>*>(source + s * slab);
