@@ -308,7 +308,9 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
 #pragma unroll
       for (int k = 0; k < result_vector; ++k) {
         const int distance = x + k - s.target_x, column = distance / step_x - phases_x * m0;
-        const bool is_target = distance >= 0 && distance % step_x == 0;
+        // Off the lattice of fmap1 there are no terms, though 0 * infinity may have been added.
+        const bool is_target = distance >= 0 && distance % step_x == 0 &&
+                               (which == 2 || on_lattice(v0 + column));
         const accumulator sum =
             is_target ? shared[at * line + column % phases_x * columns + column / phases_x]
                       : accumulator(0);
