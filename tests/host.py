@@ -34,10 +34,16 @@ MODES = {
     "trace": ("-O1", "-fsanitize=thread", "-DHOST_TRACE"),
     "sanitize": ("-O1", "-g", "-fsanitize=address,undefined"),
 }
-# Of the runtime it is only told about; "trace" must not trace itself.
-RUNTIME_MODES = {"run": ("-O2",), "trace": ("-O2", "-DHOST_TRACE"), "sanitize": MODES["sanitize"]}
+# The runtime is told about it, too. It must not trace itself; and it leaves the frames of fibers
+# that have ended where a sanitizer of stacks would expect them to return.
+RUNTIME_MODES = {
+    "run": ("-O2",),
+    "trace": ("-O2", "-DHOST_TRACE"),
+    "sanitize": ("-O1", "-g", "-fsanitize=address", "--param=asan-stack=0"),
+}
 ORDERS = ("ascending", "descending", "shuffled")  # of the threads of a block
 GUARD_BYTES = 1024  # before and behind every array; a multiple of any alignment
+ALIGNED_OFFSET = 16  # bytes from a multiple of 256 to the first element of aligned arrays
 POISON = 0xFF  # bytes of NaN in every dtype
 
 # One for each way that copies reach shared memory, and size of shared memory.
@@ -329,7 +335,7 @@ def _guarded(shape, dtype, aligned, mode):
         import ml_dtypes
 
         dtype = ml_dtypes.bfloat16
-    offset = 16 if aligned else np.dtype(dtype).itemsize
+    offset = ALIGNED_OFFSET if aligned else np.dtype(dtype).itemsize
     if mode == "sanitize":
         return Guarded(shape, dtype, offset=0 if aligned else offset, guard_bytes=0)
     return Guarded(shape, dtype, offset=offset)
