@@ -15,12 +15,20 @@ import numpy as np
 
 import cupycorr
 
-from . import environment, features, measure, report
-from .options import Problem, Sizes, device_argument, problem_options
+from . import cuda, environment, features, measure, report
+from .options import (
+    DTYPES,
+    Problem,
+    Sizes,
+    device_argument,
+    engine_option,
+    problem_options,
+    refuse_engines,
+)
 from .peers import ITEMSIZE, PEERS, missing
-from .presets import PRESETS
+from .presets import PRESETS, chosen_problems, preset_option
 
-DTYPES = {"half": "float16", "bfloat": "bfloat16", "float": "float32", "double": "float64"}
+NO_PEER_ON_CUDA = "runs on torch tensors, which bench does not measure on cuda yet"
 
 
 @click.command(short_help="Measure the time of forward and backward.")
@@ -49,14 +57,7 @@ DTYPES = {"half": "float16", "bfloat": "bfloat16", "float": "float32", "double":
     show_default=True,
     help="Stop an implementation early after so much time, but not before 3 runs.",
 )
-@click.option(
-    "--preset",
-    "presets",
-    multiple=True,
-    type=click.Choice([*PRESETS, "all"]),
-    help="A known layer instead of the sizes above, which override its values where given; "
-    "repeatable.",
-)
+@preset_option
 @click.option(
     "--images",
     nargs=2,
@@ -72,12 +73,9 @@ DTYPES = {"half": "float16", "bfloat": "bfloat16", "float": "float32", "double":
     show_default=True,
     help="Pixels of the images per position of the feature maps.",
 )
-@click.option(
-    "--engine",
-    "engines",
-    multiple=True,
-    type=click.Choice(["numpy", "torch"]),
-    help="Which arrays cupycorr gets; repeatable.  [default: NumPy's, and torch's if installed]",
+@engine_option(
+    "What cupycorr computes on, repeatable: arrays of numpy or tensors of torch on cpu; arrays of "
+    "cupy on cuda, plain: by the plain kernels alone.  [default: all that is there, but not plain]"
 )
 @click.option(
     "--against",
@@ -89,8 +87,9 @@ DTYPES = {"half": "float16", "bfloat": "bfloat16", "float": "float32", "double":
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
-    help="Threads of every implementation.  [default: the usable cores]",
+    help="Threads of every implementation on cpu.  [default: the usable cores]",
 )
+@click.option("--cold", is_flag=True, help="On cuda, empty the L2 cache before each run.")
 @click.option(
     "--json",
     "json_file",
@@ -111,6 +110,7 @@ def bench(
     engines: tuple[str, ...],
     against: tuple[str, ...],
     threads: int | None,
+    cold: bool,
     json_file: Path | None,
 ) -> None:
     """Measure forward and backward, on random maps or on those of two images.
@@ -118,34 +118,45 @@ def bench(
     Backward is timed on its own and computes both gradients. Before anything is timed, its
     results are compared with those of cupycorr on NumPy arrays, to the bit, on maps of -1, 0 and
     1; what differs is reported and not timed. All implementations run in turns, on as many threads.
+    On cuda the device's own time counts, by events on the current stream.
 
     Exits with 1 if cupycorr itself fails, and with 2 if the options are wrong or something is
     missing.
     """
+    refuse_engines(device, engines)
+    _refuse_options(device, threads, cold)
     if device == "cuda":
-        environment.refuse_cuda()
+        environment.require_cuda()
     kind = DTYPES[dtype]
-    problems = _problems(sizes, presets)
-    implementations, absent = _implementations(engines, against, kind)
+    problems = chosen_problems(sizes, presets)
+    implementations, absent = _implementations(device, engines, against, kind)
     pair = None if images is None else features.load_pair(*images)
     if pair is not None:
         problems = [_on_images(problem, pair, downscale, sizes) for problem in problems]
     for problem in problems:
         _refuse_too_large(problem, kind)
+        if device == "cuda":
+            cuda.refuse_too_large(problem, ITEMSIZE[kind], cold)
     count = environment.usable_cores() if threads is None else threads
     torch_too = any(one.library == "torch" for one in implementations)
     with measure.threads(count, torch_too):
         document: dict[str, Any] = {
             "cupycorr": cupycorr.__version__,
             "machine": environment.machine(),
-            "threads": count,
+            "device": device,
             "dtype": kind,
             "runs": runs,
             "max_seconds": max_seconds,
             "input": "random" if images is None else {"images": images, "downscale": downscale},
-            "gemm": {"size": measure.GEMM_SIZE, "seconds": measure.gemm_seconds(kind)},
             "problems": [],
         }
+        if device == "cuda":
+            document |= {"cuda": cuda.device(), "cold": cold}
+            stopwatch: measure.Stopwatch = cuda.Stopwatch(cold)
+        else:
+            gemm = {"size": measure.GEMM_SIZE, "seconds": measure.gemm_seconds(kind)}
+            document |= {"threads": count, "gemm": gemm}
+            stopwatch = measure.by_clock
         report.heading(document)
         for problem in problems:
             maps = (
@@ -154,11 +165,16 @@ def bench(
                 else _image_maps(problem, pair, downscale)
             )
             able, unable = _split(implementations, problem, kind)
+            tiled = any(one.name == "cupycorr cupy" for one in able)
+            kernels = _kernels(problem, kind) if tiled else []
             with _progress(problem.name, len(able) * (runs + 1)) as advance:
                 outcomes = measure.compare(
-                    able, problem, maps, kind, runs=runs, max_seconds=max_seconds, advance=advance
-                )
-            entry = report.entry(problem, [*outcomes, *unable, *absent])
+                    able, problem, maps, kind, runs=runs, max_seconds=max_seconds,
+                    advance=advance, stopwatch=stopwatch,
+                )  # fmt: skip
+            entry = report.entry(problem, kind, [*outcomes, *unable, *absent])
+            if device == "cuda":
+                entry["kernels"] = kernels
             document["problems"].append(entry)
             report.show(document, entry, scale)
     if json_file is not None:
@@ -167,15 +183,23 @@ def bench(
         raise click.exceptions.Exit(1)
 
 
-def _problems(sizes: Sizes, presets: tuple[str, ...]) -> list[Problem]:
-    if not presets:
-        return [sizes.problem("options" if sizes.given else "default")]
-    names = list(PRESETS) if "all" in presets else list(dict.fromkeys(presets))
-    return [sizes.problem(name, PRESETS[name]) for name in names]
+def _refuse_options(device: str, threads: int | None, cold: bool) -> None:
+    """Refuse options that say nothing about a device."""
+    if device == "cuda" and threads is not None:
+        raise click.UsageError("--threads is for cpu, got cuda")
+    if device == "cpu" and cold:
+        raise click.UsageError("--cold is for cuda, got cpu")
+
+
+def _kernels(problem: Problem, dtype: str) -> list[dict[str, Any]]:
+    try:
+        return cuda.kernels(problem, dtype)
+    except RuntimeError:
+        return []  # what is wrong will be met again, and reported, when results are compared
 
 
 def _implementations(
-    engines: tuple[str, ...], against: tuple[str, ...], dtype: str
+    device: str, engines: tuple[str, ...], against: tuple[str, ...], dtype: str
 ) -> tuple[list[measure.Implementation], list[measure.Outcome]]:
     """Return what can be measured here, and why the rest of what was asked for cannot.
 
@@ -184,16 +208,25 @@ def _implementations(
     environment.Unavailable
         If something that was asked for by name is missing.
     """
-    obstacles = {
-        "numpy": "bfloat16 needs ml_dtypes, not installed"
+    no_bfloat16 = (
+        "bfloat16 needs ml_dtypes, not installed"
         if dtype == "bfloat16" and not environment.has("ml_dtypes")
-        else None,
-        "torch": None if environment.has("torch") else "needs torch, not installed",
-    }
-    candidates = [(measure.ours(name), name in engines, obstacles[name]) for name in obstacles
-                  if name in engines or not engines]  # fmt: skip
+        else None
+    )
+    if device == "cuda":
+        candidates = [(cuda.implementation(name), True, no_bfloat16)
+                      for name in dict.fromkeys(engines or ("cupy",))]  # fmt: skip
+    else:
+        no_torch = None if environment.has("torch") else "needs torch, not installed"
+        candidates = [(measure.ours(name), name in engines, obstacle)
+                      for name, obstacle in (("numpy", no_bfloat16), ("torch", no_torch))
+                      if name in engines or not engines]  # fmt: skip
     candidates += [
-        (measure.Implementation(name, "torch", peer.correlate), name in against, missing(peer))
+        (
+            measure.Implementation(name, "torch", peer.correlate),
+            name in against,
+            NO_PEER_ON_CUDA if device == "cuda" else missing(peer),
+        )
         for name, peer in PEERS.items()
         if name in against or "all" in against
     ]

@@ -12,6 +12,14 @@ from typing import Any, NamedTuple
 
 import click
 
+LIBRARIES = (
+    "numpy", "torch", "spatial-correlation-sampler", "threadpoolctl", "cupy-cuda12x",
+    "cupy-cuda13x",
+)  # fmt: skip
+TORCH_ON_CUDA = (
+    "torch tensors on CUDA devices are not supported yet: use --engine cupy, for CuPy arrays"
+)
+
 
 class Finding(NamedTuple):
     """One thing that CUDA needs: what was found, and how to get it if it is missing."""
@@ -28,32 +36,33 @@ class Unavailable(click.ClickException):
     exit_code = 2
 
 
-def refuse_cuda() -> None:
-    """Say what this machine lacks for CUDA and that this version does not compute there.
+def require_cuda() -> None:
+    """Say what this machine lacks for CUDA, if it lacks anything.
 
     Raises
     ------
     Unavailable
-        Always.
+        If the driver, CuPy, NVRTC or a device is missing, with all that was found and a remedy
+        for what was not.
     """
+    findings = cuda_findings()
+    if all(finding.found for finding in findings):
+        return
     lines = []
-    for finding in cuda_findings():
+    for finding in findings:
         lines.append(f"  {'found  ' if finding.found else 'missing'}  {finding.name}: "
                      f"{finding.detail}")  # fmt: skip
         if not finding.found and finding.remedy:
             lines.append(f"           {finding.remedy}")
     listing = "\n".join(lines)
-    raise Unavailable(
-        "this version of cupycorr computes on the CPU only: use 'cpu'.\n"
-        f"What CUDA needs, on this machine:\n{listing}"
-    )
+    raise Unavailable(f"CUDA cannot be used here. What it needs:\n{listing}")
 
 
 def cuda_findings() -> list[Finding]:
     """Look for driver, CuPy, NVRTC and a device, in this order."""
     driver = _driver()
     cupy = _cupy()
-    return [driver, cupy, _nvrtc(), _device(driver.found, cupy.found)]
+    return [driver, cupy, _nvrtc(cupy.found), _device(driver.found, cupy.found)]
 
 
 def _driver() -> Finding:
@@ -74,7 +83,7 @@ def _driver() -> Finding:
 
 
 def _cupy() -> Finding:
-    remedy = "pip install cupy-cuda12x (or cupy-cuda13x for a driver of CUDA 13)"
+    remedy = "pip install cupy-cuda12x (cupy-cuda13x if the driver is for CUDA 13)"
     if util.find_spec("cupy") is None:
         return Finding("CuPy", False, "not installed", remedy)
     try:
@@ -84,24 +93,22 @@ def _cupy() -> Finding:
     return Finding("CuPy", True, str(cupy.__version__))
 
 
-def _nvrtc() -> Finding:
-    name, remedy = "NVRTC", "pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"
-    wheels = [
-        str(path)
-        for distribution in ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")
-        for path in _files_of(distribution)
-        if "nvrtc" in path.name and "builtins" not in path.name and _is_library(path.name)
-    ]
-    system = ["nvrtc64_120_0.dll"] if sys.platform == "win32" else ["libnvrtc.so.12"]
-    for candidate in [*wheels, *system, "libnvrtc.so.13", "libnvrtc.so"]:
-        try:
-            nvrtc = ctypes.CDLL(candidate)
-            major, minor = ctypes.c_int(), ctypes.c_int()
-            if nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)) == 0:
-                return Finding(name, True, f"{major.value}.{minor.value} ({candidate})")
-        except (OSError, AttributeError):
-            continue
-    return Finding(name, False, "the run-time compiler's library is not found", remedy)
+def _nvrtc(cupy_found: bool) -> Finding:
+    name = "NVRTC"
+    remedy = (
+        "pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 (for cupy-cuda13x: "
+        "nvidia-cuda-nvrtc nvidia-cuda-runtime)"
+    )
+    if not cupy_found:
+        return Finding(name, False, "not looked for without CuPy", remedy)
+    try:
+        from cupy.cuda import nvrtc
+
+        major, minor = nvrtc.getVersion()
+    except Exception as error:  # each release of CuPy has another for a library that is not there
+        text = " ".join(str(error).split())
+        return Finding(name, False, f"CuPy cannot load the run-time compiler: {text}", remedy)
+    return Finding(name, True, f"{major}.{minor}")
 
 
 def _device(driver: bool, cupy_found: bool) -> Finding:
@@ -117,18 +124,6 @@ def _device(driver: bool, cupy_found: bool) -> Finding:
         return Finding(name, False, str(error), "Check what nvidia-smi says.")
     names = ", ".join(f"{p['name'].decode()} (sm_{p['major']}{p['minor']})" for p in properties)
     return Finding(name, count > 0, names or "no device", "Check CUDA_VISIBLE_DEVICES.")
-
-
-def _files_of(distribution: str) -> list[Path]:
-    try:
-        files = metadata.files(distribution)
-    except metadata.PackageNotFoundError:
-        return []
-    return [Path(str(file.locate())) for file in files or ()]
-
-
-def _is_library(name: str) -> bool:
-    return ".so" in name or name.endswith(".dll")
 
 
 def usable_cores() -> int:
@@ -156,7 +151,7 @@ def machine() -> dict[str, Any]:
     import threadpoolctl
 
     libraries = {}
-    for name in ("numpy", "torch", "spatial-correlation-sampler", "threadpoolctl"):
+    for name in LIBRARIES:
         try:
             libraries[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

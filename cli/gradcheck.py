@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import click
 
 from cupycorr import verify
 
-from . import environment
-from .options import Problem, Sizes, device_argument, problem_options
+from . import cuda, environment
+from .options import (
+    Problem,
+    Sizes,
+    device_argument,
+    engine_option,
+    problem_options,
+    refuse_engines,
+)
 
 # The defaults of spatial-correlation-sampler's grad_check.py.
 DEFAULTS = {
@@ -27,17 +35,20 @@ DEFAULTS = {
 # Above this, numerical differentiation entry by entry takes minutes; torch's fast mode then
 # compares one random projection of the Jacobian.
 MOST_ENTRIES = 4000
+ENGINES: dict[str, Callable[[], verify.Engine]] = {
+    "numpy": verify.numpy_engine,
+    "torch": verify.torch_engine,
+    "cupy": verify.cupy_engine,
+    "plain": partial(verify.cupy_engine, plain=True),
+}
 
 
 @click.command(short_help="Check the cost volume and its gradients.")
 @device_argument
 @problem_options(DEFAULTS, flags={"dilation": "-d"})
-@click.option(
-    "--engine",
-    "engines",
-    multiple=True,
-    type=click.Choice(["numpy", "torch"]),
-    help="What is checked; repeatable.  [default: numpy, and torch where installed]",
+@engine_option(
+    "What is checked, repeatable: numpy or torch on cpu; cupy on cuda, plain: its plain kernels "
+    "alone.  [default: all that is there]"
 )
 @click.option(
     "--dtype",
@@ -58,16 +69,19 @@ def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple
 
     Exits with 1 if a check fails, and with 2 if the options are wrong or something is missing.
     """
+    refuse_engines(device, engines)
     if device == "cuda":
-        environment.refuse_cuda()
+        environment.require_cuda()
     problem = sizes.problem("geometry")
-    names = _engines(engines)
+    names = _engines(device, engines)
     every = tuple(verify.PRECISION)
     chosen = every if "all" in dtypes else tuple(d for d in every if d in dtypes)
-    if "numpy" in names and "bfloat16" in chosen and not environment.has("ml_dtypes"):
+    if set(names) - {"torch"} and "bfloat16" in chosen and not environment.has("ml_dtypes"):
         raise environment.Unavailable(
-            "bfloat16 with the NumPy engine needs ml_dtypes: pip install ml_dtypes"
+            "bfloat16 with NumPy's or CuPy's arrays needs ml_dtypes: pip install ml_dtypes"
         )
+    if device == "cuda":
+        click.echo(cuda.line(cuda.device()))
     click.echo(f"maps {problem.shape}, {problem.geometry!r}")
     outcomes = []
     for name in names:
@@ -83,7 +97,9 @@ def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple
         raise click.exceptions.Exit(1)
 
 
-def _engines(asked: tuple[str, ...]) -> list[str]:
+def _engines(device: str, asked: tuple[str, ...]) -> list[str]:
+    if device == "cuda":
+        return [name for name in ("cupy", "plain") if name in asked or not asked]
     if "torch" in asked and not environment.has("torch"):
         raise environment.Unavailable("the torch engine needs torch: pip install 'cupycorr[torch]'")
     present = [name for name in ("numpy", "torch") if name == "numpy" or environment.has(name)]
@@ -92,11 +108,17 @@ def _engines(asked: tuple[str, ...]) -> list[str]:
 
 def _checks(name: str, problem: Problem, dtype: str) -> Iterator[tuple[verify.Check, str]]:
     """Yield each check of one engine, and what it compares with."""
-    engine = verify.numpy_engine() if name == "numpy" else verify.torch_engine()
+    engine = ENGINES[name]()
     _, shape, geometry = problem
-    for check in verify.check(engine, shape, geometry, dtype, oracle=verify.definition()):
-        alone = check.name == "adjoint identity"
-        yield check, "with itself" if alone else "with the definition"
+    try:
+        for check in verify.check(engine, shape, geometry, dtype, oracle=verify.definition()):
+            alone = check.name == "adjoint identity"
+            yield check, "with itself" if alone else "with the definition"
+    except RuntimeError as failure:
+        if name not in ("cupy", "plain"):
+            raise
+        # A kernel that does not compile, or that the device refuses or stops.
+        yield verify.Check("kernels", " ".join(str(failure).split())), "on the device"
     if name == "torch" and dtype == "float64":
         yield from _torch_checks(problem)
 

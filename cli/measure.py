@@ -28,18 +28,40 @@ class Implementation(NamedTuple):
     """What is measured.
 
     correlate : (fmap1, fmap2, geometry) -> cost, on arrays of the library
+    vjp : (grad_cost, fmap1, fmap2, geometry) -> (grad_fmap1, grad_fmap2), or None for autograd's
     """
 
     name: str
     library: str
     correlate: Callable[[Any, Any, Geometry], Any]
+    vjp: Callable[[Any, Any, Any, Geometry], tuple[Any, Any]] | None = None
+
+
+class Timing(NamedTuple):
+    """The seconds of one run, and on a CUDA device those that launching it took Python."""
+
+    seconds: float
+    host_seconds: float | None = None
+
+
+Stopwatch = Callable[[Callable[[], Any]], tuple[Timing, Any]]
 
 
 class Measured(NamedTuple):
-    """Of one pass: the seconds of each run, and the peak of memory beyond inputs and outputs."""
+    """Of one pass: the time of each run, and the peak of memory beyond inputs and outputs."""
 
-    seconds: list[float]
+    timings: list[Timing]
     extra_bytes: int
+
+    @property
+    def seconds(self) -> list[float]:
+        """The seconds of each run."""
+        return [timing.seconds for timing in self.timings]
+
+    @property
+    def host_seconds(self) -> list[float]:
+        """The seconds until each run was launched; none on the CPU."""
+        return [t.host_seconds for t in self.timings if t.host_seconds is not None]
 
     @property
     def least(self) -> float:
@@ -74,7 +96,8 @@ class _Maps(NamedTuple):
 
 def ours(library: str) -> Implementation:
     """Return this package on NumPy arrays or on torch tensors."""
-    return Implementation(f"cupycorr {library}", library, correlation)
+    vjp = correlation_vjp if library == "numpy" else None
+    return Implementation(f"cupycorr {library}", library, correlation, vjp)
 
 
 @contextlib.contextmanager
@@ -103,7 +126,8 @@ def gemm_seconds(dtype: str, runs: int = 5) -> list[float]:
     one, two = np.random.default_rng(0).standard_normal((2, GEMM_SIZE, GEMM_SIZE)).astype(kind)
     product = np.empty_like(one)
     np.matmul(one, two, out=product)
-    return [_timed(lambda: np.matmul(one, two, out=product))[0] for _ in range(runs)]
+    timings = [by_clock(lambda: np.matmul(one, two, out=product))[0] for _ in range(runs)]
+    return [timing.seconds for timing in timings]
 
 
 def random_maps(shape: tuple[int, ...], dtype: str) -> tuple[Array, Array]:
@@ -122,6 +146,7 @@ def compare(
     runs: int,
     max_seconds: float,
     advance: Callable[[str], None],
+    stopwatch: Stopwatch | None = None,
 ) -> list[Outcome]:
     """Check implementations against this package, then time them in turns.
 
@@ -141,7 +166,10 @@ def compare(
         An implementation that has used so much time stops after at least three rounds.
     advance : (name) -> None
         Called after each step of a name.
+    stopwatch : call -> (Timing, result), optional
+        What measures the time of a call; by default `by_clock`.
     """
+    stopwatch = by_clock if stopwatch is None else stopwatch
     geometry = problem.geometry
     generator = np.random.default_rng(1)
     grad = generator.standard_normal(geometry.cost_shape(problem.shape), np.float32)
@@ -165,12 +193,12 @@ def compare(
             )
         advance(one.name)
     del reference
-    seconds = _rounds(
-        [one for one in implementations if one.name in memory],
-        arrays, geometry, runs=runs, max_seconds=max_seconds, advance=advance,
+    timings = _rounds(
+        [one for one in implementations if one.name in memory], arrays, geometry, stopwatch,
+        runs=runs, max_seconds=max_seconds, advance=advance,
     )  # fmt: skip
     for name, extra in memory.items():
-        passes = {p: Measured(seconds[name][i], extra[i]) for i, p in enumerate(PASSES)}
+        passes = {p: Measured(timings[name][i], extra[i]) for i, p in enumerate(PASSES)}
         outcomes[name] = Outcome(name, "timed", passes=passes)
     return [outcomes[one.name] for one in implementations]
 
@@ -179,41 +207,47 @@ def _rounds(
     implementations: list[Implementation],
     arrays: dict[str, _Maps],
     geometry: Geometry,
+    stopwatch: Stopwatch,
     *,
     runs: int,
     max_seconds: float,
     advance: Callable[[str], None],
-) -> dict[str, tuple[list[float], list[float]]]:
+) -> dict[str, tuple[list[Timing], list[Timing]]]:
     """Run everything once per round, so that what else the machine does meets all alike.
 
-    Everything has run twice before, for its results and for its memory: that is the warm-up.
+    Everything has run before, for its results and for its memory, and here once more, because
+    CuPy's pool does not yet hold the memory of the results: that is the warm-up.
     """
-    seconds: dict[str, tuple[list[float], list[float]]] = {
-        one.name: ([], []) for one in implementations
-    }
+    timings: dict[str, tuple[list[Timing], list[Timing]]] = {}
+    for one in implementations:
+        timings[one.name] = [], []
+        if one.library == "cupy":
+            _round(one, arrays[one.library], geometry, stopwatch)
     for _ in range(runs):
         for one in implementations:
-            forward, backward = seconds[one.name]
-            if len(forward) >= LEAST_RUNS and sum(forward) + sum(backward) >= max_seconds:
+            forward, backward = timings[one.name]
+            used = sum(timing.seconds for timing in (*forward, *backward))
+            if len(forward) >= LEAST_RUNS and used >= max_seconds:
                 continue
-            for times, taken in zip(
-                seconds[one.name], _round(one, arrays[one.library], geometry), strict=True
-            ):
-                times.append(taken)
+            taken = _round(one, arrays[one.library], geometry, stopwatch)
+            forward.append(taken[0])
+            backward.append(taken[1])
             advance(one.name)
-    return seconds
+    return timings
 
 
-def _round(one: Implementation, maps: _Maps, geometry: Geometry) -> tuple[float, float]:
-    forward, cost = _timed(lambda: one.correlate(maps.fmap1, maps.fmap2, geometry))
-    backward, _ = _timed(lambda: _gradients(one, maps, geometry, cost))
+def _round(
+    one: Implementation, maps: _Maps, geometry: Geometry, stopwatch: Stopwatch
+) -> tuple[Timing, Timing]:
+    forward, cost = stopwatch(lambda: one.correlate(maps.fmap1, maps.fmap2, geometry))
+    backward, _ = stopwatch(lambda: _gradients(one, maps, geometry, cost))
     return forward, backward
 
 
 def _gradients(one: Implementation, maps: _Maps, geometry: Geometry, cost: Any) -> tuple[Any, Any]:
     """Compute both gradients; torch's graph comes from the forward pass."""
-    if one.library == "numpy":
-        return correlation_vjp(maps.grad_cost, maps.fmap1, maps.fmap2, geometry)
+    if one.vjp is not None:
+        return one.vjp(maps.grad_cost, maps.fmap1, maps.fmap2, geometry)
     import torch
 
     grad1, grad2 = torch.autograd.grad(cost, (maps.fmap1, maps.fmap2), maps.grad_cost)
@@ -263,6 +297,10 @@ def _maps(values: Sequence[Array], library: str, dtype: str) -> _Maps:
 
             return _Maps(*(array.astype(ml_dtypes.bfloat16) for array in values))
         return _Maps(*(array.astype(dtype) for array in values))
+    if library == "cupy":
+        import cupy
+
+        return _Maps(*map(cupy.asarray, _maps(values, "numpy", dtype)))
     import torch
 
     kind = getattr(torch, dtype)
@@ -271,22 +309,24 @@ def _maps(values: Sequence[Array], library: str, dtype: str) -> _Maps:
 
 
 def _widened(result: Any, kind: np.dtype[Any]) -> Array:
-    """Return a result of either library as a NumPy array of a kind that holds its values."""
-    if isinstance(result, np.ndarray):
-        return result.astype(kind)
-    array: Array = result.detach().double().numpy().astype(kind)
+    """Return a result of any library as a NumPy array of a kind that holds its values."""
+    if hasattr(result, "detach"):
+        result = result.detach().double().numpy()
+    elif not isinstance(result, np.ndarray):
+        result = result.get()  # CuPy's; synchronises
+    array: Array = result.astype(kind)
     return array
 
 
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+def by_clock(call: Callable[[], Any]) -> tuple[Timing, Any]:
+    """Time a call by the wall clock; return its result too."""
     start = time.perf_counter()
     result = call()
-    return time.perf_counter() - start, result
+    return Timing(time.perf_counter() - start), result
 
 
 def _extra_memory(one: Implementation, maps: _Maps, geometry: Geometry) -> tuple[int, int]:
     """Return the peaks of both passes beyond inputs and outputs, in bytes."""
-    torch_too = one.library == "torch"
-    forward, cost = peak(lambda: one.correlate(maps.fmap1, maps.fmap2, geometry), torch_too)
-    backward, grads = peak(lambda: _gradients(one, maps, geometry, cost), torch_too)
+    forward, cost = peak(lambda: one.correlate(maps.fmap1, maps.fmap2, geometry), one.library)
+    backward, grads = peak(lambda: _gradients(one, maps, geometry, cost), one.library)
     return max(0, forward - cost.nbytes), max(0, backward - sum(g.nbytes for g in grads))

@@ -13,16 +13,19 @@ from typing import Any
 from cupycorr.parallel import release_scratch
 
 
-def peak(call: Callable[[], Any], torch_too: bool) -> tuple[int, Any]:
+def peak(call: Callable[[], Any], library: str) -> tuple[int, Any]:
     """Return the most bytes that a call held at once beyond what was there, and its result.
 
-    That is the peak of NumPy's arrays (tracemalloc) plus, if asked for, that of torch's tensors on
-    the CPU (its profiler). Memory that cupycorr keeps from call to call counts as the call's.
+    For NumPy that is the peak of its arrays (tracemalloc), for torch it and that of tensors on the
+    CPU (its profiler); for CuPy what it takes from the device. Memory that cupycorr keeps from call
+    to call counts as the call's.
     """
+    if library == "cupy":
+        return _cupy_peak(call)
     release_scratch()
     tracemalloc.start()
     try:
-        with _torch_peak() if torch_too else contextlib.nullcontext([0]) as torch_peak:
+        with _torch_peak() if library == "torch" else contextlib.nullcontext([0]) as torch_peak:
             before = tracemalloc.get_traced_memory()[0]
             tracemalloc.reset_peak()
             result = call()
@@ -30,6 +33,16 @@ def peak(call: Callable[[], Any], torch_too: bool) -> tuple[int, Any]:
     finally:
         tracemalloc.stop()
     return numpy_peak + torch_peak[0], result
+
+
+def _cupy_peak(call: Callable[[], Any]) -> tuple[int, Any]:
+    """Run a call on a pool of its own, which asks the device only for what it cannot reuse."""
+    import cupy
+
+    pool = cupy.cuda.MemoryPool()
+    with cupy.cuda.using_allocator(pool.malloc):
+        result = call()
+    return pool.total_bytes(), result
 
 
 @contextlib.contextmanager

@@ -12,6 +12,12 @@ from click.core import ParameterSource
 from cupycorr import Geometry
 from cupycorr.geometry import IntOrPair
 
+from .environment import TORCH_ON_CUDA, Unavailable
+
+DTYPES = {"half": "float16", "bfloat": "bfloat16", "float": "float32", "double": "float64"}
+# What computes on each device; the first is the default, the others as each command says.
+ENGINES = {"cpu": ("numpy", "torch"), "cuda": ("cupy", "plain", "torch")}
+
 # Option names and their order are those of spatial-correlation-sampler's two programs; the second
 # column is the name in `Geometry`, or None for a size of the maps.
 SIZES = {
@@ -140,4 +146,30 @@ def problem_options(
 
 def device_argument(function: Callable[..., None]) -> Callable[..., None]:
     """Decorate a command with the argument ``{cpu,cuda}``."""
-    return click.argument("device", type=click.Choice(["cpu", "cuda"]))(function)
+    return click.argument("device", type=click.Choice(list(ENGINES)))(function)
+
+
+def engine_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command with ``--engine``; it gets the names as ``engines``."""
+    names = list(dict.fromkeys(name for engines in ENGINES.values() for name in engines))
+    return click.option(
+        "--engine", "engines", multiple=True, type=click.Choice(names), help=text
+    )  # fmt: skip
+
+
+def refuse_engines(device: str, engines: tuple[str, ...]) -> None:
+    """Refuse engines that do not compute on a device.
+
+    Raises
+    ------
+    click.UsageError
+        If there is one.
+    environment.Unavailable
+        If there will be one, but not in this version.
+    """
+    for name in engines:
+        if name not in ENGINES[device]:
+            allowed = " or ".join(ENGINES[device])
+            raise click.UsageError(f"--engine on {device} must be {allowed}, got {name}")
+        if (device, name) == ("cuda", "torch"):
+            raise Unavailable(TORCH_ON_CUDA)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import click
+
 from cupycorr.geometry import IntOrPair
+
+from .options import Problem, Sizes
 
 
 def _pwc(batch: int, channels: int, height: int, width: int) -> dict[str, IntOrPair]:
@@ -36,3 +42,23 @@ PRESETS: dict[str, dict[str, IntOrPair]] = {
         "kernel_size": 3, "patch": 9, "pad": 1,
     },
 }  # fmt: skip
+
+
+def preset_option(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command with ``--preset``; it gets the names as ``presets``."""
+    return click.option(
+        "--preset",
+        "presets",
+        multiple=True,
+        type=click.Choice([*PRESETS, "all"]),
+        help="A known layer instead of the sizes above, which override its values where given; "
+        "repeatable.",
+    )(function)
+
+
+def chosen_problems(sizes: Sizes, presets: tuple[str, ...]) -> list[Problem]:
+    """Return the problems of the presets, or that of the sizes if there is no preset."""
+    if not presets:
+        return [sizes.problem("options" if sizes.given else "default")]
+    names = list(PRESETS) if "all" in presets else list(dict.fromkeys(presets))
+    return [sizes.problem(name, PRESETS[name]) for name in names]

@@ -123,15 +123,6 @@ def test_a_bad_size_is_a_usage_error(command, words, message):
     assert message in outcome.stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_cuda_is_refused_with_what_is_missing(command):
-    outcome = invoke(command, "cuda")
-    assert outcome.exit_code == 2
-    assert "computes on the CPU only" in outcome.stderr
-    for name in ("NVIDIA driver", "CuPy", "NVRTC", "GPU"):
-        assert name in outcome.stderr
-
-
 def test_gradcheck_passes_and_counts_its_checks():
     outcome = invoke("gradcheck", "cpu", "--engine", "numpy", "--dtype", "all")
     *lines, count = outcome.stdout.splitlines()[1:]
@@ -316,12 +307,12 @@ def test_a_failing_peer_is_reported_and_the_rest_is_timed(tmp_path, monkeypatch)
 def test_a_wrong_result_of_ours_makes_bench_exit_1(monkeypatch):
     pytest.importorskip("torch")
 
+    right = measure.ours
+
     def doubled(fmap1, fmap2, geometry):
         return 2 * cupycorr.correlation(fmap1, fmap2, geometry)
 
-    monkeypatch.setattr(
-        measure, "ours", lambda lib: measure.Implementation(f"cupycorr {lib}", lib, doubled)
-    )
+    monkeypatch.setattr(measure, "ours", lambda library: right(library)._replace(correlate=doubled))
     outcome = invoke("bench", "cpu", *SMALL, "--engine", "torch")
     assert outcome.exit_code == 1
     assert "cupycorr torch: wrong: cost" in outcome.stdout
@@ -428,7 +419,7 @@ def test_the_peak_of_memory_counts_what_is_held_at_once(library):
         del freed
         return held, empty(2_000_000)
 
-    peak, kept = memory.peak(call, torch_too=library == "torch")
+    peak, kept = memory.peak(call, library)
     held = 2 * kept[0].nbytes
     assert held <= peak < held + 1_000_000
 
@@ -436,7 +427,7 @@ def test_the_peak_of_memory_counts_what_is_held_at_once(library):
 def test_extra_memory_leaves_out_the_results():
     geometry, maps = Geometry(patch_size=31), measure.random_maps((1, 1, 30, 40), "float32")
     cost = np.ones(geometry.cost_shape(maps[0].shape), np.float32)
-    one = measure.Implementation("frugal", "numpy", lambda *_: cost.copy())
+    one = measure.ours("numpy")._replace(correlate=lambda *_: cost.copy())
     forward, _ = measure._extra_memory(one, measure._Maps(*maps, cost), geometry)
     assert forward < cost.nbytes / 10
 

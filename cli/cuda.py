@@ -1,0 +1,224 @@
+"""CUDA for the commands: what the device can do, what runs on it, and how long that takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any, NamedTuple
+
+import cupycorr
+from cupycorr import Geometry
+
+from .environment import Unavailable
+from .measure import Implementation, Timing
+from .options import Problem
+
+# Multiply-adds of float32 per clock and multiprocessor, by compute capability (CUDA C++
+# Programming Guide, "Throughput of Native Arithmetic Instructions").
+LANES = {
+    50: 128, 52: 128, 53: 128, 60: 64, 61: 128, 62: 128, 70: 64, 72: 64, 75: 64, 80: 64,
+    86: 128, 87: 128, 89: 128, 90: 128, 100: 128, 103: 128, 120: 128, 121: 128,
+}  # fmt: skip
+LEAD_SECONDS = 1e-3
+RESOLUTION = 5e-7  # of events, in seconds
+HOLD = r"""
+extern "C" __global__ void hold(long long cycles)
+{
+  const long long start = clock64();
+  while (clock64() - start < cycles) {
+  }
+}
+"""
+
+
+class Peaks(NamedTuple):
+    """What a device does at most per second; None where its properties do not tell."""
+
+    float32: float | None
+    """Multiply-adds."""
+    float64: float | None
+    memory: float | None
+    """Bytes."""
+
+
+def peaks(attributes: Mapping[str, int], capability: int) -> Peaks:
+    """Compute peaks of a device from its attributes.
+
+    Parameters
+    ----------
+    attributes : mapping
+        As `cupy.cuda.Device.attributes` names them: clocks in kHz, the bus in bits.
+    capability : int
+        The compute capability, 90 for 9.0.
+
+    Notes
+    -----
+    multiply-adds = multiprocessors * lanes * clock; bytes = 2 * memory clock * bus / 8, as memory
+    transfers on both edges of its clock. The clocks are the highest that the device reports; under
+    load it may run slower.
+    """
+    lanes, clock = LANES.get(capability), 1000 * attributes.get("ClockRate", 0)
+    memory = 2 * 1000 * attributes.get("MemoryClockRate", 0)
+    bytes_per_transfer = attributes.get("GlobalMemoryBusWidth", 0) / 8
+    float32 = None
+    if lanes is not None and clock:
+        float32 = float(attributes["MultiProcessorCount"] * lanes * clock)
+    ratio = attributes.get("SingleToDoublePrecisionPerfRatio", 0)
+    return Peaks(
+        float32,
+        float32 / ratio if float32 is not None and ratio else None,
+        memory * bytes_per_transfer or None,
+    )
+
+
+def device() -> dict[str, Any]:
+    """Describe the current device and the libraries that drive it, for a report."""
+    import cupy
+    from cupy.cuda import nvrtc, runtime
+
+    current = cupy.cuda.Device()
+    attributes, capability = current.attributes, int(current.compute_capability)
+    return {
+        "name": runtime.getDeviceProperties(current.id)["name"].decode(),
+        "capability": capability,
+        "multiprocessors": attributes["MultiProcessorCount"],
+        "clock_hz": 1000 * attributes.get("ClockRate", 0),
+        "memory_clock_hz": 1000 * attributes.get("MemoryClockRate", 0),
+        "memory_bus_bits": attributes.get("GlobalMemoryBusWidth", 0),
+        "memory_bytes": current.mem_info[1],
+        "l2_bytes": attributes["L2CacheSize"],
+        "peaks": peaks(attributes, capability)._asdict(),
+        "driver": _version(runtime.driverGetVersion()),
+        "runtime": _version(runtime.runtimeGetVersion()),
+        "nvrtc": "{}.{}".format(*nvrtc.getVersion()),
+    }
+
+
+def line(found: dict[str, Any]) -> str:
+    """Return one line about what `device` found."""
+    return (
+        f"{found['name']}, sm_{found['capability']}, {found['multiprocessors']} multiprocessors; "
+        f"driver for CUDA {found['driver']}, NVRTC {found['nvrtc']}"
+    )
+
+
+def implementation(engine: str) -> Implementation:
+    """Return this package on CuPy arrays: all of it, or its plain kernels."""
+    if engine == "plain":
+        return Implementation("cupycorr plain", "cupy", _plain_cost, _plain_gradients)
+    return Implementation(
+        "cupycorr cupy", "cupy", cupycorr.correlation, cupycorr.correlation_vjp
+    )  # fmt: skip
+
+
+def kernels(problem: Problem, dtype: str) -> list[dict[str, Any]]:
+    """Make the kernels of a problem ready; return what each took and takes.
+
+    Raises
+    ------
+    RuntimeError
+        If one does not compile, or cannot be launched.
+    """
+    from cupycorr import cuda_engine
+
+    if 0 in problem.shape:
+        return []  # nothing will be launched
+    return [one._asdict() for one in cuda_engine.warm_up(problem.geometry, problem.shape, dtype)]
+
+
+def refuse_too_large(problem: Problem, itemsize: int, cold: bool) -> None:
+    """Refuse what does not fit into the device's memory.
+
+    Raises
+    ------
+    Unavailable
+        If it does not.
+    """
+    import cupy
+
+    maps, cost = prod(problem.shape), prod(problem.geometry.cost_shape(problem.shape))
+    # At most at once: the maps that are timed, those that are compared, and results of these. The
+    # workspace is bounded (`cuda_plan.WORKSPACE_BYTES`).
+    needed = (6 * maps + 3 * cost) * itemsize + (_flushed_bytes() if cold else 0)
+    available = cupy.cuda.Device().mem_info[0] + cupy.get_default_memory_pool().free_bytes()
+    if needed > available:
+        raise Unavailable(
+            f"{problem.name}: maps {problem.shape} and a cost volume of "
+            f"{problem.geometry.cost_shape(problem.shape)} need about {needed / 1e9:.1f} GB, "
+            f"got {available / 1e9:.1f} GB of free memory on the device"
+        )
+
+
+class Stopwatch:
+    """Times calls by events on the current stream.
+
+    A call takes Python tens of microseconds before the device has all of its launches: where the
+    kernels take less, the device would wait, and the time would be that of Python. So the device
+    is held for a moment before the first event, and meanwhile all is launched; what the call took
+    Python is reported beside it.
+
+    Parameters
+    ----------
+    cold : bool
+        Overwrite the L2 cache before each call.
+    """
+
+    def __init__(self, cold: bool) -> None:
+        import cupy
+
+        clock = 1000 * cupy.cuda.Device().attributes.get("ClockRate", 0)
+        self._cycles = int(LEAD_SECONDS * (clock or 1e9))
+        self._hold = cupy.RawKernel(HOLD, "hold")
+        self._flushed = cupy.cuda.alloc(_flushed_bytes()) if cold else None
+        self._events = cupy.cuda.Event(), cupy.cuda.Event()
+
+    def __call__(self, call: Callable[[], Any]) -> tuple[Timing, Any]:
+        """Return how long a call takes the device and Python, and its result."""
+        import cupy
+
+        start, stop = self._events
+        if self._flushed is not None:
+            stream = cupy.cuda.get_current_stream()
+            self._flushed.memset_async(0, self._flushed.mem.size, stream)
+        self._hold((1,), (1,), (self._cycles,))
+        start.record()
+        begin = time.perf_counter()
+        result = call()
+        host = time.perf_counter() - begin
+        stop.record()
+        stop.synchronize()  # synchronises
+        milliseconds = cupy.cuda.get_elapsed_time(start, stop)
+        return Timing(max(RESOLUTION, milliseconds / 1e3), host), result
+
+
+def _flushed_bytes() -> int:
+    """Return the bytes to write that leave nothing of what the L2 cache held."""
+    import cupy
+
+    # A size that is not reported: more than any cache of today.
+    return 2 * cupy.cuda.Device().attributes.get("L2CacheSize", 0) or 256 << 20
+
+
+def _plain_cost(fmap1: Any, fmap2: Any, geometry: Geometry) -> Any:
+    import cupy
+
+    from cupycorr import cuda_engine
+
+    cost = cupy.empty(geometry.cost_shape(fmap1.shape), fmap1.dtype)
+    cuda_engine.forward(fmap1, fmap2, cost, geometry, plain=True)
+    return cost
+
+
+def _plain_gradients(grad_cost: Any, fmap1: Any, fmap2: Any, geometry: Geometry) -> tuple[Any, Any]:
+    import cupy
+
+    from cupycorr import cuda_engine
+
+    grads = cupy.empty_like(fmap1), cupy.empty_like(fmap2)
+    cuda_engine.backward(grad_cost, fmap1, fmap2, *grads, geometry, plain=True)
+    return grads
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
