@@ -12,6 +12,7 @@ import cupycorr
 
 from .bench import bench
 from .gradcheck import gradcheck
+from .warmup import warmup
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -24,3 +25,4 @@ def main() -> None:
 
 main.add_command(bench)
 main.add_command(gradcheck)
+main.add_command(warmup)

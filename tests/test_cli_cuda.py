@@ -3,9 +3,11 @@
 import json
 import sys
 
+import click
 import numpy as np
 import pytest
-from test_cli import invoke, measure, memory, report
+from click.testing import CliRunner
+from test_cli import cupycorr, invoke, main, measure, memory, report
 
 from cupycorr import Geometry, verify
 
@@ -20,7 +22,7 @@ FINDINGS = {
     "NVRTC": environment.Finding("NVRTC", False, "not found", "Get NVRTC."),
     "GPU": environment.Finding("GPU", False, "no device", "Look for one."),
 }
-COMMANDS = {"bench": ["bench", "cuda"], "gradcheck": ["gradcheck", "cuda"]}
+COMMANDS = {"bench": ["bench", "cuda"], "gradcheck": ["gradcheck", "cuda"], "warmup": ["warmup"]}
 SMALL = ["-b", "1", "-c", "3", "--height", "6", "-w", "5"]
 TIMED = ["bench", "cuda", *SMALL, "-r", "3", "--patch", "2"]
 A100 = {
@@ -141,6 +143,16 @@ def test_bfloat16_arrays_need_ml_dtypes(monkeypatch, words):
     outcome = invoke(*words)
     assert outcome.exit_code == 2
     assert "needs ml_dtypes" in outcome.stderr
+
+
+def test_warmup_takes_the_sizes_and_presets_of_bench():
+    commands = {name: main.get_command(click.Context(main), name) for name in ("bench", "warmup")}
+    flags = {name: {p.name: p.opts for p in command.params} for name, command in commands.items()}
+    shared = [*options.SIZES, "presets"]
+    assert {name: flags["warmup"][name] for name in shared} == {
+        name: flags["bench"][name] for name in shared
+    }
+    assert flags["warmup"]["dtypes"] == flags["bench"]["dtype"]
 
 
 @pytest.mark.parametrize(
@@ -338,3 +350,45 @@ def test_the_peak_of_the_devices_memory_counts_what_is_held_at_once():
 
     peak, kept = memory.peak(call, "cupy")
     assert sum(one.nbytes for one in kept) <= peak < 9_000_000
+
+
+@gpu
+def test_warmup_prints_what_each_kernel_took_and_takes():
+    outcome = invoke("warmup", *SMALL, "-d", "float", "-d", "double")
+    assert outcome.exit_code == 0, outcome.output
+    for dtype in ("float32", "float64"):
+        rows = [line.split() for line in outcome.stdout.splitlines() if line.startswith(dtype)]
+        assert "product_cost" in [row[1] for row in rows]
+        for _, _, seconds, registers, spilled in rows:
+            assert float(seconds) >= 0
+            assert int(registers) > 0
+            assert int(spilled) >= 0
+
+
+@gpu
+def test_warmup_leaves_nothing_for_the_first_call_to_compile(monkeypatch):
+    cupy = pytest.importorskip("cupy")
+    from cupycorr import cuda_engine
+
+    words = ["-b", "1", "-c", "3", "--height", "8", "-w", "9", "--patch", "2"]
+    assert invoke("warmup", *words).exit_code == 0
+    monkeypatch.setattr(cuda_engine, "_compile", lambda launch: pytest.fail(launch.kernel))
+    problem = options.Sizes(
+        {"batch_size": 1, "channel": 3, "height": 8, "width": 9, "patch": 2},
+        frozenset({"batch_size", "channel", "height", "width", "patch"}),
+    ).problem("", bench_module.PRESETS["default"])
+    maps = [cupy.asarray(np.ones(problem.shape, np.float32)) for _ in range(2)]
+    cost = cupycorr.correlation(*maps, problem.geometry)
+    cupycorr.correlation_vjp(cost, *maps, problem.geometry)
+
+
+@gpu
+def test_warmup_ends_with_the_compilers_message(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("product.cu must compile, got: expected a ';'")
+
+    monkeypatch.setattr(cuda, "kernels", broken)
+    outcome = CliRunner().invoke(main, ["warmup", *SMALL])
+    assert outcome.exit_code == 1
+    assert "default" not in outcome.stderr
+    assert "options, float32: product.cu must compile, got: expected a ';'" in outcome.stderr
