@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
+from math import ceil, inf
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -20,7 +21,6 @@ Constants = tuple[tuple[str, int | bool | str], ...]
 MOST_THREADS = 256  # of a block: of larger ones too many threads wait at a barrier
 MOST_REGISTERS = 255  # of a thread
 REGISTERS = 65536  # of a multiprocessor
-OTHER_REGISTERS = 44  # beside the tile: addresses, masks, counters (read off compiled kernels)
 RESERVED_BYTES = 1024  # of shared memory per block, by the driver
 LATENCY = 700  # cycles from a load of global memory to its use
 LEVEL2_BYTES = 32  # per cycle and multiprocessor
@@ -116,19 +116,21 @@ class _Block(NamedTuple):
     """What a block of threads needs: registers and shared memory, and work for each unit."""
 
     threads: int
-    registers: int
+    registers: float
+    """Of a thread; an estimate, fitted to compiled kernels."""
     shared_bytes: int
     rounds: int
-    """How many times it fills and empties its buffers."""
+    """How many times it fills its buffers."""
     multiply_adds: float
     """Of all threads, in all rounds, as are the other counts."""
-    shared_loads: float
-    """16-byte loads of shared memory."""
-    copies: float
-    """From global memory to shared memory, of ``vector`` words."""
-    vector: int
+    wavefronts: float
+    """128-byte accesses of shared memory."""
+    instructions: float
+    """Of all threads, beside the multiply-adds."""
+    words: float
+    """Staged from global memory."""
     results: float
-    """Values that it stores to global memory."""
+    """Stored to global memory."""
     ahead: bool
     """Whether it fetches while it computes."""
 
@@ -157,15 +159,15 @@ def displacements_of_thread(patch: int, load: int) -> int:
 @lru_cache(maxsize=512)
 def product_tile(problem: Product, device: Device) -> ProductTile | None:
     """Return the tile of the product volume that the model finds fastest; None if none fits."""
-    candidates = _product_tiles(problem, device)
-    return min(candidates, key=itemgetter(0), default=(0.0, None))[1]
+    fitting = (found for found in _product_tiles(problem, device) if found[0] < inf)
+    return min(fitting, key=itemgetter(0), default=(inf, None))[1]
 
 
 @lru_cache(maxsize=512)
 def gradient_tile(problem: Gradient, device: Device) -> GradientTile | None:
     """Return the tile of the gradient that the model finds fastest; None if none fits."""
-    candidates = _gradient_tiles(problem, device)
-    return min(candidates, key=itemgetter(0), default=(0.0, None))[1]
+    fitting = (found for found in _gradient_tiles(problem, device) if found[0] < inf)
+    return min(fitting, key=itemgetter(0), default=(inf, None))[1]
 
 
 def _product_tiles(problem: Product, device: Device) -> Iterator[tuple[float, ProductTile]]:
@@ -176,10 +178,11 @@ def _product_tiles(problem: Product, device: Device) -> Iterator[tuple[float, Pr
     displacements = displacements_of_thread(patch_x, load)
     q_groups = -(-patch_x // displacements)
     row_strips = patch_y * q_groups
+    buffers = 2 if problem.asynchronous else 1
     for positions, channel_groups in product((8, 4, 2), (1, 2, 4, 8)):
         window = _round_up(problem.lead + advance_x * (positions - 1) + displacements, load)
         sums = positions * displacements
-        tile_registers = (sums + positions + window) * word_bytes // 4 + OTHER_REGISTERS
+        tile_registers = (sums + positions + window) * word_bytes // 4 + 12
         if positions % load or tile_registers > MOST_REGISTERS:
             continue
         for groups in _few(-(-problem.columns // positions)):
@@ -201,24 +204,34 @@ def _product_tiles(problem: Product, device: Device) -> Iterator[tuple[float, Pr
                 )
                 line = channel_groups * strips * (lanes * positions + load)
                 for chunk in (8, 4, 2, 1):
-                    staged = chunk * copies * problem.vector * word_bytes // 4
-                    ahead = not problem.asynchronous and tile_registers + staged <= MOST_REGISTERS
-                    registers = tile_registers
+                    shared_bytes = max(buffers * chunk * words, line) * word_bytes
+                    registers = tile_registers + 3 * copies + 2 * chunk
+                    ahead = True
                     if not problem.asynchronous:
-                        # Without `ahead` the operands' registers are free while words pass through.
+                        staged = chunk * copies * problem.vector * word_bytes // 4
+                        ahead = registers + staged <= MOST_REGISTERS
+                        # Else operands and words on their way take turns in the same registers.
                         operands = 0 if ahead else (positions + window) * word_bytes // 4
                         registers = max(registers, registers - operands + staged)
-                    shared_bytes = max(2 * chunk * words, line) * word_bytes
                     if chunk % channel_groups or registers > MOST_REGISTERS:
                         continue
                     if shared_bytes > device.shared_bytes:
                         continue
+                    loads = (positions + window) // load
                     block = _Block(
-                        threads, registers, shared_bytes, -(-problem.channels // chunk),
-                        problem.channels * sums * lanes * strips,
-                        problem.channels * lanes * strips * (positions + window) // load,
-                        problem.channels * copies * threads, problem.vector,
-                        sums * lanes * strips, problem.asynchronous or ahead,
+                        threads, registers, shared_bytes,
+                        rounds=-(-problem.channels // chunk),
+                        multiply_adds=problem.channels * sums * lanes * strips,
+                        # Neighbouring strips share the words of the first map.
+                        wavefronts=problem.channels * lanes * strips / 32
+                        * (2 * positions + 4 * window) / load,
+                        instructions=problem.channels * (
+                            lanes * strips * (loads + 10)
+                            + threads * copies * (3 if problem.asynchronous else 2 + problem.vector)
+                        ) + sums * busy * 10,
+                        words=problem.channels * copies * threads * problem.vector,
+                        results=sums * lanes * strips,
+                        ahead=ahead,
                     )  # fmt: skip
                     blocks = problem.samples * -(-problem.rows * row_strips // strips)
                     blocks *= -(-problem.columns // columns)
@@ -227,7 +240,7 @@ def _product_tiles(problem: Product, device: Device) -> Iterator[tuple[float, Pr
                         "strips": strips, "channel_groups": channel_groups, "chunk": chunk,
                         "vector": problem.vector, "lead": problem.lead,
                         "rows1": rows1, "rows2": rows2, "pitch1": pitch1, "pitch2": pitch2,
-                        "asynchronous": problem.asynchronous, "ahead": ahead,
+                        "asynchronous": problem.asynchronous, "ahead": ahead, "buffers": buffers,
                         "threads": threads, "shared_words": shared_bytes // word_bytes,
                     }  # fmt: skip
                     yield (
@@ -247,9 +260,11 @@ def _gradient_tiles(problem: Gradient, device: Device) -> Iterator[tuple[float, 
     displacements = displacements_of_thread(patch_x, load)
     q_groups = -(-patch_x // displacements)
     window = _round_up(advance_x * (positions - 1) + displacements, load)
+    some_asynchronous = problem.asynchronous or problem.upstream_asynchronous
+    buffers = 2 if some_asynchronous else 1
     for channels, channel_groups in product((16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 32)):
-        values = channels * positions + displacements * positions + window
-        tile_registers = values * word_bytes // 4 + OTHER_REGISTERS
+        # The compiler holds no more of G and the window than there is room for.
+        tile_registers = channels * positions * word_bytes // 4 + 90
         block_channels = channels * channel_groups
         if tile_registers > MOST_REGISTERS or block_channels >= 2 * problem.channels:
             continue
@@ -269,7 +284,7 @@ def _gradient_tiles(problem: Gradient, device: Device) -> Iterator[tuple[float, 
             slots = 2 if wraps else 1
             source_words = slots * block_channels * problem.phases_x * pitch_s
             line = channel_groups * rows * (lanes * positions + load)
-            shared_bytes = max(2 * (rows * pitch_rows + source_words), line) * word_bytes
+            shared_bytes = max(buffers * (rows * pitch_rows + source_words), line) * word_bytes
             if shared_bytes > device.shared_bytes:
                 continue
             source_copies = _copies(
@@ -278,21 +293,36 @@ def _gradient_tiles(problem: Gradient, device: Device) -> Iterator[tuple[float, 
             g_copies = rows * _copies(patch_x, problem.phases_x * columns, 1, threads)
             staged = 0 if problem.asynchronous else slots * source_copies * problem.vector
             staged += 0 if problem.upstream_asynchronous else g_copies
-            some = problem.asynchronous or problem.upstream_asynchronous
             staged = staged * word_bytes // 4
-            ahead = tile_registers + staged <= MOST_REGISTERS
-            sums = channels * positions * word_bytes // 4
-            registers = max(tile_registers, (tile_registers if ahead else sums) + staged)
-            if registers > MOST_REGISTERS or (some and not ahead):
+            registers = tile_registers + 2 * g_copies + 1.3 * slots * source_copies
+            ahead = registers + staged <= MOST_REGISTERS
+            if some_asynchronous:
+                ahead = True
+                registers += staged
+            else:
+                registers = max(registers, registers - (0 if ahead else 60) + staged)
+            if registers > MOST_REGISTERS:
                 continue
-            loads = patch_x * positions + channels * q_groups * window
+            g_loads, window_loads = (
+                patch_x * positions // load,
+                channels * q_groups * window // load,
+            )
+            copies = patch_y * g_copies + (patch_y + wraps) * source_copies
             block = _Block(
-                threads, registers, shared_bytes, patch_y,
-                patch_y * busy * channels * positions * patch_x,
-                patch_y * busy * loads // load,
-                # Source rows are staged once each, over all steps.
-                threads * (patch_y * g_copies + (patch_y + wraps) * source_copies),
-                problem.vector, busy * channels * positions, ahead,
+                threads, registers, shared_bytes,
+                rounds=patch_y,
+                multiply_adds=patch_y * busy * channels * positions * patch_x,
+                # Threads of several rows share the words of the source.
+                wavefronts=patch_y * busy / 32
+                * (4 * g_loads + (2 if rows > 2 else 4) * window_loads),
+                instructions=patch_y * (
+                    busy * (g_loads + window_loads) + threads * (60 + 14 * rows)
+                ) + threads * copies * 6 + busy * channels * positions * 10,
+                words=threads * (
+                    patch_y * g_copies + (patch_y + wraps) * source_copies * problem.vector
+                ),
+                results=busy * channels * positions,
+                ahead=ahead,
             )  # fmt: skip
             blocks = problem.samples * -(-problem.rows // rows) * -(-problem.columns // columns)
             blocks *= -(-problem.channels // block_channels)
@@ -303,7 +333,8 @@ def _gradient_tiles(problem: Gradient, device: Device) -> Iterator[tuple[float, 
                 "pitch_g": pitch_g, "pitch_rows": pitch_rows, "pitch_s": pitch_s,
                 "asynchronous": problem.asynchronous,
                 "upstream_asynchronous": problem.upstream_asynchronous,
-                "ahead": ahead, "threads": threads, "shared_words": shared_bytes // word_bytes,
+                "ahead": ahead, "buffers": buffers, "threads": threads,
+                "shared_words": shared_bytes // word_bytes,
             }  # fmt: skip
             yield (
                 _cycles(block, blocks, problem.accumulator, device),
@@ -316,30 +347,25 @@ def _gradient_tiles(problem: Gradient, device: Device) -> Iterator[tuple[float, 
 
 def _cycles(block: _Block, blocks: int, accumulator: str, device: Device) -> float:
     """Return the cycles of the multiprocessor that gets the most blocks."""
-    warps = block.threads // 32
     resident = min(
-        REGISTERS // (_round_up(block.registers, 8) * block.threads),
+        REGISTERS // (_round_up(ceil(block.registers), 8) * block.threads),
         device.shared_bytes_of_multiprocessor // (block.shared_bytes + RESERVED_BYTES),
         1024 // block.threads,
     )
     if resident < 1:
-        return float("inf")
-    rate = device.multiply_adds / (2 if accumulator == "float64" else 1)
-    words = block.copies * block.vector
-    # A warp's 16-byte load takes four cycles of 128 bytes; half of them find their words merged.
-    shared = (block.shared_loads / 32 * 3 + words / 32) * 128 / device.shared_rate
-    instructions = (
-        block.multiply_adds * 1.06 + block.shared_loads + block.copies * 4 + block.results * 8
-    )
+        return inf
+    doubled = 2 if accumulator == "float64" else 1
     busy = max(
-        block.multiply_adds / rate,
-        shared,
-        instructions / 32 / 4,
-        (words + block.results) * 4 / LEVEL2_BYTES,
+        block.multiply_adds / device.multiply_adds * doubled,
+        (block.wavefronts + block.words * doubled / 32) * 128 / device.shared_rate,
+        (block.multiply_adds + block.instructions) / 128,
+        (block.words + block.results) * 4 * doubled / LEVEL2_BYTES,
     )
     most = -(-blocks // device.multiprocessors)
     together = min(resident, most)
-    efficiency = min(0.92, 0.5 + 0.13 * together * warps / 4)
+    warps = together * block.threads // 32
+    # Four schedulers share the warps; with few of them the pipelines run dry.
+    efficiency = min(0.92, 0.5 + 0.13 * warps / 4) * warps / _round_up(warps, 4)
     # Blocks that wait for memory leave the multiprocessor to the others that are resident.
     waiting = LATENCY * (1 if block.ahead else block.rounds) / together
     return most * (busy / efficiency + waiting)

@@ -49,6 +49,7 @@ constexpr int rows1 = 4, rows2 = 24;    // rows of the maps that a block stages
 constexpr int pitch1 = 12, pitch2 = 28; // words per row and phase
 constexpr bool asynchronous = true;     // copy straight to shared memory
 constexpr bool ahead = true;            // fetch the next chunk before computing this one
+constexpr int buffers = 2;              // 2 if asynchronous, else 1
 constexpr int threads = 128;
 constexpr int shared_words = 11520;
 #endif
@@ -77,7 +78,8 @@ constexpr int line = lanes * positions + load;  // words of a strip in the epilo
 constexpr int slices = smaller(displacements, shared_words / (channel_groups * strips * line));
 
 static_assert(channel_groups * strips * lanes <= threads, "every thread has its own outputs");
-static_assert(2 * buffer_words <= shared_words && slices >= 1, "shared memory is too small");
+static_assert(buffers * buffer_words <= shared_words && slices >= 1, "shared memory is too small");
+static_assert(!asynchronous || (buffers == 2 && ahead), "a copy must not meet what is in use");
 static_assert(pitch1 % load == 0 && pitch2 % load == 0 && positions % load == 0, "alignment");
 static_assert(q_groups == 1 || displacements % load == 0, "alignment of a thread's window");
 static_assert(pitch2 >= advance_x * positions * (groups - 1) + displacements * (q_groups - 1) +
@@ -138,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_cost(
       [&](int r, int k) { return inside(pixel_y2(r), s.height) && inside(pixel_x2(k), s.width); });
 
   const long long sample = static_cast<long long>(n) * s.channels * plane;
-  const auto buffer = [&](int c) { return c / chunk % 2 * buffer_words; };
+  const auto buffer = [&](int c) { return c / chunk % buffers * buffer_words; };
   typename Map1::Fetched fetched1;
   typename Map2::Fetched fetched2;
   const auto fetch = [&](int c) {
@@ -178,18 +180,19 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_cost(
     }
   };
 
-  // Two buffers take turns. A thread that passes the barrier of chunk c knows that all have
-  // finished with chunk c - 1, whose buffer is the one that the next fetch fills; and a buffer is
-  // stored to (`land`) only after a barrier that follows its last use.
-  clear<threads>(shared, 2 * buffer_words, thread);
+  // With two buffers, a thread that passes the barrier of chunk c knows that all have finished with
+  // chunk c - 1, whose buffer is the one that the next fetch fills. With one, what is fetched waits
+  // in registers until all have finished.
+  clear<threads>(shared, buffers * buffer_words, thread);
   __syncthreads();
-  if ((ahead || asynchronous) && s.channels > 0) fetch(0);
+  if (ahead && s.channels > 0) fetch(0);
 #pragma unroll 1
   for (int c = 0; c < s.channels; c += chunk) {
-    if (!(ahead || asynchronous)) fetch(c);
+    if (!ahead) fetch(c);
+    if (buffers == 1) __syncthreads();
     land(c);
     __syncthreads();
-    if ((ahead || asynchronous) && c + chunk < s.channels) fetch(c + chunk);
+    if (ahead && c + chunk < s.channels) fetch(c + chunk);
     if (active) multiply(c);
   }
 

@@ -56,6 +56,7 @@ constexpr int pitch_s = 28;                    // words per channel and phase of
 constexpr bool asynchronous = true;
 constexpr bool upstream_asynchronous = true;
 constexpr bool ahead = true;  // fetch the next step before computing this one
+constexpr int buffers = 2;    // 2 if any copy is asynchronous, else 1
 constexpr int threads = 128;
 constexpr int shared_words = 15296;
 #endif
@@ -89,7 +90,9 @@ constexpr int line = lanes * positions + load;
 constexpr int slices = smaller(channels, shared_words / (channel_groups * rows * line));
 
 static_assert(channel_groups * rows * lanes <= threads, "every thread has its own outputs");
-static_assert(2 * buffer_words <= shared_words && slices >= 1, "shared memory is too small");
+static_assert(buffers * buffer_words <= shared_words && slices >= 1, "shared memory is too small");
+static_assert(!(asynchronous || upstream_asynchronous) || (buffers == 2 && ahead),
+              "a copy must not meet what is in use");
 static_assert(wraps < patch_y, "a row wraps around once at most");
 static_assert(which == 1 || (advance_x == 1 && step_x == lattice_x), "sources are on the lattice");
 static_assert(pitch_g % load == 0 && pitch_rows % load == 0 && pitch_s % load == 0 &&
@@ -259,22 +262,21 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
     }
   };
 
-  // Two buffers take turns, as in product.cu.
-  clear<threads>(shared, 2 * buffer_words, thread);
+  // One or two buffers, as in product.cu.
+  clear<threads>(shared, buffers * buffer_words, thread);
   __syncthreads();
-  constexpr bool early = ahead || asynchronous || upstream_asynchronous;
-  int buffer = 0, other = buffer_words, j = next_step(0);
-  if (early && j < patch_y) fetch(j, buffer);
+  int buffer = 0, j = next_step(0);
+  if (ahead && j < patch_y) fetch(j, buffer);
 #pragma unroll 1
   while (j < patch_y) {
-    const int next = next_step(j + 1);
-    if (!early) fetch(j, buffer);
+    const int next = next_step(j + 1), other = (buffers - 1) * buffer_words - buffer;
+    if (!ahead) fetch(j, buffer);
+    if (buffers == 1) __syncthreads();
     land(j, buffer);
     __syncthreads();
-    if (early && next < patch_y) fetch(next, other);
+    if (ahead && next < patch_y) fetch(next, other);
     if (active && row_exists(j, row)) multiply(j, buffer);
     buffer = other;
-    other = buffer_words - buffer;
     j = next;
   }
 
