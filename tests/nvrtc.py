@@ -1,0 +1,190 @@
+"""Compile CUDA sources and read the machine code, on any machine: neither needs a GPU.
+
+NVRTC and nvdisasm come from NVIDIA's wheels, wherever pip put them. NVRTC 12 knows every GPU that
+the kernels run on; NVRTC 13 knows none before compute capability 7.5.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import getpass
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+COMPILERS = ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")  # the first one that is installed
+DISASSEMBLER = "nvidia-cuda-nvdisasm"
+OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v")
+
+
+class CompileError(Exception):
+    """The compiler refused a source; its message is the compiler's."""
+
+
+class Kernel(NamedTuple):
+    """What the compiler says of one kernel, and its machine code."""
+
+    name: str
+    registers: int
+    """Of a thread."""
+    stack_bytes: int
+    """Local memory of a thread: arrays that are indexed at run time, and spilled registers."""
+    spilled_bytes: int
+    """That are stored and loaded because registers were lacking."""
+    cubin: bytes
+
+
+def missing(*wheels: str) -> str | None:
+    """Return why none of some wheels can be used, or None if one of them can."""
+    if any(map(_files, wheels)):
+        return None
+    return f"needs {' or '.join(wheels)}, got neither: pip install {wheels[0]}"
+
+
+def compile_kernel(source: str, name: str, capability: int) -> Kernel:
+    """Compile a source for one compute capability; return its kernel ``name``.
+
+    What was compiled once is kept, outside the checkout, under a hash of all that it is made of.
+    """
+    options = (f"--gpu-architecture=sm_{capability}", *OPTIONS)
+    key = "\0".join((*map(str, version()), *options, source))
+    kept = _folder() / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if not kept.exists():
+        log, cubin = _compile(source, options)
+        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as new:
+            new.write(b"\0".join((log, cubin)))
+        os.replace(new.name, kept)
+    log, _, cubin = kept.read_bytes().partition(b"\0")
+    said = log.decode()
+    said = said[said.index(f"entry function '{name}'") :]
+    stack, stores, loads = _numbers(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said
+    )
+    (registers,) = _numbers(r"Used (\d+) registers", said)
+    return Kernel(name, registers, stack, stores + loads, cubin)
+
+
+def version() -> tuple[int, int]:
+    """Return the compiler's version."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(_library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return major.value, minor.value
+
+
+def capabilities() -> list[int]:
+    """Return the compute capabilities that the compiler knows."""
+    number = ctypes.c_int()
+    _check(_library().nvrtcGetNumSupportedArchs(ctypes.byref(number)))
+    known = (ctypes.c_int * number.value)()
+    _check(_library().nvrtcGetSupportedArchs(known))
+    return list(known)
+
+
+def inner_loop(kernel: Kernel) -> Counter[str]:
+    """Return how often each instruction stands in the innermost loop that multiplies most."""
+    code, labels = _disassemble(kernel)
+    loops = []
+    for end, text in enumerate(code):
+        target = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", text)
+        if target and labels[target[1]] < end:
+            loops.append(Counter(map(_operation, code[labels[target[1]] : end + 1])))
+    return min(loops, key=lambda loop: (-multiply_adds(loop), loop.total()), default=Counter())
+
+
+def multiply_adds(loop: Counter[str]) -> int:
+    """Return the multiply-adds that a thread does in a loop."""
+    return loop["FFMA"] + 2 * loop["FFMA2"] + loop["DFMA"]
+
+
+def _compile(source, options):
+    """Return the compiler's log and the machine code."""
+    library, program = _library(), ctypes.c_void_p()
+    text, title = source.encode(), b"constants"
+    _check(library.nvrtcCreateProgram(ctypes.byref(program), text, title, 0, None, None))
+    try:
+        array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        failed = library.nvrtcCompileProgram(program, len(options), array)
+        log = _get(library, program, "ProgramLog").rstrip(b"\0")
+        if failed:
+            raise CompileError(log.decode())
+        return log, _get(library, program, "CUBIN")
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _get(library, program, what):
+    """Read one of the compiler's results: its size first, then its bytes."""
+    size = ctypes.c_size_t()
+    _check(getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    buffer = ctypes.create_string_buffer(size.value)
+    _check(getattr(library, f"nvrtcGet{what}")(program, buffer))
+    return buffer.raw
+
+
+def _check(status):
+    if status:
+        raise RuntimeError(f"NVRTC must succeed, got status {status}")
+
+
+def _numbers(pattern, text):
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"the compiler must report {pattern!r}, got:\n{text}")
+    return [int(number) for number in match.groups()]
+
+
+def _disassemble(kernel):
+    """Return a kernel's instructions in order, and where its labels point to."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(kernel.cubin)
+        command = [str(_files(DISASSEMBLER)[0]), "--print-code", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code, labels = [], {}
+    text = text[text.index(f"\n.text.{kernel.name}:") :]
+    for line in re.split(r"\n//-+ ", text)[0].splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*);", line):
+            code.append(instruction[1])
+    return code, labels
+
+
+def _operation(instruction):
+    """Return an instruction's name: without predicate and, but for the width of loads, options."""
+    name, *options = re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")
+    return f"{name}.128" if name == "LDS" and "128" in options else name
+
+
+@cache
+def _folder():
+    """Return the folder of what was compiled: the user's own."""
+    folder = Path(tempfile.gettempdir(), f"cupycorr-nvrtc-{getpass.getuser()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+@cache
+def _library():
+    for wheel in COMPILERS:
+        for path in _files(wheel):
+            return ctypes.CDLL(str(path))
+    raise RuntimeError(missing(*COMPILERS))
+
+
+@cache
+def _files(wheel):
+    """Return the library or the tool of an installed wheel."""
+    try:
+        files = metadata.files(wheel) or []
+    except metadata.PackageNotFoundError:
+        return []
+    names = re.compile(r"(libnvrtc\.so(\.\d+)*|nvrtc64_\d+_0\.dll|nvdisasm(\.exe)?)")
+    return [path.locate() for path in files if names.fullmatch(path.name)]
