@@ -1,8 +1,8 @@
 """The correlation layer (cost volume) of optical-flow and stereo networks.
 
-`spatial_correlation_sample` and `correlation` take NumPy arrays and torch tensors;
+`spatial_correlation_sample` and `correlation` take NumPy and CuPy arrays and torch tensors;
 `SpatialCorrelationSampler` is the torch module. Importing cupycorr loads NumPy and nothing
-heavier; torch is imported when it is first needed.
+heavier; CuPy and torch are imported when they are first needed.
 """
 
 from typing import TYPE_CHECKING, Any

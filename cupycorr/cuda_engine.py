@@ -237,10 +237,11 @@ def _compile(launch: Launch) -> Any:
         function = module.get_function(launch.kernel)
         function.compile()
     except cupy.cuda.compiler.CompileException as error:
-        capability = cupy.cuda.Device().compute_capability
+        unknown = "--gpu-architecture" in str(error)
+        remedy = "update nvidia-cuda-nvrtc-cu12" if unknown else "please report it"
         raise RuntimeError(
-            f"{launch.source} must compile for sm_{capability}, got from NVRTC:\n{error}\n"
-            "An NVRTC older than the GPU does not know it: update nvidia-cuda-nvrtc-cu12"
+            f"{launch.source} must compile for sm_{cupy.cuda.Device().compute_capability}, got "
+            f"from NVRTC ({remedy}):\n{error}"
         ) from error
     except (ImportError, OSError, RuntimeError) as error:
         raise RuntimeError(

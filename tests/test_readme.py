@@ -55,13 +55,19 @@ TEST_RUNS = [line for line in LINES if line.startswith("python -m pytest ")]
 SECTIONS = list(dict.fromkeys(b.section for b in BLOCKS if b.language == "python"))
 
 
+def on_its_device(value):
+    """Return a parameter that runs where its device is: a section, or a command."""
+    gpu = value == "CuPy arrays" or re.match(r"cupycorr (warmup|\w+ cuda)\b", value)
+    return pytest.param(value, marks=pytest.mark.gpu) if gpu else value
+
+
 def test_every_block_is_of_a_kind_that_a_test_executes():
     assert {block.language for block in BLOCKS} == {"python", "bash"}
     assert sorted(LINES) == sorted(SET_UP_LINES + COMMANDS + TEST_RUNS)
     assert all([SECTIONS, COMMANDS, TEST_RUNS])
 
 
-@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("section", [on_its_device(section) for section in SECTIONS])
 def test_python_examples_print_what_the_page_says(section, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     examples = [b for b in BLOCKS if b.section == section and b.language == "python"]
@@ -90,9 +96,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [on_its_device(command) for command in COMMANDS])
 def test_commands_of_the_page_succeed(command, folder):
-    pytest.importorskip("torch")
+    if " cpu " in command:
+        pytest.importorskip("torch")
     outcome = invoke(*shlex.split(command)[1:])
     assert outcome.exit_code == 0, outcome.output
     assert outcome.stdout
