@@ -32,17 +32,17 @@ OPTIONS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
 MODES = {
     "run": ("-O1", "-fsanitize=alignment"),
     "trace": ("-O1", "-fsanitize=thread", "-DHOST_TRACE"),
-    "sanitize": ("-O1", "-g", "-fsanitize=address,undefined"),
+    "sanitize": ("-O0", "-g1", "-fsanitize=address,undefined"),
 }
 # The runtime is told about it, too. It must not trace itself; and it leaves the frames of fibers
 # that have ended where a sanitizer of stacks would expect them to return.
 RUNTIME_MODES = {
     "run": ("-O2",),
     "trace": ("-O2", "-DHOST_TRACE"),
-    "sanitize": ("-O1", "-g", "-fsanitize=address", "--param=asan-stack=0"),
+    "sanitize": ("-O1", "-g1", "-fsanitize=address", "--param=asan-stack=0"),
 }
 ORDERS = ("ascending", "descending", "shuffled")  # of the threads of a block
-GUARD_BYTES = 1024  # before and behind every array; a multiple of any alignment
+GUARD_BYTES = 4096  # before and behind every array; a multiple of any alignment
 ALIGNED_OFFSET = 16  # bytes from a multiple of 256 to the first element of aligned arrays
 POISON = 0xFF  # bytes of NaN in every dtype
 
@@ -58,6 +58,7 @@ ACCESS = np.dtype(
         "formats": (np.int64, np.int32, np.int32, np.int16, np.int16, np.int16, np.int16),
     }
 )
+LOGS = ("none", "arrays", "all")  # of accesses, that a trace keeps
 SHARED = -1  # the ``array`` of accesses to shared memory
 
 
@@ -76,6 +77,7 @@ class _Launch(ctypes.Structure):
         ("array_count", ctypes.c_int),
         ("arguments", ctypes.POINTER(_Bytes)),
         ("arrays", ctypes.POINTER(_Bytes)),
+        ("guard_bytes", ctypes.c_int),
         ("log", ctypes.c_int),
     )
 
@@ -201,11 +203,11 @@ def run_plan(plan, arrays, dtype, divisor=1, *, order="ascending", mode="run", p
         volume.check("the volume")
 
 
-def run(library, launch, arrays, scale, *, order="ascending", log=False):
+def run(library, launch, arrays, scale, *, order="ascending", log="none"):
     """Run one launch; raises HostError with what went wrong.
 
-    With ``log`` and a library of mode "trace", return all accesses to the arrays (numbered as in
-    ``launch.arrays``) and to shared memory, an array of ACCESS.
+    With a library of mode "trace", ``log`` "arrays" returns all accesses to the arrays (numbered as
+    in ``launch.arrays``), and "all" those to shared memory, too: an array of ACCESS.
     """
     used = [arrays[name] for name in launch.arrays]
     if not all(array.flags.c_contiguous for array in used):
@@ -219,14 +221,14 @@ def run(library, launch, arrays, scale, *, order="ascending", log=False):
     ranges = (_Bytes * len(used))(*((a.ctypes.data, a.nbytes) for a in used))
     how = _Launch(
         *(launch.blocks, launch.threads, launch.shared_bytes, ORDERS.index(order)),
-        *(len(values), len(used), arguments, ranges, log),
+        *(len(values), len(used), arguments, ranges, GUARD_BYTES // 2, LOGS.index(log)),
     )
     function = getattr(library, f"launch_{launch.kernel}")
     function.restype = ctypes.c_char_p
     error = function(ctypes.byref(how))
     if error is not None:
         raise HostError(f"{launch.kernel}: {error.decode()}")
-    if not log:
+    if log == "none":
         return None
     count = ctypes.c_int64()
     library.traced_accesses.restype = ctypes.c_void_p
@@ -330,15 +332,21 @@ def _load(path):
     return ctypes.CDLL(str(path))
 
 
-def _guarded(shape, dtype, aligned, mode):
+def storage(dtype):
+    """Return the NumPy dtype of a dtype's name."""
     if dtype == "bfloat16":
         import ml_dtypes
 
-        dtype = ml_dtypes.bfloat16
-    offset = ALIGNED_OFFSET if aligned else np.dtype(dtype).itemsize
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(dtype)
+
+
+def _guarded(shape, dtype, aligned, mode):
+    kind = storage(dtype)
+    offset = ALIGNED_OFFSET if aligned else kind.itemsize
     if mode == "sanitize":
-        return Guarded(shape, dtype, offset=0 if aligned else offset, guard_bytes=0)
-    return Guarded(shape, dtype, offset=offset)
+        return Guarded(shape, kind, offset=0 if aligned else offset, guard_bytes=0)
+    return Guarded(shape, kind, offset=offset)
 
 
 def _same(one, other):

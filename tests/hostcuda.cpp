@@ -56,7 +56,7 @@ std::vector<Fiber> fibers;
 Fiber* current;  // null while the scheduler runs
 Context scheduler;
 HostEntry entry;
-const HostBytes* entry_arguments;
+const HostLaunch* launched;
 char* stacks;
 char* shared;
 size_t shared_bytes;
@@ -127,8 +127,20 @@ __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
   if (current) suspend(current->context);
 }
 
+bool within(const char* at, size_t bytes, const char* start, size_t size) {
+  return at >= start && at + bytes <= start + size;
+}
+
+bool within_an_array(const char* at, size_t bytes) {
+  for (int i = 0; i < launched->array_count; ++i) {
+    const HostBytes& range = launched->arrays[i];
+    if (within(at, bytes, static_cast<const char*>(range.start), range.bytes)) return true;
+  }
+  return false;
+}
+
 void run_thread() {
-  entry(entry_arguments);
+  entry(launched->arguments);
   if (!current->copies.empty()) fail("a thread ends with copies that it never waited for");
   current->ended = true;
   suspend(current->context);
@@ -150,7 +162,6 @@ struct Use {  // of a word of shared memory, since a barrier
 
 int round_number;
 #ifdef HOST_TRACE
-const HostLaunch* traced;
 std::vector<Access> accesses;
 std::vector<Use> uses;
 
@@ -175,16 +186,22 @@ void trace(const void* address, size_t bytes, bool writes) {
   const char* const at = static_cast<const char*>(address);
   int array = -2;
   size_t offset = at - shared;
-  if (at >= shared && offset < shared_bytes) {
+  if (within(at, 1, shared, shared_bytes)) {
     array = -1;
     for (size_t word = offset / 4; word < (offset + bytes + 3) / 4; ++word) use_word(word, writes);
   }
-  for (int i = 0; i < traced->array_count && array == -2; ++i) {
-    const HostBytes& range = traced->arrays[i];
-    offset = at - static_cast<const char*>(range.start);
-    if (at >= range.start && offset < range.bytes) array = i;
+  for (int i = 0; i < launched->array_count && array == -2; ++i) {
+    const HostBytes& range = launched->arrays[i];
+    const char* const start = static_cast<const char*>(range.start);
+    offset = at - start;
+    if (within(at, bytes, start, range.bytes)) {
+      array = i;
+    } else if (within(at, bytes, start - launched->guard_bytes,
+                      range.bytes + 2 * launched->guard_bytes)) {
+      fail("an access beside array %d, at byte %td of %zu", i, at - start, range.bytes);
+    }
   }
-  if (array == -2 || !traced->log) return;
+  if (array == -2 || launched->log < (array == -1 ? 2 : 1)) return;
   accesses.push_back({static_cast<int64_t>(offset), static_cast<int32_t>(blockIdx.x), round_number,
                       static_cast<int16_t>(threadIdx.x), static_cast<int16_t>(array),
                       static_cast<int16_t>(bytes), writes});
@@ -262,8 +279,11 @@ void host_copy_async(void* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) {
     return fail("a copy of %d bytes from %p to %p, which is not aligned", bytes, from, to);
   }
-  if (target < shared || offset + bytes > shared_bytes) {
+  if (!within(target, bytes, shared, shared_bytes)) {
     return fail("a copy to byte %zu of %zu of shared memory", offset, shared_bytes);
+  }
+  if (!within_an_array(static_cast<const char*>(from), bytes)) {
+    return fail("a copy from %p, which is in no array", from);
   }
   trace(from, bytes, false);
   trace(to, bytes, true);
@@ -307,14 +327,13 @@ const char* host_launch(HostEntry function, const HostLaunch& launch, int most_t
   }
 
   entry = function;
-  entry_arguments = launch.arguments;
+  launched = &launch;
   shared_bytes = launch.shared_bytes;
   const size_t shared_total = shared_bytes + guard_bytes;
   shared = static_cast<char*>(malloc(shared_total ? shared_total : 1));
   stacks = static_cast<char*>(aligned_alloc(4096, launch.threads * stack_bytes));
   fibers.assign(launch.threads, Fiber());
 #ifdef HOST_TRACE
-  traced = &launch;
   accesses.clear();
   uses.assign(shared_bytes / 4 + 4, Use());
 #endif

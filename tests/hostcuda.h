@@ -7,7 +7,7 @@
 //   - a barrier that not all threads of a block reach, or at different lines
 //   - shared memory that is used before it is written: a block starts with NaN everywhere
 //   - asynchronous copies without a wait: the target is NaN until the wait, which makes the copy
-//   - copies and vectors that are not aligned, or that leave the block's shared memory
+//   - copies and vectors that are not aligned, and copies from or to elsewhere
 //
 // It knows nothing of warps, banks, caches, registers and time.
 #pragma once
@@ -58,8 +58,9 @@ struct HostLaunch {
   int order;  // of the fibers: 0 ascending, 1 descending, 2 shuffled anew after every barrier
   int argument_count, array_count;
   const HostBytes* arguments;
-  const HostBytes* arrays;  // for traces
-  int log;                  // whether a trace keeps a record of every access
+  const HostBytes* arrays;  // that arguments point to
+  int guard_bytes;          // before and behind each array, not to be touched
+  int log;                  // of accesses in a trace: 0 none, 1 to arrays, 2 to shared memory, too
 };
 
 using HostEntry = void (*)(const HostBytes* arguments);
