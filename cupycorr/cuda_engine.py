@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from cupycorr.cuda_plan import Launch, Plan, Shape
 from cupycorr.cuda_sources import source
 from cupycorr.cuda_tiles import Device
 from cupycorr.geometry import Geometry
+
+Allocate = Callable[[Shape, str], Any]
 
 # C++17 is not CuPy's default. No fast-math: a sum must not depend on what is nearly equal.
 OPTIONS = ("-std=c++17",)
@@ -54,6 +56,8 @@ def forward(
     *,
     divisor: int = 1,
     plain: bool = False,
+    dtype: str | None = None,
+    allocate: Allocate | None = None,
 ) -> None:
     """Compute the cost volume of two maps.
 
@@ -69,6 +73,10 @@ def forward(
         Every sum is divided by it before it is rounded.
     plain : bool, default False
         Use only the kernels that compute one output per thread.
+    dtype : {"float16", "bfloat16", "float32", "float64"}, optional
+        What the arrays' bits mean, if they are of another dtype of that size.
+    allocate : callable (shape, dtype name) -> cupy.ndarray, optional
+        Where workspace comes from; by default CuPy's memory pool.
 
     Raises
     ------
@@ -79,12 +87,12 @@ def forward(
         cost.fill(0)
         return
     arrays = {"fmap1": fmap1, "fmap2": fmap2, "cost": cost}
+    dtype = str(fmap1.dtype) if dtype is None else dtype
     options: dict[str, Any] = {"aligned": _aligned(arrays), "plain": plain}
-    for part in _parts(arrays, geometry, fmap1):
+    for part in _parts(arrays, geometry, fmap1.shape, dtype):
         shape = part["fmap1"].shape
-        dtype = str(fmap1.dtype)
         plan = cuda_plan.forward(geometry, shape, dtype, device_of(fmap1.device.id), **options)
-        _run(plan, part, divisor)
+        _run(plan, part, dtype, divisor, allocate or cupy.empty)
 
 
 def backward(
@@ -97,6 +105,8 @@ def backward(
     *,
     divisor: int = 1,
     plain: bool = False,
+    dtype: str | None = None,
+    allocate: Allocate | None = None,
 ) -> None:
     """Compute the gradients with respect to the maps.
 
@@ -108,7 +118,7 @@ def backward(
         The feature maps.
     grad_fmap1, grad_fmap2 : cupy.ndarray (N, C, H, W), of the maps' dtype, contiguous, or None
         Where the gradients are written; None where not needed.
-    geometry, divisor, plain
+    geometry, divisor, plain, dtype, allocate
         As for `forward`.
 
     Raises
@@ -129,11 +139,11 @@ def backward(
         "aligned": _aligned(arrays),
         "plain": plain,
     }
-    for part in _parts(arrays, geometry, fmap1):
+    dtype = str(fmap1.dtype) if dtype is None else dtype
+    for part in _parts(arrays, geometry, fmap1.shape, dtype):
         shape = part["fmap1"].shape
-        dtype = str(fmap1.dtype)
         plan = cuda_plan.backward(geometry, shape, dtype, device_of(fmap1.device.id), **options)
-        _run(plan, part, divisor)
+        _run(plan, part, dtype, divisor, allocate or cupy.empty)
 
 
 def warm_up(geometry: Geometry, shape: Shape, dtype: str) -> list[Compiled]:
@@ -184,10 +194,12 @@ def device_of(number: int) -> Device:
     )
 
 
-def _parts(arrays: dict[str, Any], geometry: Geometry, fmap: Any) -> Iterator[dict[str, Any]]:
+def _parts(
+    arrays: dict[str, Any], geometry: Geometry, shape: Shape, dtype: str
+) -> Iterator[dict[str, Any]]:
     """Split the batch where the workspace of all of it would be too large."""
-    at_once = cuda_plan.samples_at_once(geometry, fmap.shape, str(fmap.dtype))
-    for start in range(0, len(fmap), at_once):
+    at_once = cuda_plan.samples_at_once(geometry, shape, dtype)
+    for start in range(0, shape[0], at_once):
         yield {name: array[start : start + at_once] for name, array in arrays.items()}
 
 
@@ -195,15 +207,14 @@ def _aligned(arrays: dict[str, Any]) -> bool:
     return all(array.data.ptr % ALIGNMENT == 0 for array in arrays.values())
 
 
-def _run(plan: Plan, arrays: dict[str, Any], divisor: int) -> None:
+def _run(plan: Plan, arrays: dict[str, Any], dtype: str, divisor: int, allocate: Allocate) -> None:
     """Launch on the current stream of the arrays' device."""
-    fmap = arrays["fmap1"]
-    dtype = _SUM[cuda_plan.accumulator(str(fmap.dtype))]
-    with fmap.device:
+    accumulator = cuda_plan.accumulator(dtype)
+    with arrays["fmap1"].device:
         if plan.volume is not None:
-            arrays = {**arrays, "volume": cupy.empty(plan.volume, dtype)}
+            arrays = {**arrays, "volume": allocate(plan.volume, accumulator)}
         for launch in plan.launches:
-            scale = dtype(1 / divisor if launch.scaled else 1)
+            scale = _SUM[accumulator](1 / divisor if launch.scaled else 1)
             operands = (arrays[name] for name in launch.arrays)
             _function(launch)(
                 (launch.blocks,),

@@ -1,4 +1,4 @@
-"""The cost volume in torch: operators, their derivatives, and the module. It computes on the CPU.
+"""The cost volume in torch: operators, their derivatives, and the module.
 
 The cost volume and its two gradients are three faces of one trilinear form of three *slots*::
 
@@ -54,12 +54,12 @@ def correlation(fmap1: Tensor, fmap2: Tensor, geometry: Geometry, normalize: boo
     TypeError
         If a map is not dense, but sparse for instance.
     RuntimeError
-        If the maps are neither on the CPU nor on the meta device.
+        If the maps are on another kind of device than CPU, CUDA and meta, or on CUDA without CuPy.
     """
-    if fmap1.device.type not in ("cpu", "meta"):
+    if fmap1.device.type not in ("cpu", "cuda", "meta"):
         raise RuntimeError(
-            f"the maps must be on the CPU, got {fmap1.device}: this version computes on the CPU "
-            "only; move them with .cpu()"
+            f"the maps must be on the CPU or on a CUDA device, got {fmap1.device}; move them with "
+            ".cpu()"
         )
     if not (fmap1.layout is fmap2.layout is torch.strided):
         raise TypeError(
@@ -223,28 +223,34 @@ def _derive(
 def _compute(
     operator: _Operator, geometry: Geometry, normalize: bool, *operands: Tensor
 ) -> tuple[Tensor, ...]:
-    """Compute what an operator returns for dense CPU tensors, on their own memory."""
-    fmap, arrays = operands[0], [_array(tensor) for tensor in operands]
-    divisor = geometry.divisor(fmap.shape[1], normalize)
-    threads = torch.get_num_threads()
+    """Compute what an operator returns for dense tensors, on their own memory."""
+    fmap = operands[0]
+    shapes = {FMAP1: fmap.shape, FMAP2: fmap.shape, COST: geometry.cost_shape(fmap.shape)}
+    results = tuple(fmap.new_empty(shapes[slot]) for slot in operator.results)
+    engine: Any = numpy_engine
+    memory: Callable[[Tensor], Any] = _array
+    options: dict[str, Any] = {"divisor": geometry.divisor(fmap.shape[1], normalize)}
+    if fmap.is_cuda:
+        from cupycorr import torch_cuda
+
+        engine, memory = torch_cuda, Tensor.detach
+    else:
+        options["threads"] = torch.get_num_threads()
+    read = dict(zip(operator.operands, map(memory, operands), strict=True))
+    written = dict(zip(operator.results, map(memory, results), strict=True))
     if operator is _COST:
-        cost = fmap.new_empty(geometry.cost_shape(fmap.shape))
-        one, two = arrays
-        numpy_engine.forward(one, two, _array(cost), geometry, divisor=divisor, threads=threads)
-        return (cost,)
-    results = tuple(fmap.new_empty(fmap.shape) for _ in operator.results)
-    read = dict(zip(operator.operands, arrays, strict=True))
-    written = dict(zip(operator.results, map(_array, results), strict=True))
-    # Of a map that no wanted gradient depends on, the engine reads the shape: either map's.
-    numpy_engine.backward(
+        engine.forward(read[FMAP1], read[FMAP2], written[COST], geometry, **options)
+        return results
+    # Of a map that no wanted gradient depends on, an engine reads the shape: either map's.
+    either = read[operator.operands[0]]
+    engine.backward(
         read[COST],
-        read.get(FMAP1, arrays[0]),
-        read.get(FMAP2, arrays[0]),
+        read.get(FMAP1, either),
+        read.get(FMAP2, either),
         written.get(FMAP1),
         written.get(FMAP2),
         geometry,
-        divisor=divisor,
-        threads=threads,
+        **options,
     )
     return results
 
@@ -336,16 +342,20 @@ def _keys(*names: str) -> torch._C.DispatchKeySet:
 
 
 _AUTOCAST = _keys("AutocastCPU", "AutocastCUDA")
-_PLAIN = _keys("CPU", "BackendSelect", "ADInplaceOrView", "AutogradCPU", "AutocastCPU").raw_repr()
-"""Dispatch keys under which the dispatcher runs the CPU's kernel, between autograd and that."""
+_PLAIN = _keys(
+    *("CPU", "CUDA", "BackendSelect", "ADInplaceOrView"),
+    *("AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"),
+).raw_repr()
+"""Dispatch keys under which the dispatcher runs a device's kernel, between autograd and that."""
 
 
 def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
     """Tell whether all that the dispatcher would do is to differentiate and to compute.
 
-    That is: dense tensors on the CPU; no subclass, transform, tracer or mode. What surrounds the
-    engine then takes a third of the time that it takes with the dispatcher and its Python kernels,
-    two thirds for both passes; that is a fifth of a forward call on maps of 4 x 4 pixels.
+    That is: dense tensors on the CPU or a CUDA device; no subclass, transform, tracer or mode. What
+    surrounds the engine then takes a third of the time that it takes with the dispatcher and its
+    Python kernels, two thirds for both passes; that is a fifth of a forward call on maps of 4 x 4
+    pixels.
     """
     keys = torch._C._dispatch_tls_local_include_set().raw_repr()
     for tensor in tensors:
@@ -398,7 +408,7 @@ def _autograd_kernel(operator: _Operator, *arguments: Any) -> Any:
     return _returned(operator, results)
 
 
-def _cpu_kernel(operator: _Operator, *arguments: Any) -> Any:
+def _kernel(operator: _Operator, *arguments: Any) -> Any:
     operands, geometry, normalize = _parse(operator, arguments)
     # Graphs that were traced or exported come here with whatever tensors they are given, and the
     # engine would read and write outside of theirs.
@@ -417,6 +427,11 @@ def _cpu_kernel(operator: _Operator, *arguments: Any) -> Any:
             f"operands of cupycorr::{operator.name} must have the shapes "
             f"{', '.join(str(tuple(shape)) for shape in shapes)}, got "
             f"{', '.join(str(tuple(operand.shape)) for operand in operands)}"
+        )
+    if len({operand.device for operand in operands}) > 1:
+        raise ValueError(
+            f"operands of cupycorr::{operator.name} must be on one device, got "
+            f"{', '.join(str(operand.device) for operand in operands)}"
         )
     if len({operand.dtype for operand in operands}) > 1 or fmap.dtype not in _DTYPES:
         raise TypeError(
@@ -505,7 +520,8 @@ def _register(library: torch.library.Library) -> None:
             f"{operator.name}({operands}, {fields}, bool normalize) -> ({results})",
             tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
         )
-        library.impl(operator.name, partial(_cpu_kernel, operator), "CPU")  # type: ignore[no-untyped-call]
+        library.impl(operator.name, partial(_kernel, operator), "CPU")  # type: ignore[no-untyped-call]
+        library.impl(operator.name, partial(_kernel, operator), "CUDA")  # type: ignore[no-untyped-call]
         library.impl(operator.name, partial(_autograd_kernel, operator), "Autograd")  # type: ignore[no-untyped-call]
         qualified = f"cupycorr::{operator.name}"
         torch.library.register_fake(qualified, partial(_fake_kernel, operator), lib=library)

@@ -33,6 +33,7 @@ ROOMS = {
     "cupycorr.cuda_plan": Room(0.6),
     "cupycorr.cuda_sources": Room(0.7),
     "cupycorr.cuda_engine": Room(1, NUMPY | {"cupy"}),
+    "cupycorr.torch_cuda": Room(1.2, NUMPY | {"torch"}, frozenset({"cupy"})),
     # The torch module enters by the public door, where its tensors are checked.
     "cupycorr.torch_ops": Room(1.5, NUMPY | {"torch"}, up=frozenset({"cupycorr.api"})),
     "cupycorr.api": Room(2, NUMPY, frozenset({"cupy", "torch"})),

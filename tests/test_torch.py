@@ -249,9 +249,15 @@ class TestModes:
 
     def test_tensors_of_other_devices_are_refused(self):
         with torch._subclasses.FakeTensorMode():
-            maps = [torch.empty(SHAPE, device="cuda") for _ in range(2)]
-            with pytest.raises(RuntimeError, match="must be on the CPU, got cuda:0: this version"):
+            maps = [torch.empty(SHAPE, device="mps") for _ in range(2)]
+            with pytest.raises(RuntimeError, match="or on a CUDA device, got mps:0; move them"):
                 cupycorr.correlation(*maps, GEOMETRY)
+
+    def test_cuda_tensors_without_values_give_results_there(self):
+        with torch._subclasses.FakeTensorMode():
+            maps = [torch.empty(SHAPE, device="cuda") for _ in range(2)]
+            cost = cupycorr.correlation(*maps, GEOMETRY)
+            assert (cost.shape, cost.device) == (GEOMETRY.cost_shape(SHAPE), maps[0].device)
 
     def test_sparse_tensors_are_refused(self):
         with pytest.raises(TypeError, match="must be dense tensors"):

@@ -1,0 +1,145 @@
+"""The bridge from CUDA tensors to the CUDA engine: memory by DLPack, and torch's stream.
+
+Nothing is copied, and nothing waits for the device: outputs and workspace come from torch's
+allocator, kernels go to torch's current stream of the tensors' device, whichever device is current.
+Once the kernels of a layer are compiled (by a first call, or `cupycorr warmup`), a call can be
+captured into a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cupycorr.geometry import Geometry
+
+
+def forward(
+    fmap1: Tensor, fmap2: Tensor, cost: Tensor, geometry: Geometry, *, divisor: int = 1
+) -> None:
+    """Compute the cost volume of two maps.
+
+    Parameters
+    ----------
+    fmap1, fmap2 : Tensor (N, C, H, W), float16|bfloat16|float32|float64, on a CUDA device
+        The feature maps, of any strides.
+    cost : Tensor (N, PH, PW, OH, OW), of the maps' dtype and device, contiguous
+        Where the result is written.
+    geometry : Geometry
+        What is compared.
+    divisor : int, default 1
+        Every sum is divided by it before it is rounded.
+
+    Raises
+    ------
+    RuntimeError
+        If CuPy is missing, or torch was built for another kind of GPU; otherwise as
+        `cuda_engine.forward`.
+    """
+    engine = _engine()
+    with _on_stream_of(fmap1):
+        engine.forward(
+            *map(_array, (fmap1, fmap2, cost)),
+            geometry,
+            divisor=divisor,
+            dtype=_dtype(fmap1),
+            allocate=_allocator(fmap1),
+        )
+
+
+def backward(
+    grad_cost: Tensor,
+    fmap1: Tensor,
+    fmap2: Tensor,
+    grad_fmap1: Tensor | None,
+    grad_fmap2: Tensor | None,
+    geometry: Geometry,
+    *,
+    divisor: int = 1,
+) -> None:
+    """Compute the gradients with respect to the maps.
+
+    Parameters
+    ----------
+    grad_cost : Tensor (N, PH, PW, OH, OW), of the maps' dtype and device
+        The gradient with respect to the cost volume, of any strides.
+    fmap1, fmap2 : Tensor (N, C, H, W), float16|bfloat16|float32|float64, on a CUDA device
+        The feature maps, of any strides.
+    grad_fmap1, grad_fmap2 : Tensor (N, C, H, W), of the maps' dtype and device, contiguous, or None
+        Where the gradients are written; None where not needed.
+    geometry, divisor
+        As for `forward`.
+
+    Raises
+    ------
+    RuntimeError
+        As `forward`.
+    """
+    engine = _engine()
+    with _on_stream_of(fmap1):
+        grads = (None if g is None else _array(g) for g in (grad_fmap1, grad_fmap2))
+        engine.backward(
+            *map(_array, (grad_cost, fmap1, fmap2)),
+            *grads,
+            geometry,
+            divisor=divisor,
+            dtype=_dtype(fmap1),
+            allocate=_allocator(fmap1),
+        )
+
+
+def _engine() -> Any:
+    if torch.version.hip is not None:
+        raise RuntimeError(
+            "CUDA tensors must be on an NVIDIA GPU, got a torch built for ROCm; move them to the "
+            "CPU"
+        )
+    try:
+        from cupycorr import cuda_engine
+    except ImportError as error:
+        raise RuntimeError(
+            f"CuPy must be there to compute CUDA tensors, got: {error}; "
+            f"pip install 'cupycorr[cuda{(torch.version.cuda or '12').partition('.')[0]}]'"
+        ) from error
+    return cuda_engine
+
+
+@contextmanager
+def _on_stream_of(tensor: Tensor) -> Iterator[None]:
+    """Make a tensor's device, and torch's current stream there, current for CuPy."""
+    import cupy
+
+    number = tensor.device.index
+    stream = torch.cuda.current_stream(tensor.device).cuda_stream
+    with cupy.cuda.Device(number), cupy.cuda.ExternalStream(stream, number):
+        yield
+
+
+def _array(tensor: Tensor) -> Any:
+    """Return a tensor's memory as a CuPy array; what is not contiguous is copied.
+
+    bfloat16 goes as its bits, which needs no such type on CuPy's side.
+    """
+    import cupy
+
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        tensor = tensor.view(torch.int16)
+    return cupy.from_dlpack(tensor)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _allocator(like: Tensor) -> Callable[[tuple[int, ...], str], Any]:
+    """Return what allocates workspace from torch's memory, on a tensor's device."""
+
+    def allocate(shape: tuple[int, ...], dtype: str) -> Any:
+        return _array(torch.empty(shape, dtype=getattr(torch, dtype), device=like.device))
+
+    return allocate
