@@ -138,7 +138,8 @@ def host_engine(
     options = {"aligned": aligned, "plain": plain}
     planned = planned or (lambda plan: plan)
 
-    def run(plan_function, fmap1, geometry, dtype, normalize, inputs, outputs, **more):
+    @np.errstate(invalid="ignore")  # NaN may be rounded to a narrower NaN
+    def run(plan_function, fmap1, geometry, dtype, normalize, inputs, outputs):
         arrays = {}
         for name, shape in {**{n: a.shape for n, a in inputs.items()}, **outputs}.items():
             arrays[name] = _guarded(shape, dtype, aligned, mode)
@@ -150,7 +151,7 @@ def host_engine(
         at_once = cuda_plan.samples_at_once(geometry, fmap1.shape, dtype)
         for start in range(0, len(fmap1) if fmap1.size else 0, max(1, at_once)):
             part = {name: whole.array[start : start + at_once] for name, whole in arrays.items()}
-            plan = plan_function(geometry, part["fmap1"].shape, dtype, device, **options, **more)
+            plan = plan_function(geometry, part["fmap1"].shape, dtype, device, **options)
             run_plan(planned(plan), part, dtype, divisor, order=order, mode=mode, patch=patch)
         for name, whole in arrays.items():
             whole.check(name)
