@@ -213,7 +213,9 @@ def _product_tiles(problem: Product, device: Device) -> Iterator[tuple[float, Pr
                         # Else operands and words on their way take turns in the same registers.
                         operands = 0 if ahead else (positions + window) * word_bytes // 4
                         registers = max(registers, registers - operands + staged)
-                    if chunk % channel_groups or registers > MOST_REGISTERS:
+                    if chunk % channel_groups or chunk > problem.channels:
+                        continue
+                    if registers > MOST_REGISTERS:
                         continue
                     if shared_bytes > device.shared_bytes:
                         continue
@@ -224,11 +226,11 @@ def _product_tiles(problem: Product, device: Device) -> Iterator[tuple[float, Pr
                         multiply_adds=problem.channels * sums * lanes * strips,
                         # Neighbouring strips share the words of the first map.
                         wavefronts=problem.channels * lanes * strips / 32
-                        * (2 * positions + 4 * window) / load,
-                        instructions=problem.channels * (
-                            lanes * strips * (loads + 10)
-                            + threads * copies * (3 if problem.asynchronous else 2 + problem.vector)
-                        ) + sums * busy * 10,
+                        * (2 * positions + 5 * window) / load,
+                        instructions=problem.channels * lanes * strips * (loads + 10)
+                        + threads * -(-problem.channels // chunk)
+                        * (35 + chunk * copies * (4 + (not problem.asynchronous) * problem.vector))
+                        + sums * busy * 10,
                         words=problem.channels * copies * threads * problem.vector,
                         results=sums * lanes * strips,
                         ahead=ahead,
@@ -316,8 +318,8 @@ def _gradient_tiles(problem: Gradient, device: Device) -> Iterator[tuple[float, 
                 wavefronts=patch_y * busy / 32
                 * (4 * g_loads + (2 if rows > 2 else 4) * window_loads),
                 instructions=patch_y * (
-                    busy * (g_loads + window_loads) + threads * (60 + 14 * rows)
-                ) + threads * copies * 6 + busy * channels * positions * 10,
+                    busy * (g_loads + window_loads) + threads * (100 + 30 * rows)
+                ) + threads * copies * 5 + busy * channels * positions * 10,
                 words=threads * (
                     patch_y * g_copies + (patch_y + wraps) * source_copies * problem.vector
                 ),
@@ -391,8 +393,11 @@ def _copies(rows: int, columns: int, vector: int, threads: int) -> int:
 
 
 def _few(most: int) -> list[int]:
-    """Return some numbers from 1 to ``most``, that one included."""
-    return sorted({min(most, count) for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)})
+    """Return the powers of two up to the first that is not below ``most``, at most 32.
+
+    With other numbers of groups, lanes that load at once would meet in the same banks.
+    """
+    return [1 << i for i in range(min(5, (most - 1).bit_length()) + 1)]
 
 
 def _round_up(count: int, multiple: int) -> int:

@@ -24,7 +24,8 @@
 // whose sums are added in a fixed order at the end.
 //
 // Launch: samples * phases_y * blocks_y * blocks_x blocks of `threads` threads, with `shared_words`
-// accumulators of dynamic shared memory; fewer than 2^31 elements per sample in each array.
+// accumulators of dynamic shared memory; at least `chunk` channels, and fewer than 2^31 elements
+// per sample in each array.
 
 #ifndef CUPYCORR_CONSTANTS
 using element = float;      // of the maps
@@ -143,26 +144,24 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_cost(
   const auto buffer = [&](int c) { return c / chunk % buffers * buffer_words; };
   typename Map1::Fetched fetched1;
   typename Map2::Fetched fetched2;
+  // The last chunk begins early enough to be a whole one; channels that it repeats count once.
+  const auto first_channel = [&](int c) { return smaller(c, s.channels - chunk); };
   const auto fetch = [&](int c) {
-    const int count = smaller(chunk, s.channels - c);
-    const long long base = sample + static_cast<long long>(c) * plane;
-    share1.fetch(fmap1 + base, plane, spacing_y * advance_y * s.width, count, fetched1,
-                 buffer(c), channel_words);
-    share2.fetch(fmap2 + base, plane, spacing_y * s.width, count, fetched2, buffer(c),
+    const long long base = sample + static_cast<long long>(first_channel(c)) * plane;
+    share1.fetch(fmap1 + base, plane, spacing_y * advance_y * s.width, fetched1, buffer(c),
                  channel_words);
+    share2.fetch(fmap2 + base, plane, spacing_y * s.width, fetched2, buffer(c), channel_words);
   };
   const auto land = [&](int c) {
-    const int count = smaller(chunk, s.channels - c);
-    share1.land(count, fetched1, shared + buffer(c), channel_words);
-    share2.land(count, fetched2, shared + buffer(c), channel_words);
+    share1.land(fetched1, shared + buffer(c), channel_words);
+    share2.land(fetched2, shared + buffer(c), channel_words);
     if (asynchronous) wait_for_copies();
   };
 
   accumulator sums[displacements][positions] = {};
   const auto multiply = [&](int c) {
-    const int count = smaller(chunk, s.channels - c);
 #pragma unroll 1
-    for (int k = channel_group; k < count; k += channel_groups) {
+    for (int k = c - first_channel(c) + channel_group; k < chunk; k += channel_groups) {
       accumulator one[positions], two[round_up(window, load)];
 #pragma unroll
       for (int i = 0; i < positions; i += load) {
@@ -185,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_cost(
   // in registers until all have finished.
   clear<threads>(shared, buffers * buffer_words, thread);
   __syncthreads();
-  if (ahead && s.channels > 0) fetch(0);
+  if (ahead) fetch(0);
 #pragma unroll 1
   for (int c = 0; c < s.channels; c += chunk) {
     if (!ahead) fetch(c);

@@ -196,33 +196,36 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
   // Rows that do not exist are neither fetched nor used.
   Upstream::Fetched fetched_g[rows];
   Source::Fetched fetched_source[slots];
+  unsigned fetched_rows = 0;  // bit r: row r of G; bit rows + slot: a row of the source
   const auto fetch = [&](int j, int buffer) {  // to the buffer that begins at this word
+    fetched_rows = 0;
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
       if (!row_exists(j, r)) continue;
+      fetched_rows |= 1u << r;
       const int i = displacement_row(j, r), p = which == 1 ? i : patch_y - 1 - i;
       const upstream* const base =
           grad_cost + costs + p * patch_x * lattice + lattice_row(j, r) * s.lattice_width;
-      share_g.fetch(base, 0, g_row, 1, fetched_g[r], buffer + r * pitch_rows, 0);
+      share_g.fetch(base, 0, g_row, fetched_g[r], buffer + r * pitch_rows, 0);
     }
 #pragma unroll
     for (int slot = 0; slot < slots; ++slot) {
       const int y = source_y0 + spacing_y * (j + slot * patch_y);
       if (!inside(y, s.height) || (slot == 1 && j >= wraps)) continue;
-      share_source.fetch(source + sample * plane + y * s.width, 0, plane, 1, fetched_source[slot],
+      fetched_rows |= 1u << (rows + slot);
+      share_source.fetch(source + sample * plane + y * s.width, 0, plane, fetched_source[slot],
                          buffer + slot * source_words, 0);
     }
   };
-  const auto land = [&](int j, int buffer) {
+  const auto land = [&](int buffer) {  // what was fetched last
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
-      if (row_exists(j, r)) share_g.land(1, fetched_g[r], shared + buffer + r * pitch_rows, 0);
+      if (fetched_rows >> r & 1) share_g.land(fetched_g[r], shared + buffer + r * pitch_rows, 0);
     }
 #pragma unroll
     for (int slot = 0; slot < slots; ++slot) {
-      const int y = source_y0 + spacing_y * (j + slot * patch_y);
-      if (!inside(y, s.height) || (slot == 1 && j >= wraps)) continue;
-      share_source.land(1, fetched_source[slot], shared + buffer + slot * source_words, 0);
+      if (!(fetched_rows >> (rows + slot) & 1)) continue;
+      share_source.land(fetched_source[slot], shared + buffer + slot * source_words, 0);
     }
     if (asynchronous || upstream_asynchronous) wait_for_copies();
   };
@@ -272,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
     const int next = next_step(j + 1), other = (buffers - 1) * buffer_words - buffer;
     if (!ahead) fetch(j, buffer);
     if (buffers == 1) __syncthreads();
-    land(j, buffer);
+    land(buffer);
     __syncthreads();
     if (ahead && next < patch_y) fetch(next, other);
     if (active && row_exists(j, row)) multiply(j, buffer);

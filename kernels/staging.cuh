@@ -133,10 +133,10 @@ struct Share {
     }
   }
 
-  // Read `count` rectangles that lie `slab` elements apart, their rows `row` elements. In shared
+  // Read SLABS rectangles that lie `slab` elements apart, their rows `row` elements. In shared
   // memory the first lies `shift` words behind that of `find`, the others every `slab_words` words.
-  __device__ __forceinline__ void fetch(const Element* base, int slab, int row, int count,
-                                        Fetched& fetched, int shift, int slab_words) const {
+  __device__ __forceinline__ void fetch(const Element* base, int slab, int row, Fetched& fetched,
+                                        int shift, int slab_words) const {
     constexpr int word = static_cast<int>(sizeof(Accumulator));
 #pragma unroll
     for (int i = 0; i < across; ++i) {
@@ -147,7 +147,6 @@ struct Share {
         if (!(exists[i][k / 32] >> k % 32 & 1)) continue;
 #pragma unroll
         for (int s = 0; s < SLABS; ++s) {
-          if (s >= count) continue;
           if constexpr (ASYNCHRONOUS) {
             copy_async<sizeof(Element) * VECTOR>(
                 target + (s * slab_words + k * at_once * ROW_PITCH) * word, source + s * slab);
@@ -161,7 +160,7 @@ struct Share {
   }
 
   // Store what was fetched last.
-  __device__ __forceinline__ void land(int count, const Fetched& fetched, Accumulator* shared,
+  __device__ __forceinline__ void land(const Fetched& fetched, Accumulator* shared,
                                        int slab_words) const {
 #pragma unroll
     for (int i = 0; i < (ASYNCHRONOUS ? 0 : across); ++i) {
@@ -171,7 +170,6 @@ struct Share {
         Accumulator* const target = shared + to[i] + k * at_once * ROW_PITCH;
 #pragma unroll
         for (int s = 0; s < SLABS; ++s) {
-          if (s >= count) continue;
           Accumulator words[VECTOR];
 #pragma unroll
           for (int v = 0; v < VECTOR; ++v) words[v] = widen(fetched.packs[s][i][k].values[v]);
