@@ -36,6 +36,7 @@ ROOMS = {
     "cupycorr.torch_cuda": Room(1.2, NUMPY | {"torch"}, frozenset({"cupy"})),
     # The torch module enters by the public door, where its tensors are checked.
     "cupycorr.torch_ops": Room(1.5, NUMPY | {"torch"}, up=frozenset({"cupycorr.api"})),
+    "cupycorr.onnx_export": Room(2, NUMPY | {"onnxscript", "torch"}),
     "cupycorr.api": Room(2, NUMPY, frozenset({"cupy", "torch"})),
     "cupycorr.verify": Room(2, NUMPY, frozenset({"cupy", "torch", "ml_dtypes"})),
     "cupycorr.compat": Room(2, NUMPY, frozenset({"torch"})),
