@@ -307,7 +307,7 @@ def _compile(source, options, suffix):
         done = subprocess.run(command, input=source, capture_output=True, text=True)
         if done.returncode:
             Path(new.name).unlink()
-            raise HostError(f"{COMPILER} failed:\n{done.stderr}")
+            raise RuntimeError(f"{COMPILER} must compile the kernel, got:\n{done.stderr}")
         os.replace(new.name, path)
     return path
 
