@@ -87,15 +87,26 @@ def capabilities() -> list[int]:
     return list(known)
 
 
-def inner_loop(kernel: Kernel) -> Counter[str]:
-    """Return how often each instruction stands in the innermost loop that multiplies most."""
-    code, labels = _disassemble(kernel)
-    loops = []
-    for end, text in enumerate(code):
-        target = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", text)
-        if target and labels[target[1]] < end:
-            loops.append(Counter(map(_operation, code[labels[target[1]] : end + 1])))
-    return min(loops, key=lambda loop: (-multiply_adds(loop), loop.total()), default=Counter())
+def loops(kernel: Kernel) -> tuple[Counter[str], Counter[str]]:
+    """Return how often each instruction stands in the loops that multiply: inner and outer.
+
+    Of the loops with the most multiply-adds, the innermost, and the innermost with a barrier; they
+    may be one. Of branches that exclude each other the longest counts, and loops inside count once.
+    All of the kernel counts as a loop if its loops leave most multiply-adds out: a loop that runs
+    once is none in machine code.
+    """
+    code = _disassemble(kernel)
+    whole = _longest_path(code, 0, len(code) - 1)
+    found = [
+        _longest_path(code, target, end)
+        for end, (_, target) in enumerate(code)
+        if target is not None and target < end
+    ]
+    most = max(map(multiply_adds, found), default=0)
+    if 2 * most < multiply_adds(whole):
+        return whole, whole
+    found = sorted((loop for loop in found if multiply_adds(loop) == most), key=Counter.total)
+    return found[0], next((loop for loop in found if loop["BAR"]), whole)
 
 
 def multiply_adds(loop: Counter[str]) -> int:
@@ -141,11 +152,14 @@ def _numbers(pattern, text):
 
 
 def _disassemble(kernel):
-    """Return a kernel's instructions in order, and where its labels point to."""
+    """Return a kernel's instructions in order, each with the number of that it may branch to."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(kernel.cubin)
-        command = [str(_files(DISASSEMBLER)[0]), "--print-code", str(path)]
+        tool = next(iter(_files(DISASSEMBLER)), None)
+        if tool is None:
+            raise RuntimeError(missing(DISASSEMBLER))
+        command = [str(tool), "--print-code", str(path)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     code, labels = [], {}
     text = text[text.index(f"\n.text.{kernel.name}:") :]
@@ -154,7 +168,30 @@ def _disassemble(kernel):
             labels[label[1]] = len(code)
         elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*);", line):
             code.append(instruction[1])
-    return code, labels
+    branches = [re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction) for instruction in code]
+    return [
+        (instruction, labels[branch[1]] if branch else None)
+        for instruction, branch in zip(code, branches, strict=True)
+    ]
+
+
+def _longest_path(code, start, end):
+    """Count the instructions of the longest way forward from one instruction to another."""
+    never = float("-inf")
+    length, follower = {end: 1}, {end: None}
+    for at in range(end - 1, start - 1, -1):
+        instruction, target = code[at]
+        always = not instruction.startswith("@") and re.match(r"(BRA|EXIT|RET)\b", instruction)
+        ways = [] if always else [at + 1]
+        if target is not None and at < target <= end:
+            ways.append(target)
+        follower[at] = max(ways, key=lambda way: length[way], default=None)
+        length[at] = never if follower[at] is None else 1 + length[follower[at]]
+    path, at = Counter(), start
+    while at is not None:
+        path[_operation(code[at][0])] += 1
+        at = follower[at]
+    return path
 
 
 def _operation(instruction):
