@@ -61,7 +61,11 @@ def _cost(fmap1: Any, fmap2: Any, *arguments: Any) -> Any:
     read2 = _numbers(y.read2, x.read2, height, width, y.reach * x.reach)
     tiles = op.Gather(_pixels(one, channels, pixels), read1, axis=1)
     met = op.Gather(_pixels(two, channels, pixels), read2, axis=1)
-    products = op.MatMul(tiles, op.Transpose(met, perm=[0, 1, 3, 2]))
+    if fmap1.dtype.name == "DOUBLE":
+        # onnxruntime 1.23 would fuse the operators below to one that it has for float32 only.
+        products = op.Einsum(tiles, met, equation="ngac,ngbc->ngab")
+    else:
+        products = op.MatMul(tiles, op.Transpose(met, perm=[0, 1, 3, 2]))
     cost = _pick(products, y, x)
     cost = _sum_window(cost, geometry.y, height, dim=3)
     cost = _sum_window(cost, geometry.x, width, dim=4)
