@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 COMPILERS = ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")  # the first one that is installed
 DISASSEMBLER = "nvidia-cuda-nvdisasm"
-OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v")
+OPTIONS = ("-std=c++17", "--ptxas-options=-v")  # the first is what the engine gives
 
 
 class CompileError(Exception):
