@@ -17,8 +17,9 @@ wanted, and perhaps derivatives, a call takes the short way around it (`_is_plai
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
@@ -216,6 +217,7 @@ def _derive(
             )
             return results
         return _compute(operator, geometry, normalize, *operands)
+    _learn_sharding()
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
         return _dispatch(operator, geometry, normalize, *operands)
 
@@ -395,6 +397,7 @@ def _dispatch_below_autograd(
 
 
 def _autograd_kernel(operator: _Operator, *arguments: Any) -> Any:
+    _learn_sharding()
     operands, geometry, normalize = _parse(operator, arguments)
     if _is_differentiated(operands) or torch._C._are_functorch_transforms_active():
         # The dispatcher has come down to a single level of torch.func's transforms.
@@ -406,6 +409,20 @@ def _autograd_kernel(operator: _Operator, *arguments: Any) -> Any:
     else:
         results = _dispatch_below_autograd(operator, geometry, normalize, *operands)
     return _returned(operator, results)
+
+
+def _learn_sharding() -> None:
+    """Tell distributed tensors about the operators, once somebody has imported those."""
+    if "torch.distributed.tensor" in sys.modules:
+        _register_sharding()
+
+
+@cache
+def _register_sharding() -> None:
+    from cupycorr import torch_sharding
+
+    for operator in (*_OF_SLOT, _GRADS):
+        torch_sharding.register(operator.function)
 
 
 def _kernel(operator: _Operator, *arguments: Any) -> Any:

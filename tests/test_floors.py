@@ -29,11 +29,13 @@ ROOMS = {
     "cupycorr.parallel": Room(1, NUMPY, frozenset({"threadpoolctl"})),
     "cupycorr.numpy_*": Room(1, NUMPY),
     # What compiles and plans without a device must not need CuPy.
+    "cupycorr.cuda_model": Room(0.4),
     "cupycorr.cuda_tiles": Room(0.5),
     "cupycorr.cuda_plan": Room(0.6),
     "cupycorr.cuda_sources": Room(0.7),
     "cupycorr.cuda_engine": Room(1, NUMPY | {"cupy"}),
     "cupycorr.torch_cuda": Room(1.2, NUMPY | {"torch"}, frozenset({"cupy"})),
+    "cupycorr.torch_sharding": Room(1.2, frozenset({"torch"})),
     # The torch module enters by the public door, where its tensors are checked.
     "cupycorr.torch_ops": Room(1.5, NUMPY | {"torch"}, up=frozenset({"cupycorr.api"})),
     "cupycorr.onnx_export": Room(2, NUMPY | {"onnxscript", "torch"}),
