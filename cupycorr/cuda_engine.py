@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cupycorr import cuda_plan
+from cupycorr.cuda_model import Device
 from cupycorr.cuda_plan import Launch, Plan, Shape
 from cupycorr.cuda_sources import source
-from cupycorr.cuda_tiles import Device
 from cupycorr.geometry import Geometry
 
 Allocate = Callable[[Shape, str], Any]

@@ -13,7 +13,7 @@ from math import gcd, prod
 from typing import NamedTuple
 
 from cupycorr import cuda_tiles
-from cupycorr.cuda_tiles import Device
+from cupycorr.cuda_model import Device, elements_per_load, size_class
 from cupycorr.geometry import Axis, Geometry
 
 Shape = tuple[int, ...]
@@ -282,7 +282,7 @@ def _product(
     first = geometry.first_displacement
 
     # Loads of several elements need neighbouring columns and aligned rows.
-    wide = cuda_tiles.elements_per_load(dtype)
+    wide = elements_per_load(dtype)
     asynchronous = device.copies_asynchronously and dtype == accumulator(dtype)
     vector = lead = 0
     if aligned and width % wide == 0 and origin[1] % wide == 0 and geometry.x.lattice_step == 1:
@@ -292,11 +292,12 @@ def _product(
             vector = wide
     tile = cuda_tiles.product_tile(
         cuda_tiles.Product(
-            samples=cuda_tiles.size_class(samples * phases_y),
-            channels=cuda_tiles.size_class(channels),
-            rows=cuda_tiles.size_class(-(-lattice_height // phases_y)),
-            columns=cuda_tiles.size_class(-(-lattice_width // phases_x)),
+            samples=size_class(samples * phases_y),
+            channels=size_class(channels),
+            rows=size_class(-(-lattice_height // phases_y)),
+            columns=size_class(-(-lattice_width // phases_x)),
             patch=geometry.patch_size,
+            step_x=geometry.x.lattice_step,
             phases_x=phases_x,
             advance=(advance_y, advance_x),
             accumulator=accumulator(dtype),
@@ -357,7 +358,7 @@ def _gradient(
         return None  # sources would lie between the lattice's columns
     upstream = dtype if geometry.window_taps == 1 else accumulator(dtype)
 
-    wide = cuda_tiles.elements_per_load(dtype)
+    wide = elements_per_load(dtype)
     asynchronous = device.copies_asynchronously and dtype == accumulator(dtype)
     upstream_asynchronous = device.copies_asynchronously and upstream == accumulator(dtype)
     neighbours = aligned and width % wide == 0 and x.step == 1 and x.advance == 1
@@ -367,11 +368,12 @@ def _gradient(
         vector = wide if x.phases == 1 or (not asynchronous and wide % x.phases == 0) else 1
     tile = cuda_tiles.gradient_tile(
         cuda_tiles.Gradient(
-            samples=cuda_tiles.size_class(samples * y.phases),
-            channels=cuda_tiles.size_class(channels),
-            rows=cuda_tiles.size_class(-(-y.number // y.phases)),
-            columns=cuda_tiles.size_class(-(-x.number // x.phases)),
+            samples=size_class(samples * y.phases),
+            channels=size_class(channels),
+            rows=size_class(-(-y.number // y.phases)),
+            columns=size_class(-(-x.number // x.phases)),
             patch=geometry.patch_size,
+            step=(y.step, x.step),
             phases_x=x.phases,
             advance=(y.advance, x.advance),
             accumulator=accumulator(dtype),

@@ -17,19 +17,20 @@
 // `channels` channels. A block owns `rows` target rows of one row phase, `groups` x `positions`
 // targets of every column phase and channel_groups * channels channels. It walks over the
 // displacement rows; at step j row r takes displacement row i = (j - advance * r) mod patch_y, so that
-// all rows read the same source row j, or, where that wrapped around, row j + patch_y:
+// rows read the same source row j, or, where that wrapped around, row j + patch_y (and so on, where
+// there are more rows than displacements):
 //
 //   step       j = 0   1   2   3   4        patch_y = 5, advance = 1
 //   row 0  i =     0   1   2   3   4        source row   0  1  2  3  4
 //   row 1  i =     4   0   1   2   3        source row   5  1  2  3  4
 //   row 2  i =     3   4   0   1   2        source row   5  6  2  3  4
 //
-// So every source row is staged once per block, two at a time while j < advance * (rows - 1), and
+// So every source row is staged once per block, those that are needed at a time in a slot each, and
 // sums are added in a fixed order.
 //
 // Launch: samples * phases_y * blocks_y * blocks_x * blocks_c blocks of `threads` threads, with
-// `shared_words` accumulators of dynamic shared memory; advance_y * (rows - 1) < patch_y; for
-// which = 2 the lattice step along x divides spacing_x; fewer than 2^31 elements per sample.
+// `shared_words` accumulators of dynamic shared memory; for which = 2 the lattice step along x
+// divides spacing_x; fewer than 2^31 elements per sample.
 
 #ifndef CUPYCORR_CONSTANTS
 using element = float;      // of the maps
@@ -52,13 +53,13 @@ constexpr int channel_groups = 4;
 constexpr int vector = 1;           // elements per load from the source
 constexpr int result_vector = 1;    // elements per store to global memory
 constexpr int pitch_g = 12, pitch_rows = 508;  // words per displacement and phase; per row
-constexpr int pitch_s = 28;                    // words per channel and phase of the source
+constexpr int pitch_s = 36;                    // words per channel and phase of the source
 constexpr bool asynchronous = true;
 constexpr bool upstream_asynchronous = true;
 constexpr bool ahead = true;  // fetch the next step before computing this one
 constexpr int buffers = 2;    // 2 if any copy is asynchronous, else 1
 constexpr int threads = 128;
-constexpr int shared_words = 15296;
+constexpr int shared_words = 17344;
 #endif
 
 #include "device.cuh"
@@ -80,8 +81,8 @@ constexpr int source_columns = advance_x * (columns - 1) + patch_x;
 constexpr int window = advance_x * (positions - 1) + displacements;
 constexpr int lanes = phases_x * groups;
 constexpr int block_channels = channel_groups * channels;
-constexpr int wraps = advance_y * (rows - 1);  // steps in which some row has wrapped around
-constexpr int slots = wraps > 0 ? 2 : 1;
+constexpr int source_rows = advance_y * (rows - 1) + patch_y;  // that the block needs in all
+constexpr int slots = ceil_div(source_rows, patch_y);          // of them in one step
 constexpr int g_words = rows * pitch_rows;
 constexpr int source_words = block_channels * phases_x * pitch_s;
 constexpr int buffer_words = g_words + slots * source_words;
@@ -93,7 +94,7 @@ static_assert(channel_groups * rows * lanes <= threads, "every thread has its ow
 static_assert(buffers * buffer_words <= shared_words && slices >= 1, "shared memory is too small");
 static_assert(!(asynchronous || upstream_asynchronous) || (buffers == 2 && ahead),
               "a copy must not meet what is in use");
-static_assert(wraps < patch_y, "a row wraps around once at most");
+static_assert(rows + slots <= 32, "a bit for each row that is fetched");
 static_assert(which == 1 || (advance_x == 1 && step_x == lattice_x), "sources are on the lattice");
 static_assert(pitch_g % load == 0 && pitch_rows % load == 0 && pitch_s % load == 0 &&
                   positions % load == 0, "alignment");
@@ -170,11 +171,11 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
   // The displacement row of target row r at step j, and whether its terms exist: the pixel row of
   // the source, and the lattice row u of G.
   const auto displacement_row = [&](int j, int r) {
-    const int i = j - advance_y * r;
+    const int i = (j - advance_y * r) % patch_y;
     return i < 0 ? i + patch_y : i;
   };
   const auto source_row = [&](int j, int r) {
-    return source_y0 + spacing_y * (j < advance_y * r ? j + patch_y : j);
+    return source_y0 + spacing_y * (advance_y * r + displacement_row(j, r));
   };
   const auto lattice_row = [&](int j, int r) {
     if (which == 2) return lattice_index(source_row(j, r), s.origin_y, lattice_y, s.lattice_height);
@@ -184,9 +185,15 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
   const auto row_exists = [&](int j, int r) {
     return inside(source_row(j, r), s.height) && lattice_row(j, r) >= 0;
   };
+  const auto slot_exists = [&](int j, int slot) {
+    return j + slot * patch_y < source_rows &&
+           inside(source_y0 + spacing_y * (j + slot * patch_y), s.height);
+  };
   const auto step_exists = [&](int j) {  // for any row
-    return inside(source_y0 + spacing_y * j, s.height) ||
-           (j < wraps && inside(source_y0 + spacing_y * (j + patch_y), s.height));
+    bool exists = false;
+#pragma unroll
+    for (int slot = 0; slot < slots; ++slot) exists = exists || slot_exists(j, slot);
+    return exists;
   };
   const auto next_step = [&](int j) {
     while (j < patch_y && !step_exists(j)) ++j;
@@ -210,8 +217,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
     }
 #pragma unroll
     for (int slot = 0; slot < slots; ++slot) {
+      if (!slot_exists(j, slot)) continue;
       const int y = source_y0 + spacing_y * (j + slot * patch_y);
-      if (!inside(y, s.height) || (slot == 1 && j >= wraps)) continue;
       fetched_rows |= 1u << (rows + slot);
       share_source.fetch(source + sample * plane + y * s.width, 0, plane, fetched_source[slot],
                          buffer + slot * source_words, 0);
@@ -233,8 +240,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
   accumulator sums[channels][positions] = {};
   const auto multiply = [&](int j, int buffer) {
     const accumulator* const g = shared + buffer + at_g;
-    const accumulator* const words =
-        shared + buffer + at_source + (j < advance_y * row ? source_words : 0);
+    const int slot = (advance_y * row + displacement_row(j, row) - j) / patch_y;
+    const accumulator* const words = shared + buffer + at_source + slot * source_words;
 #pragma unroll
     for (int e0 = 0; e0 < patch_x; e0 += displacements) {
       accumulator held[displacements][positions];

@@ -72,7 +72,7 @@ BUGS = {
         "__syncthreads();\n    constexpr int units", "constexpr int units"),
     "positions of the wrong lane": Bug(
         "+ phase) * pitch1 + group * positions", "+ group) * pitch1 + phase * positions",
-        "FlowNetC"),
+        SEVERAL_GROUPS),
     "a partial last chunk left out": Bug(
         "c < s.channels; c += chunk", "c + chunk <= s.channels; c += chunk", "33 channels"),
     "results of the wrong strip": Bug(
@@ -88,13 +88,13 @@ BUGS = {
         "k0 += slices) {\n    __syncthreads();", "k0 += slices) {"),
     "the wrong row after wrapping around": Bug(
         "i < 0 ? i + patch_y : i", "i < 0 ? i + patch_y - 1 : i", MANY_ROWS),
-    "a source row is wrapped around too soon": Bug(
-        "(j < advance_y * r ? j + patch_y : j)", "(j <= advance_y * r ? j + patch_y : j)",
+    "the last source row left out": Bug(
+        "j + slot * patch_y < source_rows", "j + slot * patch_y < source_rows - 1",
         MANY_ROWS),
     "rows skewed by one, not by the advance": Bug(
-        "const int i = j - advance_y * r;", "const int i = j - r;", ADVANCE_ROWS),
+        "(j - advance_y * r) % patch_y", "(j - r) % patch_y", ADVANCE_ROWS),
     "the source row that has not wrapped around": Bug(
-        "(j < advance_y * row ? source_words : 0)", "0", MANY_ROWS),
+        "at_source + slot * source_words", "at_source", MANY_ROWS),
     "the second map's displacements counted forwards": Bug(
         "which == 1 ? e : patch_x - 1 - e", "e", "even patch"),
     "rows between the targets": Bug("= to == y ? pack : zeros", "= pack", "stride"),

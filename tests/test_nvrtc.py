@@ -188,3 +188,16 @@ def test_an_error_is_reported_with_its_file_and_line(name, monkeypatch):
     )
     with pytest.raises(nvrtc.CompileError, match=rf"{re.escape(name)}\({last_empty}\): .*planted"):
         nvrtc.compile_kernel(cuda_sources.source(launch), launch.kernel, 80)
+
+
+@pytest.mark.parametrize(
+    ("file", "kernel"),
+    [
+        ("product.cu", "product_cost"),
+        ("product_adjoint.cu", "product_gradient"),
+        ("plain.cu", "plain_cost"),
+        ("window.cu", "window_sum"),
+    ],
+)
+def test_a_file_stands_alone_with_its_defaults(file, kernel):
+    assert nvrtc.compile_kernel(cuda_sources._paste(file, set()), kernel, 80).registers <= MOST

@@ -1,0 +1,155 @@
+"""Model what blocks of the CUDA product kernels cost on a multiprocessor.
+
+The model counts, for the multiprocessor that gets the most blocks, the cycles that each of its
+units is busy: arithmetic, shared memory, instruction issue, and the path to global memory. The unit
+that is busy longest decides. Its numbers are read off compiled kernels and data sheets; it serves
+to choose between tiles, not to predict times.
+"""
+
+from __future__ import annotations
+
+from math import ceil, inf
+from typing import NamedTuple
+
+REGISTERS = 65536  # of a multiprocessor
+RESERVED_BYTES = 1024  # of shared memory per block, by the driver
+LATENCY = 700  # cycles from a load of global memory to its use
+LEVEL2_BYTES = 24  # per cycle and multiprocessor
+SECTOR_BYTES = 32  # of global memory, the least that is moved
+
+
+class Device(NamedTuple):
+    """What plans depend on."""
+
+    capability: int
+    """Compute capability, 10 * major + minor."""
+    multiprocessors: int
+    shared_bytes: int
+    """Shared memory that a block may ask for."""
+    shared_bytes_of_multiprocessor: int
+
+    @property
+    def copies_asynchronously(self) -> bool:
+        """Whether copies from global to shared memory can bypass the registers."""
+        return self.capability >= 80
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds in float32 per cycle and multiprocessor."""
+        return 64 if self.capability in (70, 72, 75, 80) else 128
+
+    @property
+    def shared_rate(self) -> int:
+        """Bytes of shared memory per cycle and multiprocessor."""
+        return 64 if self.capability == 75 else 128
+
+
+class Block(NamedTuple):
+    """What a block of threads needs: registers and shared memory, and work for each unit."""
+
+    threads: int
+    registers: float
+    """Of a thread; an estimate, fitted to compiled kernels."""
+    shared_bytes: int
+    rounds: int
+    """How many times it fills its buffers."""
+    multiply_adds: float
+    """Of all threads, in all rounds, as are the other counts."""
+    wavefronts: float
+    """128-byte accesses of shared memory."""
+    instructions: float
+    """Of all threads, beside the multiply-adds."""
+    words: float
+    """Staged in shared memory."""
+    bytes: float
+    """Read from global memory and written to it, in whole sectors."""
+    ahead: bool
+    """Whether it fetches while it computes."""
+
+
+def cycles(block: Block, blocks: int, accumulator: str, device: Device) -> float:
+    """Return the cycles of the multiprocessor that gets the most of ``blocks`` equal blocks.
+
+    Infinity where not even one block fits a multiprocessor.
+    """
+    resident = min(
+        REGISTERS // (round_up(ceil(block.registers), 8) * block.threads),
+        device.shared_bytes_of_multiprocessor // (block.shared_bytes + RESERVED_BYTES),
+        1024 // block.threads,
+    )
+    if resident < 1:
+        return inf
+    doubled = 2 if accumulator == "float64" else 1
+    busy = max(
+        block.multiply_adds / device.multiply_adds * doubled,
+        (block.wavefronts + block.words * doubled / 32) * 128 / device.shared_rate,
+        (block.multiply_adds + block.instructions) / 128,
+        block.bytes / LEVEL2_BYTES,
+    )
+    most = -(-blocks // device.multiprocessors)
+    together = min(resident, most)
+    warps = together * block.threads // 32
+    # Four schedulers share the warps; with few of them the pipelines run dry.
+    efficiency = min(0.92, 0.5 + 0.13 * warps / 4) * warps / round_up(warps, 4)
+    # Blocks that wait for memory leave the multiprocessor to the others that are resident.
+    waiting = LATENCY * (1 if block.ahead else block.rounds) / together
+    return most * (busy / efficiency + waiting)
+
+
+def size_class(size: int) -> int:
+    """Round up to three binary digits."""
+    digits = max(0, size.bit_length() - 3)
+    return -(-size >> digits) << digits
+
+
+def elements_per_load(dtype: str) -> int:
+    """Return how many elements become 16 bytes of accumulators."""
+    return 2 if dtype == "float64" else 4
+
+
+def displacements_of_thread(patch: int, load: int) -> int:
+    """Return how many displacements of a row a thread owns: all, or equal groups of up to 24.
+
+    Groups start at multiples of ``load``, so that their windows are aligned.
+    """
+    if patch <= 24:
+        return patch
+    return min(range(24, 11, -load), key=lambda size: (-(-patch // size) * size, -size))
+
+
+def copies_of_thread(rows: int, columns: int, vector: int, threads: int) -> int:
+    """Return how many copies a thread makes for a rectangle, as staging.cuh deals them out."""
+    units = -(-columns // vector)
+    across = -(-units // threads)
+    at_once = 1 if across > 1 else threads // units
+    return across * -(-rows // at_once)
+
+
+def bytes_of_rows(rows: float, columns: int, word_bytes: int, step: int = 1) -> float:
+    """Return the bytes that move with rows of words that lie ``step`` words apart.
+
+    A row begins anywhere in a sector.
+    """
+    return rows * (columns * min(word_bytes * step, SECTOR_BYTES) + SECTOR_BYTES - word_bytes)
+
+
+def powers_of_two(most: int) -> list[int]:
+    """Return the powers of two up to the first that is not below ``most``, at most 32.
+
+    With other numbers of groups, lanes that load at once would meet in the same banks.
+    """
+    return [1 << i for i in range(min(5, (most - 1).bit_length()) + 1)]
+
+
+def round_up(count: int, multiple: int) -> int:
+    """Round up to a multiple."""
+    return -(-count // multiple) * multiple
+
+
+def odd_units(count: int, load: int) -> int:
+    """Round up to an odd number of 16-byte units.
+
+    Then the units of eight consecutive rows lie in different banks of shared memory.
+    """
+    units = -(-count // load)
+    return (units + 1 - units % 2) * load
