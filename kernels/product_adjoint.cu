@@ -171,7 +171,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
   // The displacement row of target row r at step j, and whether its terms exist: the pixel row of
   // the source, and the lattice row u of G.
   const auto displacement_row = [&](int j, int r) {
-    const int i = (j - advance_y * r) % patch_y;
+    int i = j - advance_y * r;
+    if (slots > 2) i %= patch_y;  // else it is not below -patch_y
     return i < 0 ? i + patch_y : i;
   };
   const auto source_row = [&](int j, int r) {

@@ -304,7 +304,7 @@ class Machine(NamedTuple):
     share: float
     """Of multiply-adds among the instructions of the innermost loop."""
     instructions: int
-    """That a thread issues in all rounds, on the longest way."""
+    """That a thread issues in all rounds, in which all that the block needs is inside the image."""
 
 
 def machine(launch: Launch, channels: int, capability: int) -> Machine:
@@ -316,7 +316,28 @@ def machine(launch: Launch, channels: int, capability: int) -> Machine:
     if tile.is_product and inner is not outer:  # the inner loop is over channels
         rounds = ceil(channels / tile.chunk)
         instructions += inner.total() * (ceil(channels / tile.channel_groups) - rounds)
+    if not tile.is_product:
+        instructions -= _unused_slots(launch, capability, outer.total())
     return Machine(kernel.registers, nvrtc.multiply_adds(inner) / inner.total(), instructions)
+
+
+def _unused_slots(launch: Launch, capability: int, longest: int) -> int:
+    """Return the instructions of a gradient's steps for a last source row that they do not need.
+
+    What one takes is the difference to the same kernel with a slot less to fetch.
+    """
+    constants = dict(launch.constants)
+    patch = constants["patch_y"]
+    source_rows = constants["advance_y"] * (constants["rows"] - 1) + patch
+    slots = ceil(source_rows / patch)
+    unused = slots * patch - source_rows
+    if not unused:
+        return 0
+    source, loop = cuda_sources.source(launch), "slot < slots; ++slot) {"
+    assert source.count(loop) == 2, "fetch and land go through the slots"
+    shorter = source.replace(loop, "slot < slots - 1; ++slot) {")
+    _, outer = nvrtc.loops(nvrtc.compile_kernel(shorter, launch.kernel, capability))
+    return unused * (longest - outer.total())
 
 
 class Prediction(NamedTuple):

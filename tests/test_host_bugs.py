@@ -92,7 +92,7 @@ BUGS = {
         "j + slot * patch_y < source_rows", "j + slot * patch_y < source_rows - 1",
         MANY_ROWS),
     "rows skewed by one, not by the advance": Bug(
-        "(j - advance_y * r) % patch_y", "(j - r) % patch_y", ADVANCE_ROWS),
+        "int i = j - advance_y * r;", "int i = j - r;", ADVANCE_ROWS),
     "the source row that has not wrapped around": Bug(
         "at_source + slot * source_words", "at_source", MANY_ROWS),
     "the second map's displacements counted forwards": Bug(
