@@ -28,7 +28,7 @@ from .options import (
 from .peers import ITEMSIZE, PEERS, missing
 from .presets import PRESETS, chosen_problems, preset_option
 
-NO_PEER_ON_CUDA = "runs on torch tensors, which bench does not measure on cuda yet"
+NO_PEER_ON_CUDA = "runs on torch tensors, which bench does not measure on cuda"
 
 
 @click.command(short_help="Measure the time of forward and backward.")
@@ -124,6 +124,8 @@ def bench(
     missing.
     """
     refuse_engines(device, engines)
+    if device == "cuda" and "torch" in engines:
+        raise click.UsageError("bench cuda measures arrays of cupy, got --engine torch")
     _refuse_options(device, threads, cold)
     if device == "cuda":
         environment.require_cuda()

@@ -16,9 +16,6 @@ LIBRARIES = (
     "numpy", "torch", "spatial-correlation-sampler", "threadpoolctl", "cupy-cuda12x",
     "cupy-cuda13x",
 )  # fmt: skip
-TORCH_ON_CUDA = (
-    "torch tensors on CUDA devices are not supported yet: use --engine cupy, for CuPy arrays"
-)
 
 
 class Finding(NamedTuple):

@@ -11,6 +11,9 @@ from cupycorr import verify
 
 from . import cuda, environment
 from .options import (
+    ENGINES as DEVICE_ENGINES,
+)
+from .options import (
     Problem,
     Sizes,
     device_argument,
@@ -37,7 +40,6 @@ DEFAULTS = {
 MOST_ENTRIES = 4000
 ENGINES: dict[str, Callable[[], verify.Engine]] = {
     "numpy": verify.numpy_engine,
-    "torch": verify.torch_engine,
     "cupy": verify.cupy_engine,
     "plain": partial(verify.cupy_engine, plain=True),
 }
@@ -47,8 +49,8 @@ ENGINES: dict[str, Callable[[], verify.Engine]] = {
 @device_argument
 @problem_options(DEFAULTS, flags={"dilation": "-d"})
 @engine_option(
-    "What is checked, repeatable: numpy or torch on cpu; cupy on cuda, plain: its plain kernels "
-    "alone.  [default: all that is there]"
+    "What is checked, repeatable: numpy or torch on cpu; cupy, plain (its plain kernels) or torch "
+    "on cuda.  [default: all that is there]"
 )
 @click.option(
     "--dtype",
@@ -86,7 +88,7 @@ def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple
     outcomes = []
     for name in names:
         for dtype in chosen:
-            for check, against in _checks(name, problem, dtype):
+            for check, against in _checks(name, device, problem, dtype):
                 verdict = "ok    " if check.error is None else "FAILED"
                 what = f"{name} {dtype}: {check.name} ({against})"
                 click.echo(f"{verdict}  {what}" + (f": {check.error}" if check.error else ""))
@@ -98,32 +100,41 @@ def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple
 
 
 def _engines(device: str, asked: tuple[str, ...]) -> list[str]:
-    if device == "cuda":
-        return [name for name in ("cupy", "plain") if name in asked or not asked]
-    if "torch" in asked and not environment.has("torch"):
-        raise environment.Unavailable("the torch engine needs torch: pip install 'cupycorr[torch]'")
-    present = [name for name in ("numpy", "torch") if name == "numpy" or environment.has(name)]
+    present = [name for name in DEVICE_ENGINES[device] if name != "torch" or _torch_has(device)]
+    if "torch" in asked and "torch" not in present:
+        what = "torch" if device == "cpu" else "a torch that finds the GPU"
+        raise environment.Unavailable(f"the torch engine needs {what}: pip install torch")
     return [name for name in present if name in asked or not asked]
 
 
-def _checks(name: str, problem: Problem, dtype: str) -> Iterator[tuple[verify.Check, str]]:
+def _torch_has(device: str) -> bool:
+    if not environment.has("torch"):
+        return False
+    import torch
+
+    return device == "cpu" or torch.cuda.is_available()
+
+
+def _checks(
+    name: str, device: str, problem: Problem, dtype: str
+) -> Iterator[tuple[verify.Check, str]]:
     """Yield each check of one engine, and what it compares with."""
-    engine = ENGINES[name]()
+    engine = verify.torch_engine(device) if name == "torch" else ENGINES[name]()
     _, shape, geometry = problem
     try:
         for check in verify.check(engine, shape, geometry, dtype, oracle=verify.definition()):
             alone = check.name == "adjoint identity"
             yield check, "with itself" if alone else "with the definition"
     except RuntimeError as failure:
-        if name not in ("cupy", "plain"):
+        if device == "cpu":
             raise
         # A kernel that does not compile, or that the device refuses or stops.
         yield verify.Check("kernels", " ".join(str(failure).split())), "on the device"
     if name == "torch" and dtype == "float64":
-        yield from _torch_checks(problem)
+        yield from _torch_checks(device, problem)
 
 
-def _torch_checks(problem: Problem) -> Iterator[tuple[verify.Check, str]]:
+def _torch_checks(device: str, problem: Problem) -> Iterator[tuple[verify.Check, str]]:
     import math
 
     import torch
@@ -132,7 +143,9 @@ def _torch_checks(problem: Problem) -> Iterator[tuple[verify.Check, str]]:
 
     generator = torch.Generator().manual_seed(0)
     one, two = (
-        torch.randn(problem.shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        torch.randn(problem.shape, dtype=torch.float64, generator=generator)
+        .to(device)
+        .requires_grad_()
         for _ in range(2)
     )
     outputs = math.prod(problem.geometry.cost_shape(problem.shape))

@@ -12,8 +12,6 @@ from click.core import ParameterSource
 from cupycorr import Geometry
 from cupycorr.geometry import IntOrPair
 
-from .environment import TORCH_ON_CUDA, Unavailable
-
 DTYPES = {"half": "float16", "bfloat": "bfloat16", "float": "float32", "double": "float64"}
 # What computes on each device; the first is the default, the others as each command says.
 ENGINES = {"cpu": ("numpy", "torch"), "cuda": ("cupy", "plain", "torch")}
@@ -164,12 +162,8 @@ def refuse_engines(device: str, engines: tuple[str, ...]) -> None:
     ------
     click.UsageError
         If there is one.
-    environment.Unavailable
-        If there will be one, but not in this version.
     """
     for name in engines:
         if name not in ENGINES[device]:
             allowed = " or ".join(ENGINES[device])
             raise click.UsageError(f"--engine on {device} must be {allowed}, got {name}")
-        if (device, name) == ("cuda", "torch"):
-            raise Unavailable(TORCH_ON_CUDA)
