@@ -9,13 +9,13 @@ import pytest
 from cases import CASES
 
 import cupycorr
-from cupycorr import Geometry, SpatialCorrelationSampler, verify
+from cupycorr import Geometry, verify
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from cupycorr import onnx_export  # noqa: E402
+from cupycorr import SpatialCorrelationSampler, onnx_export  # noqa: E402
 
 # What torch warns of while it exports is not about this package.
 pytestmark = pytest.mark.filterwarnings(

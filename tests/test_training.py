@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
-from cupycorr import SpatialCorrelationSampler, numpy_engine
+from cupycorr import numpy_engine
 
 torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
+
+from cupycorr import SpatialCorrelationSampler  # noqa: E402
 
 REACH, STEPS = 2, 80
 SIDE = 2 * REACH + 1
