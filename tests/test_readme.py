@@ -78,8 +78,9 @@ def test_python_examples_print_what_the_page_says(section, capsys, monkeypatch, 
         expected = re.findall(r"# -> (.*)", example.text)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            # What torch warns of while it compiles is not about this package.
+            # What torch warns of while it compiles or exports is not about this package.
             warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
             # Tracebacks show the lines of the page.
             source = "\n" * (example.line - 1) + example.text
             exec(compile(source, str(ROOT / "README.md"), "exec"), namespace)
