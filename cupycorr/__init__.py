@@ -11,7 +11,7 @@ from cupycorr.api import correlation, correlation_vjp, spatial_correlation_sampl
 from cupycorr.geometry import Geometry
 
 if TYPE_CHECKING:
-    from cupycorr.torch_ops import SpatialCorrelationSampler
+    from cupycorr.torch_module import SpatialCorrelationSampler
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "SpatialCorrelationSampler":
-        from cupycorr.torch_ops import SpatialCorrelationSampler
+        from cupycorr.torch_module import SpatialCorrelationSampler
 
         return SpatialCorrelationSampler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

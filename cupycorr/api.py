@@ -57,7 +57,7 @@ def spatial_correlation_sample(
     bfloat16 accumulate in float32 and are rounded once. Definition: `Geometry`.
     """
     geometry = Geometry(kernel_size, patch_size, stride, padding, dilation, dilation_patch)
-    return _correlate(input1, input2, geometry, names=("input1", "input2"))
+    return correlate(input1, input2, geometry, names=("input1", "input2"))
 
 
 def correlation(fmap1: Any, fmap2: Any, geometry: Geometry, *, normalize: bool = False) -> Any:
@@ -82,7 +82,7 @@ def correlation(fmap1: Any, fmap2: Any, geometry: Geometry, *, normalize: bool =
     TypeError, ValueError
         As `spatial_correlation_sample`.
     """
-    return _correlate(fmap1, fmap2, geometry, normalize=normalize)
+    return correlate(fmap1, fmap2, geometry, normalize=normalize)
 
 
 def correlation_vjp(
@@ -167,7 +167,7 @@ def correlation_vjp(
     return grad_fmap1, grad_fmap2
 
 
-def _correlate(
+def correlate(
     fmap1: Any,
     fmap2: Any,
     geometry: Geometry,

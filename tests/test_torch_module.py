@@ -107,3 +107,9 @@ class TestProcessesAndThreads:
         )
         for got in loader:
             assert not difference(got, want)
+
+
+def test_errors_name_the_modules_own_arguments():
+    one, other = torch.ones(1, 2, 5, 6), torch.ones(1, 2, 5, 7)
+    with pytest.raises(ValueError, match="input1 and input2 must have equal shapes"):
+        SpatialCorrelationSampler()(one, other)

@@ -1,0 +1,84 @@
+"""The cost volume as a torch module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cupycorr.api import correlate
+from cupycorr.geometry import Geometry, IntOrPair
+
+
+class SpatialCorrelationSampler(torch.nn.Module):
+    """Cost volume of two feature maps as a module without parameters.
+
+    Takes the arguments of spatial-correlation-sampler's module of the same name, in its order.
+
+    Parameters
+    ----------
+    kernel_size : int or (int, int), default 1
+        Taps of the window that is compared, per axis.
+    patch_size : int or (int, int), default 1
+        Number of displacements tried, per axis.
+    stride : int or (int, int), pixels, default 1
+        Step between output positions.
+    padding : int or (int, int), pixels, default 0
+        Zeros around both maps; a negative padding crops.
+    dilation : int or (int, int), pixels, default 1
+        Spacing of the window's taps.
+    dilation_patch : int or (int, int), pixels, default 1
+        Spacing of the displacements.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Geometry`.
+
+    Notes
+    -----
+    Under torch.autocast the maps are cast to the dtype of the region: 16 bits in, 16 bits out,
+    with sums accumulated in float32 and rounded once.
+    """
+
+    def __init__(
+        self,
+        kernel_size: IntOrPair = 1,
+        patch_size: IntOrPair = 1,
+        stride: IntOrPair = 1,
+        padding: IntOrPair = 0,
+        dilation: IntOrPair = 1,
+        dilation_patch: IntOrPair = 1,
+    ) -> None:
+        super().__init__()
+        self.geometry = Geometry(kernel_size, patch_size, stride, padding, dilation, dilation_patch)
+        self.kernel_size = kernel_size
+        self.patch_size = patch_size
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.dilation_patch = dilation_patch
+
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        """Compute the cost volume of two feature maps.
+
+        Parameters
+        ----------
+        input1, input2 : Tensor (N, C, H, W), float16|bfloat16|float32|float64
+            The feature maps, of any strides.
+
+        Returns
+        -------
+        Tensor (N, PH, PW, OH, OW)
+            As `cupycorr.spatial_correlation_sample`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `cupycorr.spatial_correlation_sample`.
+        """
+        cost: Tensor = correlate(input1, input2, self.geometry, names=("input1", "input2"))
+        return cost
+
+    def extra_repr(self) -> str:
+        """Return the parameters that differ from their defaults."""
+        return repr(self.geometry).removeprefix("Geometry(").removesuffix(")")
