@@ -8,8 +8,11 @@ to choose between tiles, not to predict times.
 
 from __future__ import annotations
 
-from math import ceil, inf
+from math import inf
 from typing import NamedTuple
+
+Constants = tuple[tuple[str, int | bool | str], ...]
+"""What is compiled into a kernel, by name: numbers, and types by their names."""
 
 REGISTERS = 65536  # of a multiprocessor
 RESERVED_BYTES = 1024  # of shared memory per block, by the driver
@@ -48,7 +51,7 @@ class Block(NamedTuple):
     """What a block of threads needs: registers and shared memory, and work for each unit."""
 
     threads: int
-    registers: float
+    registers: int
     """Of a thread; an estimate, fitted to compiled kernels."""
     shared_bytes: int
     rounds: int
@@ -73,7 +76,7 @@ def cycles(block: Block, blocks: int, accumulator: str, device: Device) -> float
     Infinity where not even one block fits a multiprocessor.
     """
     resident = min(
-        REGISTERS // (round_up(ceil(block.registers), 8) * block.threads),
+        REGISTERS // (round_up(block.registers, 8) * block.threads),
         device.shared_bytes_of_multiprocessor // (block.shared_bytes + RESERVED_BYTES),
         1024 // block.threads,
     )

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from math import gcd, prod
+from math import prod
 from typing import NamedTuple
 
 from cupycorr import cuda_tiles
-from cupycorr.cuda_model import Device, elements_per_load, size_class
+from cupycorr.cuda_model import Constants, Device, elements_per_load, size_class
 from cupycorr.geometry import Axis, Geometry
 
 Shape = tuple[int, ...]
-Constants = tuple[tuple[str, int | bool | str], ...]
 
 ELEMENTS = {"float16": "Half", "bfloat16": "Bfloat16", "float32": "float", "float64": "double"}
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 THREADS = 256  # of a block of the plain and window kernels
 MOST_ELEMENTS = 2**31 - 1  # that a 32-bit index reaches
 WORKSPACE_BYTES = 256 << 20  # of the volume of window sums, unless one sample needs more
@@ -64,7 +62,8 @@ def samples_at_once(geometry: Geometry, shape: Shape, dtype: str) -> int:
     """Return how many samples to plan for at a time, so that the workspace stays bounded."""
     if geometry.window_taps == 1 or not _tiles_apply(geometry, shape):
         return shape[0]
-    bytes_per_sample = prod(_volume_shape(geometry, shape)[1:]) * ITEMSIZE[accumulator(dtype)]
+    word_bytes = 16 // elements_per_load(dtype)
+    bytes_per_sample = prod(_volume_shape(geometry, shape)[1:]) * word_bytes
     return max(1, min(shape[0], WORKSPACE_BYTES // bytes_per_sample))
 
 
@@ -182,12 +181,6 @@ def _volume_shape(geometry: Geometry, shape: Shape) -> Shape:
     return (samples, *patch, geometry.y.lattice_size(height), geometry.x.lattice_size(width))
 
 
-def _phases(step: int, spacing: int) -> tuple[int, int]:
-    """Return the number of phases of positions, and how far a position advances in its phase."""
-    common = gcd(step, spacing)
-    return spacing // common, step // common
-
-
 def _types(dtype: str, **more: str) -> Constants:
     names = {"element": dtype, "accumulator": accumulator(dtype), **more}
     return tuple((name, ELEMENTS[kind]) for name, kind in names.items())
@@ -274,9 +267,9 @@ def _product(
     volume_shape = _volume_shape(geometry, shape)
     lattice_height, lattice_width = volume_shape[3:]
     axes = geometry.y, geometry.x
-    (phases_y, advance_y), (phases_x, advance_x) = (
-        _phases(axis.lattice_step, axis.dilation_patch) for axis in axes
-    )
+    # Inside a class of the lattice a position advances by as many columns as there are classes of
+    # displacements.
+    (phases_y, advance_y), (phases_x, advance_x) = (axis.classes for axis in axes)
     result = dtype if geometry.window_taps == 1 else accumulator(dtype)
     origin = _pair(-axis.padding for axis in axes)
     first = geometry.first_displacement
@@ -444,11 +437,12 @@ def _targets(axis: Axis, size: int, which: int) -> _Targets:
     step, spacing = axis.lattice_step, axis.dilation_patch
     last = axis.first_displacement + (axis.patch_size - 1) * spacing
     origin, first = -axis.padding, axis.first_displacement
-    if which == 2:
-        origin, first, step = origin + axis.first_displacement, -last, gcd(step, spacing)
+    phases, advance = axis.classes
+    if which == 2:  # all positions that the patch reaches
+        origin, first = origin + axis.first_displacement, -last
+        step, advance = step // advance, 1
     target = origin % step
     number = max(1, -(-(size - target) // step))
-    phases, advance = _phases(step, spacing)
     # Where sources of map 2 lie between lattice rows, the kernel looks each of them up.
     source = target if which == 1 else target + first
     shift = (source + axis.padding) // axis.lattice_step

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from cupycorr.cuda_model import (
     Block,
+    Constants,
     Device,
     bytes_of_rows,
     copies_of_thread,
@@ -25,8 +26,6 @@ from cupycorr.cuda_model import (
     powers_of_two,
     round_up,
 )
-
-Constants = tuple[tuple[str, int | bool | str], ...]
 
 MOST_THREADS = 256  # of a block: of larger ones too many threads wait at a barrier
 MOST_REGISTERS = 255  # of a thread

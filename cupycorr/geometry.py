@@ -125,6 +125,11 @@ class Axis(NamedTuple):
         """Pixels between the positions of the coarsest lattice that holds every tap."""
         return gcd(self.stride, self.dilation) if self.kernel_size > 1 else self.stride
 
+    @property
+    def classes(self) -> tuple[int, int]:
+        """Residue classes into which that lattice, and the displacements, split (`Phase`)."""
+        return _classes(self.lattice_step, self.dilation_patch)
+
     def lattice_size(self, outputs: int) -> int:
         """Return how many positions of that lattice ``outputs`` output positions span."""
         span = (outputs - 1) * self.stride + (self.kernel_size - 1) * self.dilation
@@ -165,8 +170,7 @@ class Axis(NamedTuple):
         With L = lcm(step, dilation_patch), the positions of one class lie L pixels apart, and so
         do its displacements.
         """
-        common = gcd(step, self.dilation_patch)
-        lattice_classes, patch_classes = self.dilation_patch // common, step // common
+        lattice_classes, patch_classes = _classes(step, self.dilation_patch)
         period = step * lattice_classes
         phases = []
         for r in range(min(lattice_classes, count)):
@@ -489,6 +493,12 @@ def _centred(patch_size: Pair, dilation_patch: Pair) -> Pair:
     """Return the first displacement of a centred patch; the radius is (P - 1) // 2 steps."""
     y, x = (-((p - 1) // 2) * d for p, d in zip(patch_size, dilation_patch, strict=True))
     return y, x
+
+
+def _classes(step: int, spacing: int) -> tuple[int, int]:
+    """Return the residue classes of positions and of displacements modulo the other's spacing."""
+    common = gcd(step, spacing)
+    return spacing // common, step // common
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from math import gcd
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,7 +100,7 @@ class _Tiles(NamedTuple):
     def of(cls, axis: Axis, size: Any, tile: int) -> _Tiles:
         """Split an axis into residue classes, as `Axis.lattices` does, and these into tiles."""
         step, spacing = axis.lattice_step, axis.dilation_patch
-        lattice_classes, patch_classes = _classes(axis)
+        lattice_classes, patch_classes = axis.classes
         period = step * lattice_classes
         reach = _reach(axis, tile)
         count = axis.lattice_size(axis.output_size(size))
@@ -133,15 +132,9 @@ class _Tiles(NamedTuple):
         )
 
 
-def _classes(axis: Axis) -> tuple[int, int]:
-    """Return the number of residue classes of positions and of displacements."""
-    common = gcd(axis.lattice_step, axis.dilation_patch)
-    return axis.dilation_patch // common, axis.lattice_step // common
-
-
 def _reach(axis: Axis, tile: int) -> int:
     """Return how many positions of one class those of a tile meet."""
-    return tile + -(-axis.patch_size // _classes(axis)[1]) - 1
+    return tile + -(-axis.patch_size // axis.classes[1]) - 1
 
 
 def _tile(geometry: Geometry, channels: Any, height: Any, width: Any) -> tuple[int, int]:
@@ -151,7 +144,7 @@ def _tile(geometry: Geometry, channels: Any, height: Any, width: Any) -> tuple[i
         if not isinstance(size, int):
             return 1.0
         count = axis.lattice_size(axis.output_size(size))
-        whole = tile * _classes(axis)[0]
+        whole = tile * axis.classes[0]
         return -(-count // whole) * whole / count
 
     def cost(tile: tuple[int, int]) -> float:
