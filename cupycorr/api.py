@@ -145,15 +145,7 @@ def correlation_vjp(
     _check(names, arrays, geometry)
     divisor = geometry.divisor(fmap1.shape[1], normalize)
     if library == "cupy":
-        import cupy
-
-        from cupycorr import cuda_engine
-
-        with fmap1.device:
-            grad1, grad2 = (cupy.empty(fmap1.shape, fmap1.dtype) if n else None for n in needs)
-            upstream, one, two = map(cupy.ascontiguousarray, (grad_cost, fmap1, fmap2))
-            cuda_engine.backward(upstream, one, two, grad1, grad2, geometry, divisor=divisor)
-        return grad1, grad2
+        return cupy_gradients(grad_cost, fmap1, fmap2, geometry, divisor, (need1, need2))
     grad_fmap1, grad_fmap2 = (_empty(fmap1.shape, fmap1) if n else None for n in (need1, need2))
     numpy_engine.backward(
         _storage(grad_cost),
@@ -186,19 +178,50 @@ def correlate(
     cost_shape = _check(names, (fmap1, fmap2), geometry)
     divisor = geometry.divisor(fmap1.shape[1], normalize)
     if library == "cupy":
-        import cupy
-
-        from cupycorr import cuda_engine
-
-        with fmap1.device:
-            cost = cupy.empty(cost_shape, fmap1.dtype)
-            one, two = map(cupy.ascontiguousarray, (fmap1, fmap2))
-            cuda_engine.forward(one, two, cost, geometry, divisor=divisor)
-        return cost
+        return cupy_cost(fmap1, fmap2, geometry, divisor)
     cost = _empty(cost_shape, fmap1)
     one, two, out = map(_storage, (fmap1, fmap2, cost))
     numpy_engine.forward(one, two, out, geometry, divisor=divisor)
     return cost
+
+
+def cupy_cost(
+    fmap1: Any, fmap2: Any, geometry: Geometry, divisor: int = 1, *, plain: bool = False
+) -> Any:
+    """Compute the cost volume of checked CuPy arrays; see `cuda_engine.forward`."""
+    import cupy
+
+    from cupycorr import cuda_engine
+
+    with fmap1.device:
+        cost = cupy.empty(geometry.cost_shape(fmap1.shape), fmap1.dtype)
+        one, two = map(cupy.ascontiguousarray, (fmap1, fmap2))
+        cuda_engine.forward(one, two, cost, geometry, divisor=divisor, plain=plain)
+    return cost
+
+
+def cupy_gradients(
+    grad_cost: Any,
+    fmap1: Any,
+    fmap2: Any,
+    geometry: Geometry,
+    divisor: int = 1,
+    needs: tuple[bool, bool] = (True, True),
+    *,
+    plain: bool = False,
+) -> tuple[Any, Any]:
+    """Compute the gradients of checked CuPy arrays; see `cuda_engine.backward`."""
+    import cupy
+
+    from cupycorr import cuda_engine
+
+    with fmap1.device:
+        grad1, grad2 = (cupy.empty(fmap1.shape, fmap1.dtype) if n else None for n in needs)
+        upstream, one, two = map(cupy.ascontiguousarray, (grad_cost, fmap1, fmap2))
+        cuda_engine.backward(
+            upstream, one, two, grad1, grad2, geometry, divisor=divisor, plain=plain
+        )
+    return grad1, grad2
 
 
 def _library(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:

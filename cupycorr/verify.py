@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cupycorr.api import correlation, correlation_vjp
+from cupycorr.api import correlation, correlation_vjp, cupy_cost, cupy_gradients
 from cupycorr.geometry import Geometry
 
 Array = npt.NDArray[np.float64]
@@ -87,8 +87,6 @@ def cupy_engine(*, plain: bool = False) -> Engine:
     """
     import cupy
 
-    from cupycorr import cuda_engine
-
     def array(values: Array, dtype: str) -> Any:
         return cupy.asarray(_to_dtype(values, dtype))
 
@@ -97,21 +95,17 @@ def cupy_engine(*, plain: bool = False) -> Engine:
     ) -> Array:
         one, two = (array(a, dtype) for a in (fmap1, fmap2))
         if plain:
-            cost = cupy.empty(geometry.cost_shape(one.shape), one.dtype)
             divisor = geometry.divisor(one.shape[1], normalize)
-            cuda_engine.forward(one, two, cost, geometry, divisor=divisor, plain=True)
-        else:
-            cost = correlation(one, two, geometry, normalize=normalize)
-        return _from_cupy(cost)
+            return _from_cupy(cupy_cost(one, two, geometry, divisor, plain=True))
+        return _from_cupy(correlation(one, two, geometry, normalize=normalize))
 
     def vjp(
         grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
     ) -> tuple[Array, Array]:
         upstream, one, two = (array(a, dtype) for a in (grad, fmap1, fmap2))
         if plain:
-            grads = cupy.empty_like(one), cupy.empty_like(two)
             divisor = geometry.divisor(one.shape[1], normalize)
-            cuda_engine.backward(upstream, one, two, *grads, geometry, divisor=divisor, plain=True)
+            grads = cupy_gradients(upstream, one, two, geometry, divisor, plain=True)
         else:
             grads = correlation_vjp(upstream, one, two, geometry, normalize=normalize)
         return _from_cupy(grads[0]), _from_cupy(grads[1])

@@ -111,6 +111,13 @@ def test_only_the_gradients_that_are_needed_are_computed(cp, rng, needs):
     assert tuple(grad is not None for grad in grads) == needs
 
 
+def test_needs_may_be_an_iterator_of_two(cp, rng):
+    one, two = map(cp.asarray, maps(rng))
+    cost = cupycorr.correlation(one, two, PATCH)
+    grads = cupycorr.correlation_vjp(cost, one, two, PATCH, needs=iter((True, False)))
+    assert [grad is None for grad in grads] == [False, True]
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 6, 8), (2, 0, 6, 8)], ids=["no samples", "no channels"])
 def test_empty_maps_give_zeros(cp, shape):
     one = cp.zeros(shape, cp.float32)
