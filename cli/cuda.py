@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import cupycorr
-from cupycorr import Geometry
+from cupycorr import api
+from cupycorr.cuda_model import LANES
 
 from .environment import Unavailable
 from .measure import Implementation, Timing
 from .options import Problem
 
-# Multiply-adds of float32 per clock and multiprocessor, by compute capability (CUDA C++
-# Programming Guide, "Throughput of Native Arithmetic Instructions").
-LANES = {
-    50: 128, 52: 128, 53: 128, 60: 64, 61: 128, 62: 128, 70: 64, 72: 64, 75: 64, 80: 64,
-    86: 128, 87: 128, 89: 128, 90: 128, 100: 128, 103: 128, 120: 128, 121: 128,
-}  # fmt: skip
 LEAD_SECONDS = 1e-3
 RESOLUTION = 5e-7  # of events, in seconds
 HOLD = r"""
@@ -106,7 +102,10 @@ def line(found: dict[str, Any]) -> str:
 def implementation(engine: str) -> Implementation:
     """Return this package on CuPy arrays: all of it, or its plain kernels."""
     if engine == "plain":
-        return Implementation("cupycorr plain", "cupy", _plain_cost, _plain_gradients)
+        return Implementation(
+            "cupycorr plain", "cupy", partial(api.cupy_cost, plain=True),
+            partial(api.cupy_gradients, plain=True),
+        )  # fmt: skip
     return Implementation(
         "cupycorr cupy", "cupy", cupycorr.correlation, cupycorr.correlation_vjp
     )  # fmt: skip
@@ -198,26 +197,6 @@ def _flushed_bytes() -> int:
 
     # A size that is not reported: more than any cache of today.
     return 2 * cupy.cuda.Device().attributes.get("L2CacheSize", 0) or 256 << 20
-
-
-def _plain_cost(fmap1: Any, fmap2: Any, geometry: Geometry) -> Any:
-    import cupy
-
-    from cupycorr import cuda_engine
-
-    cost = cupy.empty(geometry.cost_shape(fmap1.shape), fmap1.dtype)
-    cuda_engine.forward(fmap1, fmap2, cost, geometry, plain=True)
-    return cost
-
-
-def _plain_gradients(grad_cost: Any, fmap1: Any, fmap2: Any, geometry: Geometry) -> tuple[Any, Any]:
-    import cupy
-
-    from cupycorr import cuda_engine
-
-    grads = cupy.empty_like(fmap1), cupy.empty_like(fmap2)
-    cuda_engine.backward(grad_cost, fmap1, fmap2, *grads, geometry, plain=True)
-    return grads
 
 
 def _version(number: int) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import click
 
@@ -11,9 +10,7 @@ from cupycorr import verify
 
 from . import cuda, environment
 from .options import (
-    ENGINES as DEVICE_ENGINES,
-)
-from .options import (
+    ENGINES,
     Problem,
     Sizes,
     device_argument,
@@ -38,11 +35,6 @@ DEFAULTS = {
 # Above this, numerical differentiation entry by entry takes minutes; torch's fast mode then
 # compares one random projection of the Jacobian.
 MOST_ENTRIES = 4000
-ENGINES: dict[str, Callable[[], verify.Engine]] = {
-    "numpy": verify.numpy_engine,
-    "cupy": verify.cupy_engine,
-    "plain": partial(verify.cupy_engine, plain=True),
-}
 
 
 @click.command(short_help="Check the cost volume and its gradients.")
@@ -100,7 +92,7 @@ def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple
 
 
 def _engines(device: str, asked: tuple[str, ...]) -> list[str]:
-    present = [name for name in DEVICE_ENGINES[device] if name != "torch" or _torch_has(device)]
+    present = [name for name in ENGINES[device] if name != "torch" or _torch_has(device)]
     if "torch" in asked and "torch" not in present:
         what = "torch" if device == "cpu" else "a torch that finds the GPU"
         raise environment.Unavailable(f"the torch engine needs {what}: pip install torch")
@@ -115,11 +107,17 @@ def _torch_has(device: str) -> bool:
     return device == "cpu" or torch.cuda.is_available()
 
 
+def _engine(name: str, device: str) -> verify.Engine:
+    if name == "torch":
+        return verify.torch_engine(device)
+    return verify.numpy_engine() if name == "numpy" else verify.cupy_engine(plain=name == "plain")
+
+
 def _checks(
     name: str, device: str, problem: Problem, dtype: str
 ) -> Iterator[tuple[verify.Check, str]]:
     """Yield each check of one engine, and what it compares with."""
-    engine = verify.torch_engine(device) if name == "torch" else ENGINES[name]()
+    engine = _engine(name, device)
     _, shape, geometry = problem
     try:
         for check in verify.check(engine, shape, geometry, dtype, oracle=verify.definition()):

@@ -14,6 +14,12 @@ from typing import NamedTuple
 Constants = tuple[tuple[str, int | bool | str], ...]
 """What is compiled into a kernel, by name: numbers, and types by their names."""
 
+# Multiply-adds of float32 per clock and multiprocessor, by compute capability (CUDA C++
+# Programming Guide, "Throughput of Native Arithmetic Instructions").
+LANES = {
+    50: 128, 52: 128, 53: 128, 60: 64, 61: 128, 62: 128, 70: 64, 72: 64, 75: 64, 80: 64,
+    86: 128, 87: 128, 89: 128, 90: 128, 100: 128, 103: 128, 120: 128, 121: 128,
+}  # fmt: skip
 REGISTERS = 65536  # of a multiprocessor
 RESERVED_BYTES = 1024  # of shared memory per block, by the driver
 LATENCY = 700  # cycles from a load of global memory to its use
@@ -38,8 +44,8 @@ class Device(NamedTuple):
 
     @property
     def multiply_adds(self) -> int:
-        """Multiply-adds in float32 per cycle and multiprocessor."""
-        return 64 if self.capability in (70, 72, 75, 80) else 128
+        """Multiply-adds in float32 per cycle and multiprocessor; of what is newer, a guess."""
+        return LANES.get(self.capability, 128)
 
     @property
     def shared_rate(self) -> int:
