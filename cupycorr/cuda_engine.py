@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import cache, lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import cupy
@@ -87,12 +87,8 @@ def forward(
         cost.fill(0)
         return
     arrays = {"fmap1": fmap1, "fmap2": fmap2, "cost": cost}
-    dtype = str(fmap1.dtype) if dtype is None else dtype
-    options: dict[str, Any] = {"aligned": _aligned(arrays), "plain": plain}
-    for part in _parts(arrays, geometry, fmap1.shape, dtype):
-        shape = part["fmap1"].shape
-        plan = cuda_plan.forward(geometry, shape, dtype, device_of(fmap1.device.id), **options)
-        _run(plan, part, dtype, divisor, allocate or cupy.empty)
+    plan = partial(cuda_plan.forward, plain=plain)
+    _compute(plan, arrays, geometry, divisor, dtype, allocate)
 
 
 def backward(
@@ -134,16 +130,9 @@ def backward(
     arrays = {"grad_cost": grad_cost, "fmap1": fmap1, "fmap2": fmap2}
     outputs = {"grad_fmap1": grad_fmap1, "grad_fmap2": grad_fmap2}
     arrays.update({name: array for name, array in outputs.items() if array is not None})
-    options: dict[str, Any] = {
-        "needs": (grad_fmap1 is not None, grad_fmap2 is not None),
-        "aligned": _aligned(arrays),
-        "plain": plain,
-    }
-    dtype = str(fmap1.dtype) if dtype is None else dtype
-    for part in _parts(arrays, geometry, fmap1.shape, dtype):
-        shape = part["fmap1"].shape
-        plan = cuda_plan.backward(geometry, shape, dtype, device_of(fmap1.device.id), **options)
-        _run(plan, part, dtype, divisor, allocate or cupy.empty)
+    needs = (grad_fmap1 is not None, grad_fmap2 is not None)
+    plan = partial(cuda_plan.backward, needs=needs, plain=plain)
+    _compute(plan, arrays, geometry, divisor, dtype, allocate)
 
 
 def warm_up(geometry: Geometry, shape: Shape, dtype: str) -> list[Compiled]:
@@ -194,17 +183,24 @@ def device_of(number: int) -> Device:
     )
 
 
-def _parts(
-    arrays: dict[str, Any], geometry: Geometry, shape: Shape, dtype: str
-) -> Iterator[dict[str, Any]]:
-    """Split the batch where the workspace of all of it would be too large."""
-    at_once = cuda_plan.samples_at_once(geometry, shape, dtype)
-    for start in range(0, shape[0], at_once):
-        yield {name: array[start : start + at_once] for name, array in arrays.items()}
-
-
-def _aligned(arrays: dict[str, Any]) -> bool:
-    return all(array.data.ptr % ALIGNMENT == 0 for array in arrays.values())
+def _compute(
+    plan: Callable[..., Plan],
+    arrays: dict[str, Any],
+    geometry: Geometry,
+    divisor: int,
+    dtype: str | None,
+    allocate: Allocate | None,
+) -> None:
+    """Plan and run; in parts of the batch where the workspace of all of it would be too large."""
+    fmap = arrays["fmap1"]
+    dtype = str(fmap.dtype) if dtype is None else dtype
+    device = device_of(fmap.device.id)
+    aligned = all(array.data.ptr % ALIGNMENT == 0 for array in arrays.values())
+    at_once = cuda_plan.samples_at_once(geometry, fmap.shape, dtype)
+    for start in range(0, len(fmap), at_once):
+        part = {name: array[start : start + at_once] for name, array in arrays.items()}
+        launches = plan(geometry, part["fmap1"].shape, dtype, device, aligned=aligned)
+        _run(launches, part, dtype, divisor, allocate or cupy.empty)
 
 
 def _run(plan: Plan, arrays: dict[str, Any], dtype: str, divisor: int, allocate: Allocate) -> None:
