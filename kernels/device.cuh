@@ -80,6 +80,14 @@ __host__ __device__ constexpr int round_up(int a, int b) { return ceil_div(a, b)
 __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 __host__ __device__ constexpr int larger(int a, int b) { return a < b ? b : a; }
 
+// Split off the fastest index.
+template <typename Index>
+__device__ __forceinline__ int pop(Index& rest, int size) {
+  const int last = static_cast<int>(rest % size);
+  rest /= size;
+  return last;
+}
+
 template <typename Index>
 __device__ __forceinline__ bool inside(Index position, Index size) {
   return 0 <= position && position < size;

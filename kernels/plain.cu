@@ -28,13 +28,6 @@ struct Sizes {
   int first_y, first_x;                              // first_displacement
 };
 
-// Split off the fastest index.
-__device__ __forceinline__ int pop(index& rest, int size) {
-  const int last = static_cast<int>(rest % size);
-  rest /= size;
-  return last;
-}
-
 __device__ __forceinline__ index row_of_map(const Sizes& s, int n, int c, int y) {
   return ((static_cast<index>(n) * s.channels + c) * s.height + y) * s.width;
 }

@@ -99,11 +99,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_cost(
 
   // What this block owns.
   int rest = blockIdx.x;
-  const int m0 = rest % s.blocks_x * columns;
-  rest /= s.blocks_x;
-  const int strip0 = rest % s.blocks_y * strips;
-  rest /= s.blocks_y;
-  const int phase_y = rest % phases_y, n = rest / phases_y;
+  const int m0 = pop(rest, s.blocks_x) * columns, strip0 = pop(rest, s.blocks_y) * strips;
+  const int phase_y = pop(rest, phases_y), n = rest;
   const int row0 = strip0 / row_strips;
   // A block inside one row stages only the rows of its own displacements.
   const int p0 = rows1 == 1 ? strip0 % row_strips / q_groups : 0;
@@ -200,16 +197,9 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_cost(
   for (int q0 = 0; q0 < displacements; q0 += slices) {
     __syncthreads();
     if (active) {
-#pragma unroll
-      for (int k = 0; k < slices; ++k) {
-        if (q0 + k >= displacements) continue;
-        accumulator* const target =
-            shared + ((channel_group * slices + k) * strips + own_strip) * line + lane * positions;
-#pragma unroll
-        for (int m = 0; m < positions; m += load) {
-          store_words(target + m, &sums[smaller(q0 + k, displacements - 1)][m]);
-        }
-      }
+      store_rows<slices>(shared + (channel_group * slices * strips + own_strip) * line +
+                             lane * positions,
+                         strips * line, sums, q0);
     }
     __syncthreads();
     constexpr int units = lanes * positions / result_vector;

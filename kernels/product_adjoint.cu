@@ -117,13 +117,9 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
 
   // What this block owns.
   int rest = blockIdx.x;
-  const int c0 = rest % s.blocks_c * block_channels;
-  rest /= s.blocks_c;
-  const int m0 = rest % s.blocks_x * columns;
-  rest /= s.blocks_x;
-  const int row0 = rest % s.blocks_y * rows;
-  rest /= s.blocks_y;
-  const int phase_y = rest % phases_y, n = rest / phases_y;
+  const int c0 = pop(rest, s.blocks_c) * block_channels, m0 = pop(rest, s.blocks_x) * columns;
+  const int row0 = pop(rest, s.blocks_y) * rows;
+  const int phase_y = pop(rest, phases_y), n = rest;
 
   // What this thread owns. Rows are fastest: then neighbours read the same words of the source.
   const int row = thread % rows, channel_group = thread / rows % channel_groups;
@@ -300,16 +296,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
   for (int k0 = 0; k0 < channels; k0 += slices) {
     __syncthreads();
     if (active) {
-#pragma unroll
-      for (int k = 0; k < slices; ++k) {
-        if (k0 + k >= channels) continue;
-        accumulator* const target =
-            shared + ((k * channel_groups + channel_group) * rows + row) * line + lane * positions;
-#pragma unroll
-        for (int m = 0; m < positions; m += load) {
-          store_words(target + m, &sums[smaller(k0 + k, channels - 1)][m]);
-        }
-      }
+      store_rows<slices>(shared + (channel_group * rows + row) * line + lane * positions,
+                         channel_groups * rows * line, sums, k0);
     }
     __syncthreads();
     for (int i = thread; i < slices * channel_groups * rows * units; i += threads) {

@@ -42,6 +42,20 @@ __device__ __forceinline__ void store_words(Accumulator* to, const Accumulator* 
   *reinterpret_cast<Pack<Accumulator, words>*>(to) = pack;
 }
 
+// Write up to COUNT rows of a thread's values, from row `first` on, `pitch` words apart.
+template <int COUNT, int ROWS, int COLUMNS, typename Accumulator>
+__device__ __forceinline__ void store_rows(Accumulator* to, int pitch,
+                                           const Accumulator (&values)[ROWS][COLUMNS], int first) {
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) {
+    if (first + k >= ROWS) continue;
+#pragma unroll
+    for (int m = 0; m < COLUMNS; m += words_per_load<Accumulator>) {
+      store_words(to + k * pitch + m, &values[smaller(first + k, ROWS - 1)][m]);
+    }
+  }
+}
+
 // Zero the words [0, count) of shared memory; count is a multiple of words_per_load.
 template <int THREADS, typename Accumulator>
 __device__ __forceinline__ void clear(Accumulator* shared, int count, int thread) {

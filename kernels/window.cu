@@ -32,9 +32,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) window_sum(
     const accumulator* __restrict__ volume, element* __restrict__ cost, const Sizes s,
     const accumulator scale) {
   const index output = static_cast<index>(blockIdx.x) * threads + threadIdx.x;
-  const int x = static_cast<int>(output % s.cost_width);
-  const int y = static_cast<int>(output / s.cost_width % s.cost_height);
-  const index e = output / s.cost_width / s.cost_height;
+  index e = output;
+  const int x = pop(e, s.cost_width), y = pop(e, s.cost_height);
   if (e >= static_cast<index>(s.samples) * s.displacements) return;
 
   const index first = (e * s.lattice_height + y * stride_y) * s.lattice_width + x * stride_x;
@@ -53,9 +52,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) window_spread(
     const element* __restrict__ grad_cost, accumulator* __restrict__ volume, const Sizes s,
     const accumulator scale) {
   const index output = static_cast<index>(blockIdx.x) * threads + threadIdx.x;
-  const int v = static_cast<int>(output % s.lattice_width);
-  const int u = static_cast<int>(output / s.lattice_width % s.lattice_height);
-  const index e = output / s.lattice_width / s.lattice_height;
+  index e = output;
+  const int v = pop(e, s.lattice_width), u = pop(e, s.lattice_height);
   if (e >= static_cast<index>(s.samples) * s.displacements) return;
 
   accumulator sum = 0;
