@@ -1,7 +1,7 @@
 """GPUs and layers that kernels are planned and compiled for, on machines without a GPU."""
 
 from cupycorr import Geometry
-from cupycorr.cuda_tiles import Device
+from cupycorr.cuda_model import Device
 
 
 def _device(capability, multiprocessors, of_block, of_multiprocessor):

@@ -19,9 +19,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from devices import DEVICES
 
 from cupycorr import cuda_plan, cuda_sources
-from cupycorr.cuda_tiles import Device
 from cupycorr.verify import Engine
 
 COMPILER = "g++"
@@ -47,9 +47,9 @@ ALIGNED_OFFSET = 16  # bytes from a multiple of 256 to the first element of alig
 POISON = 0xFF  # bytes of NaN in every dtype
 
 # One for each way that copies reach shared memory, and size of shared memory.
-SM_75 = Device(75, 40, 64 << 10, 64 << 10)  # through registers
-SM_80 = Device(80, 108, 163 << 10, 164 << 10)  # asynchronously
-SM_90 = Device(90, 132, 227 << 10, 228 << 10)
+SM_75 = DEVICES["2070S"]  # through registers
+SM_80 = DEVICES["A100"]  # asynchronously
+SM_90 = DEVICES["H100"]
 DEVICES = {f"sm_{device.capability}": device for device in (SM_75, SM_80, SM_90)}
 
 ACCESS = np.dtype(

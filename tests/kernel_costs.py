@@ -14,14 +14,11 @@ import nvrtc
 from devices import DEVICES, LAYERS
 
 from cupycorr import cuda_sources
+from cupycorr.cuda_model import LATENCY, REGISTERS, RESERVED_BYTES, SECTOR_BYTES
 from cupycorr.cuda_plan import Launch
 
 WORD, LOAD = 4, 4  # bytes of a float32; of them in a 16-byte load
-REGISTERS = 65536  # of a multiprocessor
-RESERVED = 1024  # bytes of shared memory per block
-SECTOR = 32  # bytes that memory moves at least
 DRAM_SHARE = 0.85  # of the data sheet's bandwidth that a kernel reaches
-LATENCY = 700  # cycles from a load of global memory to its use
 
 
 class Figures(NamedTuple):
@@ -169,6 +166,10 @@ def _gradient_accesses(tile, step):
         lane, channel_group = divmod(rest, tile.channel_groups)
         return row, channel_group, *divmod(lane, tile.groups)
 
+    def slot(row):
+        source_row = tile.advance_y * row + (step - tile.advance_y * row) % tile.patch_y
+        return source_row // tile.patch_y
+
     def g(thread):
         row, _, phase, group = parts(thread)
         if phase >= tile.phases_x:
@@ -183,7 +184,7 @@ def _gradient_accesses(tile, step):
             g_words
             + (channel_group * tile.phases_x + phase) * tile.pitch_s
             + tile.advance_x * tile.positions * group
-            + (source_words if step < tile.advance_y * row else 0)
+            + slot(row) * source_words
         )
 
     span = tile.advance_x * (tile.positions - 1) + tile.patch_x
@@ -220,10 +221,12 @@ def counts(launch: Launch, channels: int) -> Counts:
         rounds = tile.patch_y
         busy = tile.lanes * tile.rows * tile.channel_groups
         wraps = tile.advance_y * (tile.rows - 1)
-        rest = tile.patch_y - wraps  # steps that are all alike
+        # From step `wraps` on no row has wrapped around, and the steps are all alike.
+        differing = min(wraps, tile.patch_y - 1)
+        alike = tile.patch_y - differing
         accesses = _add(
-            *(_gradient_accesses(tile, step) for step in range(wraps)),
-            [rest * count for count in _gradient_accesses(tile, wraps)],
+            *(_gradient_accesses(tile, step) for step in range(differing)),
+            [alike * count for count in _gradient_accesses(tile, differing)],
         )
         useful = rounds * busy * sums * tile.patch_x
         executed = rounds * ceil(busy / 32) * 32 * sums * tile.patch_x
@@ -245,13 +248,12 @@ def touched(layer: str) -> dict[str, int]:
     volume = (*cost[:3], geometry.y.lattice_size(cost[3]), geometry.x.lattice_size(cost[4]))
     found = {"cost": prod(cost) * WORD, "volume": prod(volume) * WORD}
     for name in ("fmap1", "fmap2"):
-        rows, sectors = (
-            {pixel * unit // SECTOR if unit else pixel for pixel in _pixels(axis, n, end, name)}
-            for axis, n, end, unit in zip(
-                (geometry.y, geometry.x), volume[3:], size, (0, WORD), strict=True
-            )
+        rows, columns = (
+            _pixels(axis, positions, end, name)
+            for axis, positions, end in zip((geometry.y, geometry.x), volume[3:], size, strict=True)
         )
-        found[name] = samples * channels * len(rows) * len(sectors) * SECTOR
+        sectors = {column * WORD // SECTOR_BYTES for column in columns}
+        found[name] = samples * channels * len(rows) * len(sectors) * SECTOR_BYTES
     found["map"] = prod(shape) * WORD
     return found
 
@@ -354,7 +356,7 @@ def predict(launch: Launch, count: Counts, code: Machine, gpu: str, memory: floa
     device, figures = DEVICES[gpu], FIGURES[gpu]
     resident = min(
         REGISTERS // (-(-code.registers // 8) * 8 * launch.threads),
-        device.shared_bytes_of_multiprocessor // (launch.shared_bytes + RESERVED),
+        device.shared_bytes_of_multiprocessor // (launch.shared_bytes + RESERVED_BYTES),
         figures.threads // launch.threads,
     )
     most = ceil(launch.blocks / device.multiprocessors)

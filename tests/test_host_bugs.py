@@ -13,6 +13,7 @@ from host import ORDERS, SM_75, SM_80
 from test_host import TILED
 
 from cupycorr import Geometry, cuda_sources, verify
+from cupycorr.cuda_model import Device
 
 pytestmark = test_host.pytestmark
 DEFAULTS = "spatial-correlation-sampler's defaults"
@@ -26,7 +27,7 @@ class Bug(NamedTuple):
     old: str
     new: str
     case: str | tuple = MIXED
-    device: host.Device = SM_75
+    device: Device = SM_75
     plain: bool = False
     check: str = "correct"
     """"correct": `verify.check`; "finite": values that are not; or a dtype that is rounded to."""
