@@ -61,12 +61,23 @@ class Phase(NamedTuple):
 class Lattice(NamedTuple):
     """Equally spaced positions that together hold some taps of every output position."""
 
-    size: int
-    """Number of positions, inside the image or not."""
+    positions: range
+    """The pixels, inside the image or not."""
     taps: tuple[slice, ...]
     """For each tap the lattice indices that it touches, one per output position."""
     phases: tuple[Phase, ...]
     """The lattice split into residue classes; those that meet nothing are left out."""
+
+    @property
+    def size(self) -> int:
+        """Number of positions."""
+        return len(self.positions)
+
+    def inside(self, size: int, shift: int = 0) -> slice:
+        """Return the indices of the positions that lie, moved by ``shift``, on ``size`` pixels."""
+        first, step = self.positions.start + shift, self.positions.step
+        low = min(self.size, max(0, _ceil_div(-first, step)))
+        return slice(low, max(low, min(self.size, _ceil_div(size - first, step))))
 
     @property
     def untouched(self) -> list[int]:
@@ -153,15 +164,17 @@ class Axis(NamedTuple):
         if not self.is_sparse(outputs):
             dense = self.lattice_size(outputs)
             spans = tuple(_span(u * dilation, outputs, stride) for u in range(self.kernel_size))
-            return (Lattice(dense, spans, self._phases(size, origin, step, dense)),)
+            positions = range(origin, origin + dense * step, step)
+            return (Lattice(positions, spans, self._phases(size, origin, step, dense)),)
         whole = (_span(0, outputs, 1),)
+        tap_origins = (origin + u * self.dilation for u in range(self.kernel_size))
         return tuple(
             Lattice(
-                outputs,
+                range(first, first + outputs * self.stride, self.stride),
                 whole,
-                self._phases(size, origin + u * self.dilation, self.stride, outputs),
+                self._phases(size, first, self.stride, outputs),
             )
-            for u in range(self.kernel_size)
+            for first in tap_origins
         )
 
     def _phases(self, size: int, origin: int, step: int, count: int) -> tuple[Phase, ...]:

@@ -25,6 +25,7 @@ from numpy.lib.stride_tricks import as_strided
 from cupycorr import numpy_bands
 from cupycorr.geometry import Geometry
 from cupycorr.numpy_plan import COPY_ELEMENTS, Block, Group, Step, Tiles, cover, plan, spans
+from cupycorr.numpy_windows import accumulator, spread_taps, store, sum_taps, widen
 from cupycorr.parallel import Arena, Runner, Scratch, Unit, workers
 
 Array = npt.NDArray[Any]
@@ -57,7 +58,7 @@ def forward(
     if 0 in fmap1.shape:
         cost.fill(0)
         return
-    dtype = _accumulator(cost)
+    dtype = accumulator(cost)
     work = plan(fmap1.shape[1:], geometry, dtype.itemsize, False)
     with workers(len(fmap1) * work.multiply_adds, threads) as (run, arena):
         for samples, part in product(spans(len(fmap1), work.samples), work.parts):
@@ -100,7 +101,7 @@ def backward(
         gradients.append(_Gradient(1, fmap2, grad_fmap1, divisor))
     if grad_fmap2 is not None:
         gradients.append(_Gradient(2, fmap1, grad_fmap2, divisor))
-    dtype = _accumulator(grad_cost)
+    dtype = accumulator(grad_cost)
     work = plan(fmap1.shape[1:], geometry, dtype.itemsize, True)
     multiply_adds = len(fmap1) * work.multiply_adds * len(gradients)
     with workers(multiply_adds, threads) as (run, arena):
@@ -124,7 +125,7 @@ def _forward_chunk(
     run: Runner,
     arena: Arena,
 ) -> None:
-    dtype = _accumulator(out)
+    dtype = accumulator(out)
     total = np.zeros(out.shape, dtype) if len(steps) > 1 else None
     for step in steps:
         taps = len(step.lattice_y.taps) * len(step.lattice_x.taps)
@@ -181,12 +182,12 @@ def _store_cost(
     divisor: int,
     scratch: Scratch,
 ) -> None:
-    sums = _sum_taps(volume, step)
+    sums = sum_taps(volume, step.lattice_y, step.lattice_x)
     if total is not None:
         total[at] += sums
         sums = total[at]
     if is_last:
-        _store(out, sums, divisor)
+        store(out, sums, divisor)
 
 
 class _Gradient:
@@ -201,14 +202,14 @@ class _Gradient:
     def enter(self, samples: slice, *, only: bool) -> None:
         """Begin with some samples, whose gradient comes from one product only or from several."""
         self.source, self.out = self.whole_source[samples], self.whole_out[samples]
-        self.sums = None if only else np.zeros(self.out.shape, _accumulator(self.out))
+        self.sums = None if only else np.zeros(self.out.shape, accumulator(self.out))
 
     def leave_units(self) -> list[Unit]:
         """Return the units that store the sums, if they are not stored yet."""
         if self.sums is None:
             return []
         return [
-            partial(_store, self.out[n, part], self.sums[n, part], self.divisor)
+            partial(store, self.out[n, part], self.sums[n, part], self.divisor)
             for n, part in _map_parts(self.out)
         ]
 
@@ -254,7 +255,7 @@ class _Product:
 
     def _add(self, n: slice, part: slice, scratch: Scratch) -> None:
         out, sums, rows = self.gradient.out[n, part], self.gradient.sums, self.targets.rows
-        gradient = scratch.take("rows", out[:, :, rows].shape, _accumulator(out))
+        gradient = scratch.take("rows", out[:, :, rows].shape, accumulator(out))
         self._assemble(gradient, n, part)
         flat = gradient.reshape(-1)
         if not np.isfinite(np.dot(flat, flat)):
@@ -271,7 +272,7 @@ class _Product:
         if sums is not None:
             sums[n, part, rows] += gradient
             return
-        _store(out[:, :, rows], gradient, self.gradient.divisor)
+        store(out[:, :, rows], gradient, self.gradient.divisor)
         out[:, :, : rows.start] = 0
         out[:, :, rows.stop :] = 0
 
@@ -306,9 +307,12 @@ def _backward_step(
     run: Runner,
     arena: Arena,
 ) -> None:
-    volume = arena.take(_volume_shape(upstream.shape, step), _accumulator(upstream))
+    volume = arena.take(_volume_shape(upstream.shape, step), accumulator(upstream))
     products = [_Product(gradient, step, volume, arena) for gradient in gradients]
-    spread = [partial(_spread_taps, volume[at], upstream[at], step) for at in _planes(volume.shape)]
+    spread = [
+        partial(spread_taps, volume[at], upstream[at], step.lattice_y, step.lattice_x)
+        for at in _planes(volume.shape)
+    ]
     run(spread + [unit for one in products for unit in one.pack_units])
     run([unit for one in products for unit in one.multiply_units()])
     run([unit for one in products for unit in one.add_units()])
@@ -403,7 +407,7 @@ def _pack(
 ) -> None:
     # In two steps: the map is read once, in order, and then from the cache.
     rows = scratch.take("rows", values[n, part].shape, packed[0].dtype)
-    _widen(rows, values[n, part])
+    widen(rows, values[n, part])
     per_n, per_channel, per_row, item = rows.strides
     for block, array in zip(group.blocks, packed, strict=True):
         if array.size == 0:
@@ -447,65 +451,3 @@ def _planes(shape: tuple[int, ...]) -> list[tuple[slice, slice, slice]]:
 
 def _volume_shape(cost_shape: tuple[int, ...], step: Step) -> tuple[int, ...]:
     return (*cost_shape[:3], step.lattice_y.size, step.lattice_x.size)
-
-
-def _sum_taps(volume: Array, step: Step) -> Array:
-    """Sum over the taps of each window: (..., lattice rows, columns) to (..., OH, OW)."""
-    rows = [volume[..., tap, :] for tap in step.lattice_y.taps]
-    volume = _sum(rows)
-    return _sum([volume[..., tap] for tap in step.lattice_x.taps])
-
-
-def _sum(parts: list[Array]) -> Array:
-    if len(parts) == 1:
-        return parts[0]
-    total = parts[0] + parts[1]
-    for part in parts[2:]:
-        total += part
-    return total
-
-
-def _spread_taps(volume: Array, grad: Array, step: Step, scratch: Scratch) -> None:
-    """Adjoint of `_sum_taps`: write the volume's gradient from the cost's."""
-    taps_y, taps_x = step.lattice_y.taps, step.lattice_x.taps
-    if len(taps_y) == len(taps_x) == 1:
-        _widen(volume, grad)
-        return
-    wide = np.empty(grad.shape, volume.dtype)
-    _widen(wide, grad)
-    rows = np.zeros((*wide.shape[:-1], step.lattice_x.size), volume.dtype)
-    for tap in taps_x:
-        rows[..., tap] += wide
-    volume.fill(0)
-    for tap in taps_y:
-        volume[..., tap, :] += rows
-
-
-# Number formats.
-
-
-def _accumulator(array: Array) -> np.dtype[Any]:
-    """Return the dtype in which sums of an array's values are formed."""
-    return array.dtype if array.dtype == np.float64 else np.dtype(np.float32)
-
-
-def _widen(out: Array, values: Array) -> None:
-    """Copy to the accumulator's dtype."""
-    if values.dtype == np.uint16:
-        np.left_shift(values, 16, out=out.view(np.uint32), dtype=np.uint32)
-    else:
-        np.copyto(out, values)
-
-
-def _store(out: Array, sums: Array, divisor: int, scratch: Scratch | None = None) -> None:
-    """Divide, and round once to the storage dtype, to nearest even."""
-    if out.dtype == np.uint16:
-        if divisor != 1:
-            sums = sums / sums.dtype.type(divisor)
-        bits = np.ascontiguousarray(sums).view(np.uint32)
-        rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
-        out[...] = np.where(np.isnan(sums), 0x7FC0, rounded)
-    elif divisor != 1:
-        np.divide(sums, sums.dtype.type(divisor), out=out, casting="same_kind")
-    else:
-        np.copyto(out, sums, casting="same_kind")
