@@ -398,6 +398,33 @@ class Geometry:
         step = _integer("dila_patch", dila_patch, least=1)
         return cls(patch_size=2 * reach // step + 1, dilation_patch=step, first_displacement=-reach)
 
+    @classmethod
+    def from_mmcv(
+        cls,
+        kernel_size: IntOrPair = 1,
+        max_displacement: int = 1,
+        stride: IntOrPair = 1,
+        padding: IntOrPair = 0,
+        dilation: IntOrPair = 1,
+        dilation_patch: IntOrPair = 1,
+    ) -> Geometry:
+        """Translate the parameters of mmcv's correlation layer.
+
+        Parameters
+        ----------
+        max_displacement : int
+            Displacements to either side; `patch_size` is ``2 * max_displacement + 1``.
+        kernel_size, stride, padding, dilation, dilation_patch : int or (int, int)
+            As `Geometry`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `Geometry`, naming the parameter of this vocabulary.
+        """
+        patch = 2 * _integer("max_displacement", max_displacement, least=0) + 1
+        return cls(kernel_size, patch, stride, padding, dilation, dilation_patch)
+
     @property
     def displacements(self) -> tuple[range, range]:
         """The vertical and the horizontal displacements, in pixels."""

@@ -5,6 +5,7 @@ from math import ceil
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from strategies import pairs
 
 from cupycorr import Geometry
 
@@ -103,6 +104,15 @@ def test_from_taichi_compares_every_position():
     assert Geometry.from_taichi(4, 2).output_size(11, 13) == (11, 13)
 
 
+@given(st.integers(0, 9), pairs(1, 4), pairs(-3, 6))
+def test_from_mmcv_has_its_displacements_and_leaves_the_rest(radius, spacing, padding):
+    geometry = Geometry.from_mmcv(3, radius, 2, padding, 1, spacing)
+    literal = [[p * step for p in range(-radius, radius + 1)] for step in spacing]
+    assert [list(d) for d in geometry.displacements] == literal
+    others = geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation
+    assert others == ((3, 3), (2, 2), padding, (1, 1))
+
+
 @pytest.mark.parametrize(
     ("make", "name", "value", "kind"),
     [
@@ -119,6 +129,9 @@ def test_from_taichi_compares_every_position():
         (Geometry.from_correlation1d, "single_direction", 1.0, TypeError),
         (Geometry.from_taichi, "max_disp", -4, ValueError),
         (Geometry.from_taichi, "dila_patch", 0, ValueError),
+        (Geometry.from_mmcv, "max_displacement", -1, ValueError),
+        (Geometry.from_mmcv, "max_displacement", (1, 1), TypeError),
+        (Geometry.from_mmcv, "dilation_patch", 0, ValueError),
     ],
 )
 def test_parameters_of_other_vocabularies_are_refused_by_their_own_name(make, name, value, kind):
