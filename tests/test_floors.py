@@ -38,7 +38,13 @@ ROOMS = {
     "cupycorr.onnx_export": Room(2, NUMPY | {"onnxscript", "torch"}),
     "cupycorr.api": Room(2, NUMPY, frozenset({"cupy", "torch"})),
     "cupycorr.verify": Room(2, NUMPY, frozenset({"cupy", "torch", "ml_dtypes"})),
-    "cupycorr.compat": Room(2, NUMPY, frozenset({"torch"})),
+    # What has no torch module must not need torch.
+    "cupycorr.compat": Room(2.3),
+    **{
+        f"cupycorr.compat.{module}": Room(2.3, frozenset({"torch"}))
+        for module in ("caffe", "correlation_cuda", "mmcv", "nvidia", "sniklaus")
+    },
+    "cupycorr.vocabularies": Room(0.5),
     "cupycorr": Room(2.5),
     "cupycorr.kernels": Room(0),
     "cupycorr.cli": Room(

@@ -1,0 +1,26 @@
+"""Other systems' correlation layers, under their own names, with cupycorr's results.
+
+`nvidia`, `caffe`, `taichi`, `mmcv` and `sniklaus` hold what the systems of these names offer: the
+same classes and functions, with the same arguments, defaults, shapes and divisors.
+`stand_in_for` lets the ``import`` statements of a program that cannot be edited find them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cupycorr.compat.stand_in import StandIn, stand_in_for
+
+if TYPE_CHECKING:
+    from cupycorr.compat import caffe, mmcv, nvidia, sniklaus, taichi
+
+__all__ = ["StandIn", "caffe", "mmcv", "nvidia", "sniklaus", "stand_in_for", "taichi"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return import_module(f"{__name__}.{name}")  # most of them load torch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
