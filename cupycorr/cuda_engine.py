@@ -56,6 +56,7 @@ def forward(
     *,
     divisor: int = 1,
     plain: bool = False,
+    similarity: str = "product",
     dtype: str | None = None,
     allocate: Allocate | None = None,
 ) -> None:
@@ -73,6 +74,8 @@ def forward(
         Every sum is divided by it before it is rounded.
     plain : bool, default False
         Use only the kernels that compute one output per thread.
+    similarity : {"product", "l1"}, default "product"
+        What is summed: products, or absolute differences of maps that are 0 outside.
     dtype : {"float16", "bfloat16", "float32", "float64"}, optional
         What the arrays' bits mean, if they are of another dtype of that size.
     allocate : callable (shape, dtype name) -> cupy.ndarray, optional
@@ -87,7 +90,7 @@ def forward(
         cost.fill(0)
         return
     arrays = {"fmap1": fmap1, "fmap2": fmap2, "cost": cost}
-    plan = partial(cuda_plan.forward, plain=plain)
+    plan = partial(cuda_plan.forward, plain=plain, similarity=similarity)
     _compute(plan, arrays, geometry, divisor, dtype, allocate)
 
 
@@ -101,6 +104,7 @@ def backward(
     *,
     divisor: int = 1,
     plain: bool = False,
+    similarity: str = "product",
     dtype: str | None = None,
     allocate: Allocate | None = None,
 ) -> None:
@@ -114,8 +118,8 @@ def backward(
         The feature maps.
     grad_fmap1, grad_fmap2 : cupy.ndarray (N, C, H, W), of the maps' dtype, contiguous, or None
         Where the gradients are written; None where not needed.
-    geometry, divisor, plain, dtype, allocate
-        As for `forward`.
+    geometry, divisor, plain, similarity, dtype, allocate
+        As for `forward`. Of absolute differences these are subgradients, with sign(0) = 0.
 
     Raises
     ------
@@ -131,11 +135,56 @@ def backward(
     outputs = {"grad_fmap1": grad_fmap1, "grad_fmap2": grad_fmap2}
     arrays.update({name: array for name, array in outputs.items() if array is not None})
     needs = (grad_fmap1 is not None, grad_fmap2 is not None)
-    plan = partial(cuda_plan.backward, needs=needs, plain=plain)
+    plan = partial(cuda_plan.backward, needs=needs, plain=plain, similarity=similarity)
     _compute(plan, arrays, geometry, divisor, dtype, allocate)
 
 
-def warm_up(geometry: Geometry, shape: Shape, dtype: str) -> list[Compiled]:
+def tangent(
+    fmap1: Any,
+    fmap2: Any,
+    tangent1: Any,
+    tangent2: Any,
+    cost: Any,
+    geometry: Geometry,
+    *,
+    divisor: int = 1,
+    dtype: str | None = None,
+    allocate: Allocate | None = None,
+) -> None:
+    """Compute the derivative of sums of absolute differences along tangents of the maps.
+
+    Parameters
+    ----------
+    fmap1, fmap2 : cupy.ndarray (N, C, H, W), float16|bfloat16|float32|float64, contiguous
+        The feature maps.
+    tangent1, tangent2 : cupy.ndarray (N, C, H, W), of the maps' dtype, contiguous
+        The directions in which they change.
+    cost : cupy.ndarray (N, PH, PW, OH, OW), of the maps' dtype, contiguous
+        Where the derivative of the cost volume is written.
+    geometry, divisor, dtype, allocate
+        As for `forward`.
+
+    Raises
+    ------
+    RuntimeError
+        As `forward`.
+
+    Notes
+    -----
+    The sum over c, i, j of sign(fmap1 - fmap2) * (tangent1 - tangent2), taken where `forward` takes
+    |fmap1 - fmap2|, with sign(0) = 0.
+    """
+    if 0 in fmap1.shape:
+        cost.fill(0)
+        return
+    arrays = {"fmap1": fmap1, "fmap2": fmap2, "tangent1": tangent1, "tangent2": tangent2}
+    arrays["cost"] = cost
+    _compute(cuda_plan.tangent, arrays, geometry, divisor, dtype, allocate)
+
+
+def warm_up(
+    geometry: Geometry, shape: Shape, dtype: str, *, similarity: str = "product"
+) -> list[Compiled]:
     """Compile what forward and backward need on the current device.
 
     Parameters
@@ -146,6 +195,8 @@ def warm_up(geometry: Geometry, shape: Shape, dtype: str) -> list[Compiled]:
         Of its maps; other images of about this size (to three binary digits) share the kernels.
     dtype : {"float16", "bfloat16", "float32", "float64"}
         Of its maps.
+    similarity : {"product", "l1"}, default "product"
+        As for `forward`.
 
     Returns
     -------
@@ -161,7 +212,7 @@ def warm_up(geometry: Geometry, shape: Shape, dtype: str) -> list[Compiled]:
     shape = (cuda_plan.samples_at_once(geometry, shape, dtype), *shape[1:])
     compiled = []
     for plan in (cuda_plan.forward, cuda_plan.backward):
-        for launch in plan(geometry, shape, dtype, device).launches:
+        for launch in plan(geometry, shape, dtype, device, similarity=similarity).launches:
             start = time.perf_counter()
             function = _function(launch)
             seconds = time.perf_counter() - start

@@ -76,6 +76,7 @@ def forward(
     *,
     aligned: bool = True,
     plain: bool = False,
+    similarity: str = "product",
 ) -> Plan:
     """Plan the cost volume ("cost") of two maps ("fmap1", "fmap2").
 
@@ -93,6 +94,8 @@ def forward(
         Whether all arrays begin at multiples of 16 bytes.
     plain : bool, default False
         Use the plain kernels only.
+    similarity : {"product", "l1"}, default "product"
+        What is summed: products, or absolute differences of maps that are 0 outside.
 
     Raises
     ------
@@ -101,11 +104,11 @@ def forward(
     """
     launch = None
     if not plain and _tiles_apply(geometry, shape):
-        launch = _product(geometry, shape, dtype, device, aligned)
+        launch = _product(geometry, shape, dtype, device, aligned, similarity)
     if launch is None:
-        output = prod(geometry.cost_shape(shape))
         arrays = ("fmap1", "fmap2", "cost")
-        return _checked([_plain("plain_cost", geometry, shape, dtype, arrays, output)], device)
+        launch = _plain("plain_cost", geometry, shape, dtype, arrays, similarity)
+        return _checked([launch], device)
     if geometry.window_taps == 1:
         return _checked([launch], device)
     total = _window("window_sum", geometry, shape, dtype, ("volume", "cost"))
@@ -122,6 +125,7 @@ def backward(
     needs: tuple[bool, bool] = (True, True),
     aligned: bool = True,
     plain: bool = False,
+    similarity: str = "product",
 ) -> Plan:
     """Plan the gradients ("grad_fmap1", "grad_fmap2") for an upstream gradient ("grad_cost").
 
@@ -137,14 +141,14 @@ def backward(
     for which in (1, 2):
         if not needs[which - 1]:
             continue
-        other, grad = f"fmap{3 - which}", f"grad_fmap{which}"
+        operands = ("fmap1", "fmap2", f"grad_fmap{which}")
         launch = None
         if not plain and _tiles_apply(geometry, shape):
-            arrays = (upstream, other, grad)
-            launch = _gradient(geometry, shape, dtype, device, aligned, which, arrays)
+            arrays = (upstream, *operands)
+            launch = _gradient(geometry, shape, dtype, device, aligned, which, arrays, similarity)
         if launch is None:
-            arrays = ("grad_cost", other, grad)
-            launch = _plain(f"plain_{grad}", geometry, shape, dtype, arrays, prod(shape))
+            arrays = ("grad_cost", *operands)
+            launch = _plain(f"plain_{arrays[-1]}", geometry, shape, dtype, arrays, similarity)
         launches.append(launch)
     if not any("volume" in launch.arrays for launch in launches):
         return _checked(launches, device)
@@ -152,6 +156,24 @@ def backward(
     return _checked(
         [spread._replace(scaled=False), *launches], device, _volume_shape(geometry, shape)
     )
+
+
+@lru_cache(maxsize=512)
+def tangent(
+    geometry: Geometry, shape: Shape, dtype: str, device: Device, *, aligned: bool = True
+) -> Plan:
+    """Plan the derivative ("cost") of sums of absolute differences along tangents of the maps.
+
+    The tangents are "tangent1" and "tangent2"; the parameters are those of `forward`. (The
+    derivative of sums of products is a sum of two cost volumes.)
+
+    Raises
+    ------
+    RuntimeError
+        If the device cannot launch it.
+    """
+    arrays = ("fmap1", "fmap2", "tangent1", "tangent2", "cost")
+    return _checked([_plain("plain_tangent", geometry, shape, dtype, arrays, "l1")], device)
 
 
 def _tiles_apply(geometry: Geometry, shape: Shape) -> bool:
@@ -181,6 +203,10 @@ def _volume_shape(geometry: Geometry, shape: Shape) -> Shape:
     return (samples, *patch, geometry.y.lattice_size(height), geometry.x.lattice_size(width))
 
 
+def _differences(similarity: str) -> Constants:
+    return (("differences", similarity == "l1"),)
+
+
 def _types(dtype: str, **more: str) -> Constants:
     names = {"element": dtype, "accumulator": accumulator(dtype), **more}
     return tuple((name, ELEMENTS[kind]) for name, kind in names.items())
@@ -205,9 +231,10 @@ def _plain(
     shape: Shape,
     dtype: str,
     arrays: tuple[str, ...],
-    outputs: int,
+    similarity: str,
 ) -> Launch:
     cost_shape = geometry.cost_shape(shape)
+    outputs = prod(cost_shape if arrays[-1] == "cost" else shape)
     fields = (
         geometry.kernel_size,
         geometry.patch_size,
@@ -220,7 +247,12 @@ def _plain(
     return Launch(
         "plain.cu",
         kernel,
-        (*_types(dtype), *_index(max(prod(shape), prod(cost_shape))), ("threads", THREADS)),
+        (
+            *_types(dtype),
+            *_index(max(prod(shape), prod(cost_shape))),
+            *_differences(similarity),
+            ("threads", THREADS),
+        ),
         -(-outputs // THREADS),
         THREADS,
         0,
@@ -260,7 +292,7 @@ def _window(
 
 
 def _product(
-    geometry: Geometry, shape: Shape, dtype: str, device: Device, aligned: bool
+    geometry: Geometry, shape: Shape, dtype: str, device: Device, aligned: bool, similarity: str
 ) -> Launch | None:
     """Plan the tiled product volume; None where no tile fits the device."""
     samples, channels, _, width = shape
@@ -297,6 +329,7 @@ def _product(
             vector=max(1, vector),
             lead=lead,
             asynchronous=asynchronous,
+            differences=similarity == "l1",
         ),
         device,
     )
@@ -311,6 +344,7 @@ def _product(
         "product_cost",
         (
             *_types(dtype, result=result),
+            *_differences(similarity),
             *_pairs(
                 patch=geometry.patch_size,
                 step=_pair(axis.lattice_step for axis in axes),
@@ -338,6 +372,7 @@ def _gradient(
     aligned: bool,
     which: int,
     arrays: tuple[str, ...],
+    similarity: str,
 ) -> Launch | None:
     """Plan the tiled gradient with respect to one map; None where none applies."""
     samples, channels, height, width = shape
@@ -373,6 +408,7 @@ def _gradient(
             vector=vector,
             asynchronous=asynchronous,
             upstream_asynchronous=upstream_asynchronous,
+            differences=similarity == "l1",
         ),
         device,
     )
@@ -386,6 +422,7 @@ def _gradient(
         "product_gradient",
         (
             *_types(dtype, upstream=upstream),
+            *_differences(similarity),
             ("which", which),
             *_pairs(
                 patch=geometry.patch_size,

@@ -31,6 +31,9 @@ MOST_THREADS = 256  # of a block: of larger ones too many threads wait at a barr
 MOST_REGISTERS = 255  # of a thread
 MOST_SLOTS = 8  # for source rows of a gradient
 LEAST_BUSY = 0.8  # share of a block's threads that have outputs
+# Instructions that take the place of a multiply-add where absolute differences are summed: two
+# additions; and for their gradients two comparisons besides.
+ADDITIONS, COMPARISONS = 2, 2
 
 
 class Product(NamedTuple):
@@ -52,6 +55,8 @@ class Product(NamedTuple):
     vector: int
     lead: int
     asynchronous: bool
+    differences: bool
+    """Whether absolute differences are summed, not products."""
 
 
 class Gradient(NamedTuple):
@@ -70,6 +75,7 @@ class Gradient(NamedTuple):
     vector: int
     asynchronous: bool
     upstream_asynchronous: bool
+    differences: bool
 
 
 class ProductTile(NamedTuple):
@@ -205,7 +211,8 @@ def _tiles_of_strips(
             registers,
             shared_bytes,
             rounds,
-            multiply_adds=problem.channels * sums * own.lanes * strips,
+            multiply_adds=problem.channels * sums * own.lanes * strips
+            * (ADDITIONS if problem.differences else 1),
             # Neighbouring strips share the words of the first map.
             wavefronts=problem.channels * own.lanes * strips / 32
             * (2 * own.positions + 5 * own.window) / load,
@@ -290,7 +297,7 @@ def _gradient_of(
     staged = 0 if problem.asynchronous else slots * source_copies * problem.vector
     staged += 0 if problem.upstream_asynchronous else g_copies
     staged = staged * word_bytes // 4
-    registers = channels * positions * word_bytes // 4 + 90
+    registers = channels * positions * word_bytes // 4 * (2 if problem.differences else 1) + 90
     registers += 2 * g_copies + ceil(1.3 * slots * source_copies)
     ahead = some_asynchronous or registers + staged <= MOST_REGISTERS
     registers = max(registers, registers - (0 if ahead else 60) + staged)
@@ -311,12 +318,13 @@ def _gradient_of(
             word_bytes,
         )
     )
+    terms = patch_y * busy * channels * positions * patch_x
     block = Block(
         threads,
         registers,
         shared_bytes,
         rounds=patch_y,
-        multiply_adds=patch_y * busy * channels * positions * patch_x,
+        multiply_adds=terms * (ADDITIONS if problem.differences else 1),
         # Threads of several rows share the words of the source; those of G lie farther apart.
         wavefronts=patch_y
         * busy
@@ -324,7 +332,8 @@ def _gradient_of(
         * ((6 if rows > 4 else 4) * g_loads + (2 if rows > 1 else 4) * window_loads),
         instructions=patch_y * (busy * (g_loads + window_loads) + threads * (100 + 30 * rows))
         + threads * copies * 5
-        + busy * channels * positions * 10,
+        + busy * channels * positions * 10
+        + terms * (COMPARISONS if problem.differences else 0),
         words=threads * (patch_y * g_copies + source_rows * source_copies * problem.vector),
         bytes=bytes_moved,
         ahead=ahead,

@@ -73,6 +73,29 @@ __device__ __forceinline__ T narrow(Accumulator value) {
   return result;
 }
 
+// ---- what two values add to a sum: their product, or with `differences` the distance between them
+
+__device__ __forceinline__ float magnitude(float value) { return fabsf(value); }
+__device__ __forceinline__ double magnitude(double value) { return fabs(value); }
+
+template <bool differences, typename Accumulator>
+__device__ __forceinline__ Accumulator similarity(Accumulator one, Accumulator two) {
+  return differences ? magnitude(one - two) : one * two;
+}
+
+// Add what `upstream` passes on to `own`: upstream * other, or upstream * sign(own - other). The sign
+// of 0 and of NaN is 0, which not even an infinite `upstream` changes.
+template <bool differences, typename Accumulator>
+__device__ __forceinline__ void add_slope(Accumulator& sum, Accumulator upstream, Accumulator own,
+                                          Accumulator other) {
+  if constexpr (differences) {
+    if (own > other) sum += upstream;
+    if (own < other) sum -= upstream;
+  } else {
+    sum += upstream * other;
+  }
+}
+
 // ---- index arithmetic
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }

@@ -6,15 +6,26 @@
 //
 //   Y = y * stride - padding + i * dilation,   dy = first_displacement + p * dilation_patch   (X, dx likewise)
 //
-// with terms left out where a position lies outside its map. All arrays are contiguous, in the
-// order of their indices above. A thread owns one output and gathers all its terms; threads along x
-// are neighbours, so that a warp reads and writes full lines. Launch: any number of blocks of
-// `threads` threads that covers the outputs.
+// with terms left out where a position lies outside its map. With `differences`, where maps are 0
+// outside of themselves, and terms left out where both positions lie there:
+//
+//   cost[n, p, q, y, x]      = sum over c, i, j  of  |fmap1[n, c, Y, X] - fmap2[n, c, Y + dy, X + dx]|
+//   grad_fmap1[n, c, Y, X]   = sum over p, q, i, j of  grad_cost[n, p, q, y, x] * s,
+//                              s = sign(fmap1[n, c, Y, X] - fmap2[n, c, Y + dy, X + dx])
+//   grad_fmap2[n, c, Y, X]   = sum over p, q, i, j of  grad_cost[n, p, q, y, x] * s,
+//                              s = sign(fmap2[n, c, Y, X] - fmap1[n, c, Y - dy, X - dx])
+//   tangent[n, p, q, y, x]   = sum over c, i, j  of  (tangent1[n, c, Y, X] - tangent2[n, c, Y + dy, X + dx]) * s,
+//                              s = sign(fmap1[n, c, Y, X] - fmap2[n, c, Y + dy, X + dx])
+//
+// All arrays are contiguous, in the order of their indices above. A thread owns one output and
+// gathers all its terms; threads along x are neighbours, so that a warp reads and writes full lines.
+// Launch: any number of blocks of `threads` threads that covers the outputs.
 
 #ifndef CUPYCORR_CONSTANTS
 using element = float;      // of all arrays
 using accumulator = float;  // of sums
 using index = long long;    // of arrays; int while all of them have fewer than 2^31 elements
+constexpr bool differences = false;
 constexpr int threads = 256;
 #endif
 
@@ -37,9 +48,16 @@ __device__ __forceinline__ index row_of_cost(const Sizes& s, int n, int p, int q
   return (displacement * s.cost_height + y) * s.cost_width;
 }
 
-extern "C" __global__ void __launch_bounds__(threads, 1) plain_cost(
-    const element* __restrict__ fmap1, const element* __restrict__ fmap2,
-    element* __restrict__ cost, const Sizes s, const accumulator scale) {
+// What a map holds; 0 outside.
+__device__ __forceinline__ accumulator value(const element* map, index offset, bool exists) {
+  return exists ? widen(map[offset]) : accumulator(0);
+}
+
+// One output of the shape of the cost volume: add(sum, offset1, exists1, offset2, exists2) for every
+// term, where its two positions lie in the maps and whether they do.
+template <typename Add>
+__device__ __forceinline__ void gather(element* __restrict__ cost, const Sizes& s,
+                                       const accumulator scale, Add add) {
   const index output = static_cast<index>(blockIdx.x) * threads + threadIdx.x;
   index rest = output;
   const int x = pop(rest, s.cost_width), y = pop(rest, s.cost_height);
@@ -52,39 +70,68 @@ extern "C" __global__ void __launch_bounds__(threads, 1) plain_cost(
   accumulator sum = 0;
   for (int i = 0; i < s.kernel_y; ++i) {
     const int y1 = y * s.stride_y - s.padding_y + i * s.dilation_y, y2 = y1 + dy;
-    if (!inside(y1, s.height) || !inside(y2, s.height)) continue;
+    const bool row1 = inside(y1, s.height), row2 = inside(y2, s.height);
+    if (differences ? !row1 && !row2 : !row1 || !row2) continue;
     for (int j = 0; j < s.kernel_x; ++j) {
       const int x1 = x * s.stride_x - s.padding_x + j * s.dilation_x, x2 = x1 + dx;
-      if (!inside(x1, s.width) || !inside(x2, s.width)) continue;
-      const element* one = fmap1 + row_of_map(s, n, 0, y1) + x1;
-      const element* two = fmap2 + row_of_map(s, n, 0, y2) + x2;
+      const bool exists1 = row1 && inside(x1, s.width), exists2 = row2 && inside(x2, s.width);
+      if (differences ? !exists1 && !exists2 : !exists1 || !exists2) continue;
+      index one = exists1 ? row_of_map(s, n, 0, y1) + x1 : 0;
+      index two = exists2 ? row_of_map(s, n, 0, y2) + x2 : 0;
       for (int c = 0; c < s.channels; ++c, one += plane, two += plane) {
-        sum += widen(*one) * widen(*two);
+        add(sum, one, exists1, two, exists2);
       }
     }
   }
   cost[output] = narrow<element>(sum * scale);
 }
 
-// The gradient of the map number `which`; `other` is the other map.
+extern "C" __global__ void __launch_bounds__(threads, 1) plain_cost(
+    const element* __restrict__ fmap1, const element* __restrict__ fmap2,
+    element* __restrict__ cost, const Sizes s, const accumulator scale) {
+  gather(cost, s, scale,
+         [&](accumulator& sum, index one, bool exists1, index two, bool exists2) {
+           sum += similarity<differences>(value(fmap1, one, exists1), value(fmap2, two, exists2));
+         });
+}
+
+// The derivative of sums of differences along tangents of the maps; of products it is a sum of costs.
+extern "C" __global__ void __launch_bounds__(threads, 1) plain_tangent(
+    const element* __restrict__ fmap1, const element* __restrict__ fmap2,
+    const element* __restrict__ tangent1, const element* __restrict__ tangent2,
+    element* __restrict__ tangent, const Sizes s, const accumulator scale) {
+  gather(tangent, s, scale,
+         [&](accumulator& sum, index one, bool exists1, index two, bool exists2) {
+           const accumulator along =
+               value(tangent1, one, exists1) - value(tangent2, two, exists2);
+           add_slope<true>(sum, along, value(fmap1, one, exists1), value(fmap2, two, exists2));
+         });
+}
+
+// The gradient of the map number `which`.
 template <int which>
 __device__ __forceinline__ void gradient(const element* __restrict__ grad_cost,
-                                         const element* __restrict__ other,
+                                         const element* __restrict__ fmap1,
+                                         const element* __restrict__ fmap2,
                                          element* __restrict__ grad_fmap, const Sizes& s,
                                          const accumulator scale) {
+  const element* const own = which == 1 ? fmap1 : fmap2;
+  const element* const other = which == 1 ? fmap2 : fmap1;
   const index output = static_cast<index>(blockIdx.x) * threads + threadIdx.x;
   index rest = output;
   const int x = pop(rest, s.width), y = pop(rest, s.height), c = pop(rest, s.channels);
   if (rest >= s.samples) return;
   const int n = static_cast<int>(rest);
 
+  const accumulator here = differences ? widen(own[output]) : accumulator(0);
   accumulator sum = 0;
   for (int p = 0; p < s.patch_y; ++p) {
     const int dy = s.first_y + p * s.spacing_y, other_y = which == 1 ? y + dy : y - dy;
-    if (!inside(other_y, s.height)) continue;
+    if (!differences && !inside(other_y, s.height)) continue;
     for (int q = 0; q < s.patch_x; ++q) {
       const int dx = s.first_x + q * s.spacing_x, other_x = which == 1 ? x + dx : x - dx;
-      if (!inside(other_x, s.width)) continue;
+      const bool exists = inside(other_y, s.height) && inside(other_x, s.width);
+      if (!differences && !exists) continue;
       const int y1 = which == 1 ? y : other_y, x1 = which == 1 ? x : other_x;
       accumulator upstream = 0;  // of all windows that hold this pair of positions
       bool compared = false;
@@ -99,20 +146,24 @@ __device__ __forceinline__ void gradient(const element* __restrict__ grad_cost,
           compared = true;
         }
       }
-      if (compared) sum += upstream * widen(other[row_of_map(s, n, c, other_y) + other_x]);
+      if (!compared) continue;
+      const index at = exists ? row_of_map(s, n, c, other_y) + other_x : 0;
+      add_slope<differences>(sum, upstream, here, value(other, at, exists));
     }
   }
   grad_fmap[output] = narrow<element>(sum * scale);
 }
 
 extern "C" __global__ void __launch_bounds__(threads, 1) plain_grad_fmap1(
-    const element* __restrict__ grad_cost, const element* __restrict__ fmap2,
-    element* __restrict__ grad_fmap1, const Sizes s, const accumulator scale) {
-  gradient<1>(grad_cost, fmap2, grad_fmap1, s, scale);
+    const element* __restrict__ grad_cost, const element* __restrict__ fmap1,
+    const element* __restrict__ fmap2, element* __restrict__ grad_fmap1, const Sizes s,
+    const accumulator scale) {
+  gradient<1>(grad_cost, fmap1, fmap2, grad_fmap1, s, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(threads, 1) plain_grad_fmap2(
     const element* __restrict__ grad_cost, const element* __restrict__ fmap1,
-    element* __restrict__ grad_fmap2, const Sizes s, const accumulator scale) {
-  gradient<2>(grad_cost, fmap1, grad_fmap2, s, scale);
+    const element* __restrict__ fmap2, element* __restrict__ grad_fmap2, const Sizes s,
+    const accumulator scale) {
+  gradient<2>(grad_cost, fmap1, fmap2, grad_fmap2, s, scale);
 }

@@ -3,7 +3,8 @@
 //   cost[n, p, q, u, v] = scale * sum over c of fmap1[n, c, y, x] * fmap2[n, c, y + dy, x + dx]
 //   y = origin_y + u * step_y,  dy = first_y + p * spacing_y                 (x, dx likewise)
 //
-// and 0 where a position lies outside its map. Lattice positions lie `step` pixels apart,
+// and 0 where a position lies outside its map. With `differences`, |fmap1 - fmap2| in place of the
+// product, where a map is 0 outside of itself: what is staged is all that the kernel needs. Lattice positions lie `step` pixels apart,
 // displacements `spacing` pixels. Arrays are contiguous, in the order of their indices.
 //
 // Phases. Along an axis, lattice position v = phases * m + r of phase r meets, at displacement q, the
@@ -31,6 +32,7 @@
 using element = float;      // of the maps
 using accumulator = float;  // of sums
 using result = float;       // of cost: element, or accumulator if a window sum follows
+constexpr bool differences = false;
 // The layer.
 constexpr int patch_y = 21, patch_x = 21;
 constexpr int step_y = 1, step_x = 1;
@@ -171,7 +173,9 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_cost(
 #pragma unroll
       for (int q = 0; q < displacements; ++q) {
 #pragma unroll
-        for (int m = 0; m < positions; ++m) sums[q][m] += one[m] * two[lead + advance_x * m + q];
+        for (int m = 0; m < positions; ++m) {
+          sums[q][m] += similarity<differences>(one[m], two[lead + advance_x * m + q]);
+        }
       }
     }
   };
@@ -226,7 +230,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_cost(
 #pragma unroll
         for (int g = 0; g < channel_groups; ++g) sum += source[g * slices * strips * line];
         // Outside, even 0 * infinity counts for nothing.
-        const bool counts = row_counts && inside(x, s.width) && inside(x_other, s.width);
+        const bool counts =
+            differences || (row_counts && inside(x, s.width) && inside(x_other, s.width));
         pack.values[k] = narrow<result>(counts ? sum * scale : accumulator(0));
       }
       const int displacement = out_p * patch_x + out_q;

@@ -9,7 +9,9 @@
 //
 //   grad[n, c, t] = scale * sum over i, e of G[i, e, t] * source[n, c, t + first + spacing * (i, e)]
 //
-// and differ only in where G lies: at the target's lattice index, or at the source's. Targets lie
+// and differ only in where G lies: at the target's lattice index, or at the source's. With
+// `differences` terms are G[i, e, t] * sign(own[n, c, t] - source[...]), own being the map of the
+// gradient, and a source is 0 outside of its map. Targets lie
 // `step` pixels apart and split into phases as in product.cu: in one phase target m meets the
 // source column advance * m + e. Pixels that are no target get zeros from their neighbour's block.
 //
@@ -36,6 +38,7 @@
 using element = float;      // of the maps
 using accumulator = float;  // of sums
 using upstream = float;     // of grad_cost: element, or accumulator after a window spread
+constexpr bool differences = false;
 // The layer.
 constexpr int which = 1;
 constexpr int patch_y = 21, patch_x = 21;
@@ -109,10 +112,12 @@ using Upstream = Share<upstream, accumulator, threads, upstream_asynchronous, 1,
                        patch_x, columns * phases_x, phases_x, phases_x * pitch_g, pitch_g, 1>;
 
 extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
-    const upstream* __restrict__ grad_cost, const element* __restrict__ source,
-    element* __restrict__ grad, const Sizes s, const accumulator scale) {
+    const upstream* __restrict__ grad_cost, const element* __restrict__ fmap1,
+    const element* __restrict__ fmap2, element* __restrict__ grad, const Sizes s,
+    const accumulator scale) {
   DYNAMIC_SHARED(accumulator, shared);
   const int thread = threadIdx.x;
+  const element* const source = which == 1 ? fmap2 : fmap1;
   const int plane = s.height * s.width, lattice = s.lattice_height * s.lattice_width;
 
   // What this block owns.
@@ -149,8 +154,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
       thread, shared, g_words, [&](int c, int k) { return c * plane + pixel_x(k); },
       [&](int c, int k) { return c0 + c < s.channels && column_exists(k); });
 
-  // G[i, e] of the targets' columns k: lattice index v, displacement q. A word exists only where its
-  // source does, so that every product is of two values or of two zeros.
+  // G[i, e] of the targets' columns k: lattice index v, displacement q. For products a word exists
+  // only where its source does, so that each is of two values or of two zeros.
   const auto source_column = [&](int e, int k) {
     return k % phases_x + phases_x * (advance_x * (k / phases_x) + e);
   };
@@ -161,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
   share_g.find(
       thread, shared, 0, [&](int e, int k) { return g_patch(e) * lattice + g_column(e, k); },
       [&](int e, int k) {
-        return on_lattice(g_column(e, k)) && column_exists(source_column(e, k));
+        return on_lattice(g_column(e, k)) && (differences || column_exists(source_column(e, k)));
       });
 
   // The displacement row of target row r at step j, and whether its terms exist: the pixel row of
@@ -180,16 +185,23 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
     return inside(u, s.lattice_height) ? u : -1;
   };
   const auto row_exists = [&](int j, int r) {
-    return inside(source_row(j, r), s.height) && lattice_row(j, r) >= 0;
+    return (differences || inside(source_row(j, r), s.height)) && lattice_row(j, r) >= 0;
   };
+  const auto slot_row = [&](int j, int slot) { return source_y0 + spacing_y * (j + slot * patch_y); };
+  const auto slot_needed = [&](int j, int slot) { return j + slot * patch_y < source_rows; };
   const auto slot_exists = [&](int j, int slot) {
-    return j + slot * patch_y < source_rows &&
-           inside(source_y0 + spacing_y * (j + slot * patch_y), s.height);
+    return slot_needed(j, slot) && inside(slot_row(j, slot), s.height);
+  };
+  const auto slot_counts = [&](int j, int slot) {  // for which = 1 a target's G counts by itself
+    if (!differences) return slot_exists(j, slot);
+    return slot_needed(j, slot) &&
+           (which == 1 || lattice_index(slot_row(j, slot), s.origin_y, lattice_y,
+                                        s.lattice_height) >= 0);
   };
   const auto step_exists = [&](int j) {  // for any row
     bool exists = false;
 #pragma unroll
-    for (int slot = 0; slot < slots; ++slot) exists = exists || slot_exists(j, slot);
+    for (int slot = 0; slot < slots; ++slot) exists = exists || slot_counts(j, slot);
     return exists;
   };
   const auto next_step = [&](int j) {
@@ -197,7 +209,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
     return j;
   };
 
-  // Rows that do not exist are neither fetched nor used.
+  // Rows that do not exist are neither fetched nor used; but differences from a source row outside
+  // of its map are, and its slot may still hold another row.
   Upstream::Fetched fetched_g[rows];
   Source::Fetched fetched_source[slots];
   unsigned fetched_rows = 0;  // bit r: row r of G; bit rows + slot: a row of the source
@@ -215,24 +228,47 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
 #pragma unroll
     for (int slot = 0; slot < slots; ++slot) {
       if (!slot_exists(j, slot)) continue;
-      const int y = source_y0 + spacing_y * (j + slot * patch_y);
+      const int y = slot_row(j, slot);
       fetched_rows |= 1u << (rows + slot);
       share_source.fetch(source + sample * plane + y * s.width, 0, plane, fetched_source[slot],
                          buffer + slot * source_words, 0);
     }
   };
-  const auto land = [&](int buffer) {  // what was fetched last
+  const auto land = [&](int j, int buffer) {  // what was fetched last
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
       if (fetched_rows >> r & 1) share_g.land(fetched_g[r], shared + buffer + r * pitch_rows, 0);
     }
 #pragma unroll
     for (int slot = 0; slot < slots; ++slot) {
-      if (!(fetched_rows >> (rows + slot) & 1)) continue;
-      share_source.land(fetched_source[slot], shared + buffer + slot * source_words, 0);
+      accumulator* const words = shared + buffer + slot * source_words;
+      if (fetched_rows >> (rows + slot) & 1) {
+        share_source.land(fetched_source[slot], words, 0);
+      } else if (differences && slot_needed(j, slot)) {
+        share_source.erase(words);
+      }
     }
     if (asynchronous || upstream_asynchronous) wait_for_copies();
   };
+
+  // This thread's targets: differences need their values.
+  accumulator own[channels][positions] = {};
+  if constexpr (differences) {
+    const element* const map = (which == 1 ? fmap1 : fmap2) + sample * plane;
+    const int y = s.target_y + step_y * (phases_y * (row0 + row) + phase_y);
+#pragma unroll
+    for (int c = 0; c < channels; ++c) {
+      const int channel = c * channel_groups + channel_group;
+#pragma unroll
+      for (int m = 0; m < positions; ++m) {
+        const int column = phases_x * (m0 + group * positions + m) + phase;
+        const int x = s.target_x + step_x * column;
+        if (!active || c0 + channel >= s.channels) continue;
+        if (!inside(y, s.height) || !inside(x, s.width)) continue;
+        own[c][m] = widen(map[channel * plane + y * s.width + x]);
+      }
+    }
+  }
 
   accumulator sums[channels][positions] = {};
   const auto multiply = [&](int j, int buffer) {
@@ -263,7 +299,9 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
         for (int e = 0; e < displacements; ++e) {
           if (e0 + e >= patch_x) continue;
 #pragma unroll
-          for (int m = 0; m < positions; ++m) sums[c][m] += held[e][m] * two[advance_x * m + e];
+          for (int m = 0; m < positions; ++m) {
+            add_slope<differences>(sums[c][m], held[e][m], own[c][m], two[advance_x * m + e]);
+          }
         }
       }
     }
@@ -279,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
     const int next = next_step(j + 1), other = (buffers - 1) * buffer_words - buffer;
     if (!ahead) fetch(j, buffer);
     if (buffers == 1) __syncthreads();
-    land(buffer);
+    land(j, buffer);
     __syncthreads();
     if (ahead && next < patch_y) fetch(next, other);
     if (active && row_exists(j, row)) multiply(j, buffer);

@@ -173,6 +173,19 @@ struct Share {
     }
   }
 
+  // Store zeros in place of what a fetch and `land` would store.
+  __device__ __forceinline__ void erase(Accumulator* shared) const {
+#pragma unroll
+    for (int i = 0; i < across; ++i) {
+#pragma unroll
+      for (int k = 0; k < rows; ++k) {
+        if (!(exists[i][k / 32] >> k % 32 & 1)) continue;
+        const Accumulator zeros[VECTOR] = {};
+        put(shared + to[i] + k * at_once * ROW_PITCH, zeros);
+      }
+    }
+  }
+
   // Store what was fetched last.
   __device__ __forceinline__ void land(const Fetched& fetched, Accumulator* shared,
                                        int slab_words) const {

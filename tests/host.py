@@ -115,7 +115,15 @@ def unavailable():
 
 
 def host_engine(
-    device, *, order="ascending", plain=False, aligned=True, mode="run", patch=None, planned=None
+    device,
+    *,
+    order="ascending",
+    plain=False,
+    aligned=True,
+    similarity="product",
+    mode="run",
+    patch=None,
+    planned=None,
 ):
     """Return the CUDA kernels, run on the processor, as an engine of `verify`.
 
@@ -125,7 +133,7 @@ def host_engine(
         What it is planned for.
     order : {"ascending", "descending", "shuffled"}
         Of the threads of a block, between any two barriers.
-    plain, aligned
+    plain, aligned, similarity
         As for `cuda_plan.forward`; without ``aligned`` arrays begin one element behind a
         multiple of 256 bytes.
     mode : {"run", "trace", "sanitize"}
@@ -135,7 +143,7 @@ def host_engine(
     planned : function, optional
         From a plan to the one that is run.
     """
-    options = {"aligned": aligned, "plain": plain}
+    options = {"aligned": aligned, "plain": plain, "similarity": similarity}
     planned = planned or (lambda plan: plan)
 
     @np.errstate(invalid="ignore")  # NaN may be rounded to a narrower NaN
@@ -176,12 +184,12 @@ def host_engine(
     return Engine(f"host {device.capability}", forward, vjp)
 
 
-def launches(shape, geometry, dtype, device, *, plain=False, aligned=True):
+def launches(shape, geometry, dtype, device, *, plain=False, aligned=True, similarity="product"):
     """Return the launches of forward and backward, as `host_engine` runs them."""
     if 0 in shape:
         return []
     shape = (cuda_plan.samples_at_once(geometry, shape, dtype), *shape[1:])
-    options = {"plain": plain, "aligned": aligned}
+    options = {"plain": plain, "aligned": aligned, "similarity": similarity}
     plans = (cuda_plan.forward, cuda_plan.backward)
     return [
         launch

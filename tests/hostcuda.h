@@ -11,6 +11,7 @@
 //
 // It knows nothing of warps, banks, caches, registers and time.
 #pragma once
+#include <math.h>
 #include <stddef.h>
 
 #include <utility>
