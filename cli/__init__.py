@@ -12,6 +12,7 @@ import cupycorr
 
 from .bench import bench
 from .gradcheck import gradcheck
+from .match import match
 from .warmup import warmup
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -20,9 +21,10 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.group(context_settings=CONTEXT)
 @click.version_option(cupycorr.__version__, prog_name="cupycorr")
 def main() -> None:
-    """Measure and check the correlation layer on this machine."""
+    """Measure and check the correlation layer on this machine, and match images by it."""
 
 
 main.add_command(bench)
 main.add_command(gradcheck)
+main.add_command(match)
 main.add_command(warmup)

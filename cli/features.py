@@ -1,4 +1,4 @@
-"""Feature maps of real images, for measurements on real input."""
+"""Images as grey values, and feature maps of them for measurements on real input."""
 
 from __future__ import annotations
 
@@ -18,26 +18,46 @@ SHORTEST, LONGEST = 2.5, 16.0
 """Wavelengths of the finest and the coarsest filter, in positions of the feature map."""
 
 
-def load_pair(path1: str | Path, path2: str | Path) -> tuple[Image, Image]:
-    """Read two images as grey values, cut to their common size from the top left corner.
+def load(path: str | Path) -> Image:
+    """Read an image as grey values.
 
     Parameters
     ----------
-    path1, path2 : path
-        Files of any format that Pillow reads.
+    path : path
+        A file of any format that Pillow reads.
 
     Returns
     -------
-    (array (H, W), array (H, W)), float32
+    array (H, W), float32
+        Upright, if the file says how the camera was held. Colours become 0.299 R + 0.587 G +
+        0.114 B, whatever their opacity, from 0 to 255; grey values of more bits keep their range,
+        those that are not finite become 0.
 
     Raises
     ------
     Unavailable
-        If Pillow is missing or a file cannot be read.
+        If Pillow is missing or the file cannot be read.
     """
     if not has("PIL"):
         raise Unavailable("images need Pillow: pip install 'cupycorr[images]'")
-    one, two = _load(path1), _load(path2)
+    from PIL import Image as pillow
+    from PIL import ImageOps
+
+    try:
+        with pillow.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            grey = upright.mode in ("L", "I", "F") or upright.mode.startswith("I;16")
+            colours = upright if grey else upright.convert("RGB")
+            values = np.array(colours.convert("F"), np.float32)
+    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
+        raise Unavailable(f"cannot read {path}: {error}") from None
+    values[~np.isfinite(values)] = 0
+    return values
+
+
+def load_pair(path1: str | Path, path2: str | Path) -> tuple[Image, Image]:
+    """Read two images as `load` does, cut to their common size from the top left corner."""
+    one, two = load(path1), load(path2)
     height, width = (min(sizes) for sizes in zip(one.shape, two.shape, strict=True))
     return one[:height, :width], two[:height, :width]
 
@@ -116,14 +136,3 @@ def _filters(
         yield band * (ahead + behind) + 0j
         if 2 * pair + 2 < count:
             yield band * (ahead - behind) * 1j
-
-
-def _load(path: str | Path) -> Image:
-    from PIL import Image as pillow
-
-    try:
-        with pillow.open(path) as image:
-            grey = image if image.mode.startswith(("I", "F", "L")) else image.convert("RGB")
-            return np.asarray(grey.convert("F"), np.float32)
-    except (OSError, ValueError, pillow.DecompressionBombError) as error:
-        raise Unavailable(f"cannot read {path}: {error}") from None

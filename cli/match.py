@@ -1,0 +1,126 @@
+"""``cupycorr match``: where the pixels of one image are seen in another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import numpy as np
+
+from . import environment, features, fields, matching, progress
+
+FLOW_WINDOW, STEREO_WINDOW = 9, 7
+"""Of the sizes tried on photographs the best: one search for stereo needs less support."""
+
+
+@click.command(short_help="Match two images: optical flow, or disparities.")
+@click.argument("image_a", metavar="A", type=click.Path(exists=True, dir_okay=False))
+@click.argument("image_b", metavar="B", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--out",
+    "files",
+    required=True,
+    multiple=True,
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="What to write, by its suffix: .npy, .flo for flow, .pfm for disparities, or a picture's; "
+    "repeatable.",
+)
+@click.option("--stereo", is_flag=True, help="A and B are the left and right view, rectified.")
+@click.option(
+    "--max-displacement",
+    "reach",
+    type=click.IntRange(1, 4096),
+    default=64,
+    show_default=True,
+    metavar="PIXELS",
+    help="How far to search: along each axis, or for stereo from 0 to the left.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(1, 101),
+    metavar="PIXELS",
+    help="Size of the square whose costs are summed, odd.  "
+    f"[default: {FLOW_WINDOW}, or {STEREO_WINDOW} for stereo]",
+)
+@click.option(
+    "--full",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="PIXELS",
+    help="Length of the fullest colour in pictures.  [default: such that 99 % are shorter]",
+)
+@click.option("--legend", is_flag=True, help="Show in pictures what the colours mean.")
+def match(
+    image_a: str,
+    image_b: str,
+    files: tuple[Path, ...],
+    stereo: bool,
+    reach: int,
+    window: int | None,
+    full: float | None,
+    legend: bool,
+) -> None:
+    """Find where each pixel of image A is seen in image B, by their cost volume.
+
+    Both images become maps of the census transform, 24 comparisons of each pixel with neighbours.
+    Their cost volume, summed over a window, is largest where they look alike; a parabola through
+    the largest value gives fractions of pixels. Flow is searched at a reduced size first and then
+    corrected at twice the size, and so on; disparities are all tried. Pixels that do not lead back
+    from B to A within a pixel, or of whose neighbours most disagree, have no match.
+
+    In .flo and .npy (float32, H x W x 2) a flow is (dx, dy) for each pixel: what A shows at (x, y)
+    is at (x + dx, y + dy) in B. A disparity (.npy: H x W) says how far to the left B shows it. No
+    match is NaN, in .flo 1e10, in .pfm infinity, and in pictures black. A picture of a flow tells
+    the direction by hue (right is red, down yellow, left cyan) and the length by saturation; one of
+    disparities goes from dark blue, 0, to yellow.
+
+    Exits with 2 if the options are wrong, or something is missing or cannot be read or written.
+    """
+    if window is None:
+        window = STEREO_WINDOW if stereo else FLOW_WINDOW
+    if window % 2 == 0:
+        raise click.UsageError(f"--window must be odd, got {window}")
+    if not environment.has("PIL"):
+        raise environment.Unavailable("images need Pillow: pip install 'cupycorr[images]'")
+    for file in files:
+        fields.refuse(file, stereo)
+    one, two = features.load(image_a), features.load(image_b)
+    if one.shape != two.shape:
+        sizes = [f"{width} x {height}" for height, width in (one.shape, two.shape)]
+        raise click.UsageError(f"A and B must have equal sizes, got {' and '.join(sizes)} pixels")
+    height, width = one.shape
+    if stereo:
+        there, back = matching.stereo_steps(reach, window)
+    else:
+        there = back = matching.flow_steps((height, width), reach, window)
+    _refuse_too_large(height, width)
+    costs = sum(matching.count_costs((height, width), steps) for steps in (there, back))
+    with progress.bar("match", costs) as advance:
+        field = matching.match(one, two, there, back, advance)
+    del one, two
+    lengths = fields.lengths(field)
+    matched = ~np.isnan(lengths)
+    click.echo(f"{width} x {height} pixels, {100 * matched.mean():.1f} % matched")
+    if matched.any():
+        what = "disparities" if stereo else "lengths"
+        shares = (0, 0.5, 1)
+        low, middle, high = np.quantile(lengths[matched], shares)
+        click.echo(f"{what} {low:.2f} to {high:.2f} pixels, median {middle:.2f}")
+    if full is None:
+        full = fields.full_range(lengths)
+    for file in files:
+        fields.write(file, field, stereo=stereo, full=full, legend=legend)
+        colours = (
+            "" if file.suffix.lower() in fields.ARRAYS else f", fullest colour {full:.2f} pixels"
+        )
+        click.echo(f"{file}{colours}")
+
+
+def _refuse_too_large(height: int, width: int) -> None:
+    """Refuse images that do not fit into memory before they take the machine down."""
+    needed, available = matching.memory((height, width)), environment.available_memory()
+    if needed > available:
+        raise environment.Unavailable(
+            f"matching {width} x {height} pixels needs about {needed / 1e9:.1f} GB, "
+            f"got {available / 1e9:.1f} GB of free memory"
+        )

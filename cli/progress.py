@@ -1,0 +1,24 @@
+"""A progress bar for commands that take their time."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on standard error if that is a terminal, and nothing otherwise.
+
+    Yields what is called with the amount done since the last call.
+    """
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda amount: progress.advance(task, amount)
