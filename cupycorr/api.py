@@ -12,6 +12,7 @@ from cupycorr import numpy_engine
 from cupycorr.geometry import Geometry, IntOrPair
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
+SIMILARITIES = ("product", "l1")
 Shape = tuple[int, ...]
 
 
@@ -60,7 +61,14 @@ def spatial_correlation_sample(
     return correlate(input1, input2, geometry, names=("input1", "input2"))
 
 
-def correlation(fmap1: Any, fmap2: Any, geometry: Geometry, *, normalize: bool = False) -> Any:
+def correlation(
+    fmap1: Any,
+    fmap2: Any,
+    geometry: Geometry,
+    *,
+    normalize: bool = False,
+    similarity: str = "product",
+) -> Any:
     """Compute the cost volume of two feature maps for a geometry.
 
     Parameters
@@ -71,6 +79,8 @@ def correlation(fmap1: Any, fmap2: Any, geometry: Geometry, *, normalize: bool =
         Which positions and displacements are compared.
     normalize : bool, default False
         Divide by the number of terms of a full window, C * KH * KW.
+    similarity : {"product", "l1"}, default "product"
+        Sum products, or absolute differences: small where the maps are alike.
 
     Returns
     -------
@@ -80,9 +90,19 @@ def correlation(fmap1: Any, fmap2: Any, geometry: Geometry, *, normalize: bool =
     Raises
     ------
     TypeError, ValueError
-        As `spatial_correlation_sample`.
+        As `spatial_correlation_sample`; ValueError also for another similarity.
+
+    Notes
+    -----
+    "l1", with the symbols of `Geometry`::
+
+        cost[n, p, q, y, x] = sum over c, i, j of |fmap1[n, c, Y, X] - fmap2[n, c, Y + dy, X + dx]|
+
+    Here zeros stand outside the maps, so that a term with one position outside counts. Source:
+    the SUBTRACT correlation of FlowNet2's Caffe layer (E. Ilg et al., "FlowNet 2.0", CVPR 2017),
+    which divides like ``normalize``.
     """
-    return correlate(fmap1, fmap2, geometry, normalize=normalize)
+    return correlate(fmap1, fmap2, geometry, normalize=normalize, similarity=similarity)
 
 
 def correlation_vjp(
@@ -92,6 +112,7 @@ def correlation_vjp(
     geometry: Geometry,
     *,
     normalize: bool = False,
+    similarity: str = "product",
     needs: tuple[bool, bool] = (True, True),
 ) -> tuple[Any, Any]:
     """Compute the gradients of a cost volume with respect to its maps (vector-Jacobian products).
@@ -106,7 +127,7 @@ def correlation_vjp(
         The feature maps that the cost volume was computed from.
     geometry : Geometry
         The geometry that it was computed with.
-    normalize : bool, default False
+    normalize, similarity
         As in `correlation`.
     needs : (bool, bool), default (True, True)
         Which of the two gradients to compute.
@@ -130,7 +151,12 @@ def correlation_vjp(
                                                   * fmap2[n, c, Y + dy, X + dx]
         grad_fmap2[n, c, Y + dy, X + dx] = sum of grad_cost[n, p, q, y, x]
                                                   * fmap1[n, c, Y, X]
+
+    For "l1" the sign of ``fmap1[n, c, Y, X] - fmap2[n, c, Y + dy, X + dx]`` takes the place of the
+    other map's value in grad_fmap1, and the opposite sign in grad_fmap2. As in torch, it is 0 where
+    values are equal, or NaN.
     """
+    _check_similarity(similarity)
     names, arrays = ("fmap1", "fmap2", "grad_cost"), (fmap1, fmap2, grad_cost)
     library = _library(names, arrays)
     if library == "torch":
@@ -145,7 +171,9 @@ def correlation_vjp(
     _check(names, arrays, geometry)
     divisor = geometry.divisor(fmap1.shape[1], normalize)
     if library == "cupy":
-        return cupy_gradients(grad_cost, fmap1, fmap2, geometry, divisor, (need1, need2))
+        return cupy_gradients(
+            grad_cost, fmap1, fmap2, geometry, divisor, (need1, need2), similarity=similarity
+        )
     grad_fmap1, grad_fmap2 = (_empty(fmap1.shape, fmap1) if n else None for n in (need1, need2))
     numpy_engine.backward(
         _storage(grad_cost),
@@ -154,6 +182,7 @@ def correlation_vjp(
         None if grad_fmap1 is None else _storage(grad_fmap1),
         None if grad_fmap2 is None else _storage(grad_fmap2),
         geometry,
+        similarity=similarity,
         divisor=divisor,
     )
     return grad_fmap1, grad_fmap2
@@ -165,28 +194,36 @@ def correlate(
     geometry: Geometry,
     *,
     normalize: bool = False,
+    similarity: str = "product",
     names: tuple[str, str] = ("fmap1", "fmap2"),
 ) -> Any:
     """Check two maps, which the caller knows by ``names``, and dispatch; see `correlation`."""
+    _check_similarity(similarity)
     library = _library(names, (fmap1, fmap2))
     if library == "torch":
         from cupycorr import torch_ops
 
         fmap1, fmap2 = torch_ops.autocast(fmap1, fmap2)
         _check(names, (fmap1, fmap2), geometry)
-        return torch_ops.correlation(fmap1, fmap2, geometry, normalize)
+        return torch_ops.correlation(fmap1, fmap2, geometry, normalize, similarity)
     cost_shape = _check(names, (fmap1, fmap2), geometry)
     divisor = geometry.divisor(fmap1.shape[1], normalize)
     if library == "cupy":
-        return cupy_cost(fmap1, fmap2, geometry, divisor)
+        return cupy_cost(fmap1, fmap2, geometry, divisor, similarity=similarity)
     cost = _empty(cost_shape, fmap1)
     one, two, out = map(_storage, (fmap1, fmap2, cost))
-    numpy_engine.forward(one, two, out, geometry, divisor=divisor)
+    numpy_engine.forward(one, two, out, geometry, similarity=similarity, divisor=divisor)
     return cost
 
 
 def cupy_cost(
-    fmap1: Any, fmap2: Any, geometry: Geometry, divisor: int = 1, *, plain: bool = False
+    fmap1: Any,
+    fmap2: Any,
+    geometry: Geometry,
+    divisor: int = 1,
+    *,
+    similarity: str = "product",
+    plain: bool = False,
 ) -> Any:
     """Compute the cost volume of checked CuPy arrays; see `cuda_engine.forward`."""
     import cupy
@@ -196,7 +233,8 @@ def cupy_cost(
     with fmap1.device:
         cost = cupy.empty(geometry.cost_shape(fmap1.shape), fmap1.dtype)
         one, two = map(cupy.ascontiguousarray, (fmap1, fmap2))
-        cuda_engine.forward(one, two, cost, geometry, divisor=divisor, plain=plain)
+        options: dict[str, Any] = {"similarity": similarity, "divisor": divisor, "plain": plain}
+        cuda_engine.forward(one, two, cost, geometry, **options)
     return cost
 
 
@@ -208,6 +246,7 @@ def cupy_gradients(
     divisor: int = 1,
     needs: tuple[bool, bool] = (True, True),
     *,
+    similarity: str = "product",
     plain: bool = False,
 ) -> tuple[Any, Any]:
     """Compute the gradients of checked CuPy arrays; see `cuda_engine.backward`."""
@@ -218,10 +257,14 @@ def cupy_gradients(
     with fmap1.device:
         grad1, grad2 = (cupy.empty(fmap1.shape, fmap1.dtype) if n else None for n in needs)
         upstream, one, two = map(cupy.ascontiguousarray, (grad_cost, fmap1, fmap2))
-        cuda_engine.backward(
-            upstream, one, two, grad1, grad2, geometry, divisor=divisor, plain=plain
-        )
+        options: dict[str, Any] = {"similarity": similarity, "divisor": divisor, "plain": plain}
+        cuda_engine.backward(upstream, one, two, grad1, grad2, geometry, **options)
     return grad1, grad2
+
+
+def _check_similarity(similarity: str) -> None:
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"similarity must be 'product' or 'l1', got {similarity!r}")
 
 
 def _library(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:

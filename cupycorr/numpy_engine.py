@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from cupycorr import numpy_bands
+from cupycorr import numpy_bands, numpy_differences
 from cupycorr.geometry import Geometry
 from cupycorr.numpy_plan import COPY_ELEMENTS, Block, Group, Step, Tiles, cover, plan, spans
 from cupycorr.numpy_windows import accumulator, spread_taps, store, sum_taps, widen
@@ -37,6 +37,7 @@ def forward(
     cost: Array,
     geometry: Geometry,
     *,
+    similarity: str = "product",
     divisor: int = 1,
     threads: int | None = None,
 ) -> None:
@@ -50,11 +51,16 @@ def forward(
         Where the result is written.
     geometry : Geometry
         What is compared.
+    similarity : {"product", "l1"}, default "product"
+        Sum products, or absolute differences (`numpy_differences`).
     divisor : int, default 1
         Every sum is divided by it before it is rounded.
     threads : int, optional
         Threads to use at most; by default as many as NumPy's BLAS.
     """
+    if similarity == "l1":
+        numpy_differences.forward(fmap1, fmap2, cost, geometry, divisor=divisor, threads=threads)
+        return
     if 0 in fmap1.shape:
         cost.fill(0)
         return
@@ -75,6 +81,7 @@ def backward(
     grad_fmap2: Array | None,
     geometry: Geometry,
     *,
+    similarity: str = "product",
     divisor: int = 1,
     threads: int | None = None,
 ) -> None:
@@ -88,9 +95,13 @@ def backward(
         The feature maps.
     grad_fmap1, grad_fmap2 : array (N, C, H, W), of the maps' dtype, or None
         Where the gradients are written; None where not needed.
-    geometry, divisor, threads
+    geometry, similarity, divisor, threads
         As for `forward`.
     """
+    if similarity == "l1":
+        arrays = (grad_cost, fmap1, fmap2, grad_fmap1, grad_fmap2)
+        numpy_differences.backward(*arrays, geometry, divisor=divisor, threads=threads)
+        return
     if 0 in fmap1.shape:
         for grad in (grad_fmap1, grad_fmap2):
             if grad is not None:

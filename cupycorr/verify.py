@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cupycorr.api import correlation, correlation_vjp, cupy_cost, cupy_gradients
-from cupycorr.geometry import Geometry
+from cupycorr.geometry import Axis, Geometry
 
 Array = npt.NDArray[np.float64]
 
@@ -44,11 +44,13 @@ class Engine(NamedTuple):
 
     forward : (fmap1, fmap2, geometry, dtype name, normalize) -> cost
     vjp : (grad_cost, fmap1, fmap2, geometry, dtype name, normalize) -> (grad_fmap1, grad_fmap2)
+    similarity : what it computes, "product" or "l1"
     """
 
     name: str
     forward: Callable[[Array, Array, Geometry, str, bool], Array]
     vjp: Callable[[Array, Array, Array, Geometry, str, bool], tuple[Array, Array]]
+    similarity: str = "product"
 
 
 class Check(NamedTuple):
@@ -58,26 +60,29 @@ class Check(NamedTuple):
     error: str | None
 
 
-def numpy_engine() -> Engine:
+def numpy_engine(similarity: str = "product") -> Engine:
     """Return this package's NumPy engine."""
+    options: dict[str, Any] = {"similarity": similarity}
 
     def forward(
         fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
     ) -> Array:
         one, two = (_to_dtype(a, dtype) for a in (fmap1, fmap2))
-        return np.asarray(correlation(one, two, geometry, normalize=normalize), np.float64)
+        return np.asarray(
+            correlation(one, two, geometry, normalize=normalize, **options), np.float64
+        )
 
     def vjp(
         grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
     ) -> tuple[Array, Array]:
         upstream, one, two = (_to_dtype(a, dtype) for a in (grad, fmap1, fmap2))
-        grads = correlation_vjp(upstream, one, two, geometry, normalize=normalize)
+        grads = correlation_vjp(upstream, one, two, geometry, normalize=normalize, **options)
         return np.asarray(grads[0], np.float64), np.asarray(grads[1], np.float64)
 
-    return Engine("numpy", forward, vjp)
+    return Engine("numpy", forward, vjp, similarity)
 
 
-def cupy_engine(*, plain: bool = False) -> Engine:
+def cupy_engine(similarity: str = "product", *, plain: bool = False) -> Engine:
     """Return this package's CUDA engine, on the current device; needs CuPy.
 
     Parameters
@@ -86,6 +91,8 @@ def cupy_engine(*, plain: bool = False) -> Engine:
         Call the engine for its plain kernels only, past the public functions.
     """
     import cupy
+
+    options: dict[str, Any] = {"similarity": similarity}
 
     def array(values: Array, dtype: str) -> Any:
         return cupy.asarray(_to_dtype(values, dtype))
@@ -96,8 +103,8 @@ def cupy_engine(*, plain: bool = False) -> Engine:
         one, two = (array(a, dtype) for a in (fmap1, fmap2))
         if plain:
             divisor = geometry.divisor(one.shape[1], normalize)
-            return _from_cupy(cupy_cost(one, two, geometry, divisor, plain=True))
-        return _from_cupy(correlation(one, two, geometry, normalize=normalize))
+            return _from_cupy(cupy_cost(one, two, geometry, divisor, plain=True, **options))
+        return _from_cupy(correlation(one, two, geometry, normalize=normalize, **options))
 
     def vjp(
         grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
@@ -105,15 +112,15 @@ def cupy_engine(*, plain: bool = False) -> Engine:
         upstream, one, two = (array(a, dtype) for a in (grad, fmap1, fmap2))
         if plain:
             divisor = geometry.divisor(one.shape[1], normalize)
-            grads = cupy_gradients(upstream, one, two, geometry, divisor, plain=True)
+            grads = cupy_gradients(upstream, one, two, geometry, divisor, plain=True, **options)
         else:
-            grads = correlation_vjp(upstream, one, two, geometry, normalize=normalize)
+            grads = correlation_vjp(upstream, one, two, geometry, normalize=normalize, **options)
         return _from_cupy(grads[0]), _from_cupy(grads[1])
 
-    return Engine("cupy, plain kernels" if plain else "cupy", forward, vjp)
+    return Engine("cupy, plain kernels" if plain else "cupy", forward, vjp, similarity)
 
 
-def torch_engine(device: str = "cpu") -> Engine:
+def torch_engine(device: str = "cpu", similarity: str = "product") -> Engine:
     """Return this package's torch operators, with autograd's gradients; needs torch.
 
     Parameters
@@ -123,6 +130,8 @@ def torch_engine(device: str = "cpu") -> Engine:
     """
     import torch
 
+    options: dict[str, Any] = {"similarity": similarity}
+
     def tensor(array: Array, dtype: str, differentiable: bool = False) -> Any:
         copy = torch.from_numpy(np.array(array)).to(device, getattr(torch, dtype))
         return copy.requires_grad_(differentiable)
@@ -131,20 +140,20 @@ def torch_engine(device: str = "cpu") -> Engine:
         fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
     ) -> Array:
         one, two = (tensor(a, dtype) for a in (fmap1, fmap2))
-        return _from_torch(correlation(one, two, geometry, normalize=normalize))
+        return _from_torch(correlation(one, two, geometry, normalize=normalize, **options))
 
     def vjp(
         grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
     ) -> tuple[Array, Array]:
         one, two = (tensor(a, dtype, differentiable=True) for a in (fmap1, fmap2))
-        cost = correlation(one, two, geometry, normalize=normalize)
+        cost = correlation(one, two, geometry, normalize=normalize, **options)
         grad1, grad2 = torch.autograd.grad(cost, (one, two), tensor(grad, dtype))
         return _from_torch(grad1), _from_torch(grad2)
 
-    return Engine("torch", forward, vjp)
+    return Engine("torch", forward, vjp, similarity)
 
 
-def definition() -> Engine:
+def definition(similarity: str = "product") -> Engine:
     """Return the definition itself, one tap and one displacement at a time, in float64.
 
     It is as slow as it is plain, and shares no line with the engines: it reads the raw fields of
@@ -154,23 +163,33 @@ def definition() -> Engine:
     def forward(
         fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
     ) -> Array:
+        divisor = _full_window(fmap1, geometry) if normalize else 1
+        if similarity == "l1":
+            (fmap1, fmap2), geometry, _ = _framed((fmap1, fmap2), geometry)
         cost = np.zeros(geometry.cost_shape(fmap1.shape))
         for where, at1, at2 in _terms(fmap1.shape, geometry):
-            cost[where] += (fmap1[at1] * fmap2[at2]).sum(1)
-        return cost / (_full_window(fmap1, geometry) if normalize else 1)
+            one, two = fmap1[at1], fmap2[at2]
+            cost[where] += (np.abs(one - two) if similarity == "l1" else one * two).sum(1)
+        return cost / divisor
 
     def vjp(
         grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
     ) -> tuple[Array, Array]:
+        divisor = _full_window(fmap1, geometry) if normalize else 1
+        inside: tuple[slice, ...] = ()
+        if similarity == "l1":
+            (fmap1, fmap2), geometry, inside = _framed((fmap1, fmap2), geometry)
         grad_fmap1, grad_fmap2 = np.zeros(fmap1.shape), np.zeros(fmap2.shape)
         for where, at1, at2 in _terms(fmap1.shape, geometry):
-            upstream = grad[where][:, None]
-            grad_fmap1[at1] += upstream * fmap2[at2]
-            grad_fmap2[at2] += upstream * fmap1[at1]
-        divisor = _full_window(fmap1, geometry) if normalize else 1
-        return grad_fmap1 / divisor, grad_fmap2 / divisor
+            upstream, one, two = grad[where][:, None], fmap1[at1], fmap2[at2]
+            if similarity == "l1":
+                sign = (one > two) * 1.0 - (one < two)
+                one, two = -sign, sign
+            grad_fmap1[at1] += upstream * two
+            grad_fmap2[at2] += upstream * one
+        return grad_fmap1[inside] / divisor, grad_fmap2[inside] / divisor
 
-    return Engine("definition", forward, vjp)
+    return Engine("definition", forward, vjp, similarity)
 
 
 def check(
@@ -199,13 +218,14 @@ def check(
     oracle : Engine, optional
         What is taken for the truth, in float64; by default the NumPy engine.
     """
-    oracle = numpy_engine() if oracle is None else oracle
+    oracle = numpy_engine(engine.similarity) if oracle is None else oracle
     rng = np.random.default_rng(seed)
     cost_shape = geometry.cost_shape(shape)
     names = "cost", "grad_fmap1", "grad_fmap2"
 
-    # Exact integers, and on the same results the adjoint identity
-    # <cost, grad_cost> = <fmap1, grad_fmap1> = <fmap2, grad_fmap2>.
+    # Exact integers, and on the same results the adjoint identity of products
+    # <cost, grad_cost> = <fmap1, grad_fmap1> = <fmap2, grad_fmap2>. Of differences the last two add
+    # up to the first, by Euler's theorem on homogeneous functions.
     fmap1, fmap2, grad = (
         rng.integers(-2, 3, s).astype(np.float64) for s in (shape, shape, cost_shape)
     )
@@ -216,6 +236,8 @@ def check(
     if dtype in ("float32", "float64"):
         sums = [float((a * b).sum()) for a, b in zip(got, (grad, fmap1, fmap2), strict=True)]
         equal = sums[0] == sums[1] == sums[2]
+        if engine.similarity == "l1":
+            equal = sums[0] == sums[1] + sums[2]
         yield Check("adjoint identity", None if equal else f"inner products are {sums}")
 
     fmap1, fmap2, grad = (
@@ -224,9 +246,7 @@ def check(
     for normalize in (False, True):
         got = _run(engine, grad, fmap1, fmap2, geometry, dtype, normalize)
         want = _run(oracle, grad, fmap1, fmap2, geometry, "float64", normalize)
-        size = _run(
-            oracle, np.abs(grad), np.abs(fmap1), np.abs(fmap2), geometry, "float64", normalize
-        )
+        size = _sizes(oracle, grad, fmap1, fmap2, geometry, normalize)
         window = geometry.window_taps
         patch = geometry.patch_size[0] * geometry.patch_size[1]
         terms = (shape[1] * window, patch * window, patch * window)
@@ -279,6 +299,22 @@ def _run(
     return (cost, *engine.vjp(grad, fmap1, fmap2, geometry, dtype, normalize))
 
 
+def _sizes(
+    oracle: Engine, grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, normalize: bool
+) -> tuple[Array, Array, Array]:
+    """Return the sums of the absolute values of terms, of cost and gradients."""
+    if oracle.similarity == "product":
+        grad, fmap1, fmap2 = (np.abs(array) for array in (grad, fmap1, fmap2))
+        return _run(oracle, grad, fmap1, fmap2, geometry, "float64", normalize)
+    # Terms are absolute values already, those of the gradients upstream values with a sign; where
+    # all of one map is above all of the other, that sign is +1.
+    one, zero = np.ones(fmap1.shape), np.zeros(fmap1.shape)
+    cost = oracle.forward(fmap1, fmap2, geometry, "float64", normalize)
+    sizes1 = oracle.vjp(np.abs(grad), one, zero, geometry, "float64", normalize)
+    sizes2 = oracle.vjp(np.abs(grad), zero, one, geometry, "float64", normalize)
+    return cost, sizes1[0], sizes2[1]
+
+
 def _terms(shape: tuple[int, ...], geometry: Geometry) -> Iterator[tuple[Any, Any, Any]]:
     """Yield where in (cost, fmap1, fmap2) the terms of each tap and displacement lie."""
     outputs = geometry.cost_shape(shape)[3:]
@@ -297,6 +333,29 @@ def _terms(shape: tuple[int, ...], geometry: Geometry) -> Iterator[tuple[Any, An
             cost, one, two = (np.ix_(*rows_columns) for rows_columns in zip(*axes, strict=True))
             every = slice(None)
             yield (every, *displacement, *cost), (every, every, *one), (every, every, *two)
+
+
+def _framed(
+    maps: tuple[Array, Array], geometry: Geometry
+) -> tuple[list[Array], Geometry, tuple[slice, ...]]:
+    """Frame maps with zeros, so wide that every position exists; also tell where the maps lie."""
+    shape = maps[0].shape
+    outputs = geometry.cost_shape(shape)[3:]
+    margins = []
+    for a in (0, 1):
+        first = -geometry.padding[a]
+        last = first + (outputs[a] - 1) * geometry.stride[a]
+        last += (geometry.kernel_size[a] - 1) * geometry.dilation[a]
+        least = geometry.first_displacement[a]
+        most = least + (geometry.patch_size[a] - 1) * geometry.dilation_patch[a]
+        margins.append(max(0, -first - min(0, least), last + max(0, most) - shape[2 + a]) + 1)
+    y, x = margins
+    framed = [np.pad(array, ((0, 0), (0, 0), (y, y), (x, x))) for array in maps]
+    padding = geometry.padding[0] - y, geometry.padding[1] - x
+    fields = {name: getattr(geometry, name) for name in Axis._fields}
+    every = slice(None)
+    inside = every, every, slice(y, y + shape[2]), slice(x, x + shape[3])
+    return framed, Geometry(**fields | {"padding": padding}), inside
 
 
 def _full_window(fmap: Array, geometry: Geometry) -> int:

@@ -1,4 +1,4 @@
-"""The cost volume and its gradients as literal loops over the definition.
+"""The cost volumes and their gradients as literal loops over the definition.
 
 Reads the seven raw fields of a geometry and computes every index anew, so that an error in
 ``Geometry`` cannot hide in it. Slow; float64 arrays in, float64 arrays out.
@@ -13,7 +13,17 @@ from cupycorr.verify import Engine
 
 def terms(shape, geometry):
     """Yield (p, q, y, x, Y1, X1, Y2, X2) of every term whose two positions lie in the image."""
-    _, _, height, width = shape
+    for *at, y1, x1, y2, x2 in positions(shape, geometry):
+        if inside(shape, y1, x1) and inside(shape, y2, x2):
+            yield *at, y1, x1, y2, x2
+
+
+def inside(shape, y, x):
+    return 0 <= y < shape[2] and 0 <= x < shape[3]
+
+
+def positions(shape, geometry):
+    """Yield (p, q, y, x, Y1, X1, Y2, X2) of every tap of every output and displacement."""
     (kh, kw), (ph, pw) = geometry.kernel_size, geometry.patch_size
     (sy, sx), (py, px) = geometry.stride, geometry.padding
     (dy, dx), (ey, ex) = geometry.dilation, geometry.dilation_patch
@@ -22,8 +32,7 @@ def terms(shape, geometry):
     for p, q, y, x, i, j in product(*map(range, (ph, pw, oh, ow, kh, kw))):
         y1, x1 = y * sy - py + i * dy, x * sx - px + j * dx
         y2, x2 = y1 + fy + p * ey, x1 + fx + q * ex
-        if all((0 <= y1 < height, 0 <= x1 < width, 0 <= y2 < height, 0 <= x2 < width)):
-            yield p, q, y, x, y1, x1, y2, x2
+        yield p, q, y, x, y1, x1, y2, x2
 
 
 def cost_shape(shape, geometry):
@@ -54,19 +63,68 @@ def correlation_vjp(grad_cost, fmap1, fmap2, geometry):
     return grad_fmap1, grad_fmap2
 
 
-def engine():
+def differences(fmap1, fmap2, geometry):
+    """Return the cost volume of absolute differences, with zeros outside the image."""
+    cost = np.zeros(cost_shape(fmap1.shape, geometry))
+    for p, q, y, x, one, two in _values(fmap1, fmap2, geometry):
+        cost[:, p, q, y, x] += abs(one - two).sum(1)
+    return cost
+
+
+def differences_tangent(fmap1, fmap2, tangent1, tangent2, geometry):
+    """Return the change of that cost volume when the maps change by the tangents."""
+    cost = np.zeros(cost_shape(fmap1.shape, geometry))
+    changes = _values(tangent1, tangent2, geometry)
+    for (p, q, y, x, one, two), (*_, up, down) in zip(
+        _values(fmap1, fmap2, geometry), changes, strict=True
+    ):
+        cost[:, p, q, y, x] += (_sign(one, two) * (up - down)).sum(1)
+    return cost
+
+
+def differences_vjp(grad_cost, fmap1, fmap2, geometry):
+    """Return its subgradients with respect to fmap1 and fmap2."""
+    grad_fmap1, grad_fmap2 = np.zeros(fmap1.shape), np.zeros(fmap2.shape)
+    all_positions = positions(fmap1.shape, geometry)
+    for (*_, y1, x1, y2, x2), (p, q, y, x, one, two) in zip(
+        all_positions, _values(fmap1, fmap2, geometry), strict=True
+    ):
+        term = grad_cost[:, p, q, y, x, None] * _sign(one, two)
+        if inside(fmap1.shape, y1, x1):
+            grad_fmap1[:, :, y1, x1] += term
+        if inside(fmap1.shape, y2, x2):
+            grad_fmap2[:, :, y2, x2] -= term
+    return grad_fmap1, grad_fmap2
+
+
+def _values(fmap1, fmap2, geometry):
+    """Yield (p, q, y, x) and both maps' values (N, C) of every tap, zeros outside the image."""
+    zeros = np.zeros(fmap1.shape[:2])
+    for *at, y1, x1, y2, x2 in positions(fmap1.shape, geometry):
+        one = fmap1[:, :, y1, x1] if inside(fmap1.shape, y1, x1) else zeros
+        two = fmap2[:, :, y2, x2] if inside(fmap2.shape, y2, x2) else zeros
+        yield *at, one, two
+
+
+def _sign(one, two):
+    return 1.0 * (one > two) - (one < two)
+
+
+def engine(similarity="product"):
     """Return the loops as an engine of `verify`; they run once for each set of arguments."""
+    cost_of = {"product": correlation, "l1": differences}[similarity]
+    gradients_of = {"product": correlation_vjp, "l1": differences_vjp}[similarity]
 
     def forward(fmap1, fmap2, geometry, dtype, normalize):
-        cost = _once(correlation, geometry, fmap1, fmap2)
+        cost = _once(cost_of, geometry, fmap1, fmap2)
         return cost / (_terms_of_a_window(fmap1, geometry) if normalize else 1)
 
     def vjp(grad, fmap1, fmap2, geometry, dtype, normalize):
-        grads = _once(correlation_vjp, geometry, grad, fmap1, fmap2)
+        grads = _once(gradients_of, geometry, grad, fmap1, fmap2)
         divisor = _terms_of_a_window(fmap1, geometry) if normalize else 1
         return tuple(g / divisor for g in grads)
 
-    return Engine("loops", forward, vjp)
+    return Engine("loops", forward, vjp, similarity)
 
 
 def _terms_of_a_window(fmap, geometry):
