@@ -8,6 +8,8 @@ from torch import Tensor
 from cupycorr.compat.channels import correlate_channels
 from cupycorr.geometry import Geometry
 
+_SIMILARITIES = {"multiply": "product", "subtract": "l1"}
+
 
 class Correlation(torch.nn.Module):
     """FlowNet's correlation layer, with the parameters of a prototxt's ``correlation_param``.
@@ -24,19 +26,21 @@ class Correlation(torch.nn.Module):
         Step between output positions, and between displacements.
     do_abs : bool, default False
         Must be False: the original reads it from the prototxt and does not use it.
-    correlation_type : {"multiply"}, default "multiply"
-        The mean of products; in upper case too.
+    correlation_type : {"multiply", "subtract"}, default "multiply"
+        The mean of products, or of absolute differences; in upper case too.
 
     Raises
     ------
     TypeError, ValueError
-        As `Geometry.from_flownet`; ValueError also for an even kernel_size, which the original
-        refuses too, for do_abs, and for another correlation_type.
+        As `Geometry.from_flownet`, in whose words ``pad`` is pad_size; ValueError also for an even
+        kernel_size, which the original refuses too, for do_abs, and for another correlation_type.
 
     Notes
     -----
-    The definition is that of `cupycorr.compat.nvidia.Correlation`, with the names
-    ``pad, stride_1, stride_2`` for ``pad_size, stride1, stride2``.
+    For "multiply" the definition is that of `cupycorr.compat.nvidia.Correlation`, with the names
+    ``pad, stride_1, stride_2`` for ``pad_size, stride1, stride2``. "subtract" has
+    ``abs(a - b)`` in place of ``a * b``, with zeros outside the maps; its gradients are those of
+    `cupycorr.correlation` with similarity "l1" (the original's compare other positions).
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class Correlation(torch.nn.Module):
         self.geometry = Geometry.from_flownet(
             pad, kernel_size, max_displacement, stride_1, stride_2
         )
-        _check(kernel_size, do_abs, correlation_type)
+        self.similarity = _checked(kernel_size, do_abs, correlation_type)
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         """Compute the cost volume of two feature maps.
@@ -78,13 +82,14 @@ class Correlation(torch.nn.Module):
             input2,
             self.geometry,
             normalize=True,
+            similarity=self.similarity,
             names=("input1", "input2"),
         )
         return volume
 
     def extra_repr(self) -> str:
-        """Return what is compared, in cupycorr's words."""
-        return repr(self.geometry)
+        """Return what is computed, in cupycorr's words."""
+        return f"{self.geometry!r}, similarity={self.similarity!r}"
 
 
 class Correlation1D(Correlation):
@@ -135,8 +140,8 @@ class Correlation1D(Correlation):
         )
 
 
-def _check(kernel_size: int, do_abs: bool, correlation_type: str) -> None:
-    """Check what is not in the geometry."""
+def _checked(kernel_size: int, do_abs: bool, correlation_type: str) -> str:
+    """Check what is not in the geometry; return the similarity."""
     if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd, got {kernel_size}")
     if do_abs:
@@ -144,5 +149,8 @@ def _check(kernel_size: int, do_abs: bool, correlation_type: str) -> None:
             f"do_abs must be False, got {do_abs!r}: the Caffe layer does not use it; take absolute "
             "values of the result with .abs()"
         )
-    if correlation_type.lower() != "multiply":
-        raise ValueError(f"correlation_type must be 'multiply', got {correlation_type!r}")
+    if correlation_type.lower() not in _SIMILARITIES:
+        raise ValueError(
+            f"correlation_type must be 'multiply' or 'subtract', got {correlation_type!r}"
+        )
+    return _SIMILARITIES[correlation_type.lower()]

@@ -9,12 +9,20 @@ from cupycorr.geometry import Geometry
 
 
 def correlate_channels(
-    fmap1: Any, fmap2: Any, geometry: Geometry, *, normalize: bool, names: tuple[str, str]
+    fmap1: Any,
+    fmap2: Any,
+    geometry: Geometry,
+    *,
+    normalize: bool,
+    similarity: str = "product",
+    names: tuple[str, str],
 ) -> Any:
     """Compute the cost volume (N, PH * PW, OH, OW), rows of displacements outermost.
 
     Arguments are those of `cupycorr.correlation`; ``names`` are what errors call the maps.
     """
-    cost = correlate(fmap1, fmap2, geometry, normalize=normalize, names=names)
+    cost = correlate(
+        fmap1, fmap2, geometry, normalize=normalize, similarity=similarity, names=names
+    )
     samples, rows, columns, height, width = cost.shape
     return cost.reshape(samples, rows * columns, height, width)
