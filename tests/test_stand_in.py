@@ -129,6 +129,45 @@ def test_a_copy_of_nvidias_module_works_on_the_two_functions_below_it():
     assert [difference(got, want) for got, want in zip(*results, strict=True)] == [None] * 3
 
 
+ORIGINALS = {
+    "nvidia": {
+        "pad_size": 2,
+        "kernel_size": 1,
+        "max_displacement": 2,
+        "stride1": 1,
+        "stride2": 1,
+        "corr_multiply": 1,
+    },
+    "mmcv": {
+        "kernel_size": 3,
+        "max_displacement": 2,
+        "stride": 1,
+        "padding": 1,
+        "dilation": 1,
+        "dilation_patch": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("system", ORIGINALS)
+def test_a_model_saved_with_the_original_computes_once_loaded(system, tmp_path, monkeypatch):
+    # Like theirs, a module that has its arguments as attributes, and no more.
+    (tmp_path / "corr_saved.py").write_text(
+        "import torch\nclass Correlation(torch.nn.Module):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    original = importlib.import_module("corr_saved").Correlation()
+    for argument, value in ORIGINALS[system].items():
+        setattr(original, argument, value)
+    torch.save(torch.nn.Sequential(original), tmp_path / "model.pt")
+    sys.modules.pop("corr_saved")
+    ours = importlib.import_module(f"cupycorr.compat.{system}")
+    with compat.stand_in_for("corr_saved", ours):
+        (loaded,) = torch.load(tmp_path / "model.pt", weights_only=False)
+    want = ours.Correlation(**ORIGINALS[system])(*maps())
+    assert difference(loaded(*maps()), want) is None
+
+
 class TestPrograms:
     """Programs of others, run as they are."""
 
