@@ -11,6 +11,7 @@ import click
 import cupycorr
 
 from .bench import bench
+from .convert import convert
 from .gradcheck import gradcheck
 from .match import match
 from .warmup import warmup
@@ -25,6 +26,7 @@ def main() -> None:
 
 
 main.add_command(bench)
+main.add_command(convert)
 main.add_command(gradcheck)
 main.add_command(match)
 main.add_command(warmup)
