@@ -1,4 +1,4 @@
-"""The cost volume in ONNX's standard operators, for torch's exporter.
+"""The cost volume in ONNX's standard operators, for torch's exporters.
 
 An exported model needs neither cupycorr nor a custom operator where it runs. Its cost volume is
 one batched matrix product, however many displacements there are, of the maps cut into tiles::
@@ -16,14 +16,15 @@ Sizes that a model leaves open are computed when it runs, by the same formulas.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from onnxscript import ir
+from onnxscript import evaluator, ir
 from onnxscript import opset18 as op
+from torch.onnx.symbolic_helper import parse_args
 
 import cupycorr.torch_ops  # noqa: F401 - defines the operators
 from cupycorr.geometry import Axis, Geometry
@@ -45,12 +46,79 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {torch.ops.cupycorr.cost.default: _cost}
 
 
+def register_symbolic() -> None:
+    """Teach ``torch.onnx.export(..., dynamo=False)`` cupycorr's operator, from now on.
+
+    That is torch's older exporter, of TorchScript traces, for runtimes that need an opset below 18:
+    ``opset_version`` may be 16 or more. Calling this again changes nothing.
+
+    Notes
+    -----
+    As for `translation_table`. Sizes stay open that ``dynamic_axes`` names.
+    """
+    torch.onnx.register_custom_op_symbolic(  # type: ignore[attr-defined]
+        "cupycorr::cost", _traced_cost, OLDEST_OPSET
+    )
+
+
+OLDEST_OPSET = 16
+"""The first that has all operators that are used here, for all dtypes."""
+
+
 def _cost(fmap1: Any, fmap2: Any, *arguments: Any) -> Any:
-    """Translate ``cupycorr::cost``."""
+    """Translate ``cupycorr::cost`` of an exported program."""
+    return _translate(fmap1, fmap2, fmap1.shape, fmap1.dtype.bitwidth, arguments)
+
+
+@parse_args("v", "v", "is", "is", "is", "is", "is", "is", "is", "b")
+def _traced_cost(
+    graph: Any,
+    fmap1: Any,
+    fmap2: Any,
+    kernel_size: list[int],
+    patch_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    dilation_patch: list[int],
+    first_displacement: list[int],
+    normalize: bool,
+) -> Any:
+    """Translate ``cupycorr::cost`` of a TorchScript trace."""
+    known = fmap1.type()
+    shape, bits = known.varyingSizes() or [None] * 4, known.dtype().itemsize * 8
+    fields = kernel_size, patch_size, stride, padding, dilation, dilation_patch, first_displacement
+    with evaluator.default_as(_Recorder(graph)):  # type: ignore[arg-type]
+        return _translate(fmap1, fmap2, shape, bits, (*fields, normalize))
+
+
+class _Recorder:
+    """Adds the operators that are called to a TorchScript graph."""
+
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+
+    def eval_op(self, called: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+        # The graph knows an attribute's type by the end of its name.
+        typed: dict[str, Any] = {}
+        for name, value in attributes.items():
+            if isinstance(value, str):
+                typed[f"{name}_s"] = value
+            elif isinstance(value, ir.TensorProtocol):
+                typed[f"{name}_t"] = torch.from_numpy(value.numpy())
+            else:
+                typed[f"{name}_i"] = value
+        return self._graph.op(called.name, *inputs, **typed)
+
+
+def _translate(
+    fmap1: Any, fmap2: Any, shape: Sequence[Any], bits: int, arguments: Sequence[Any]
+) -> Any:
+    """Return the cost volume of two maps of a shape, partly open, and a dtype of so many bits."""
     *fields, normalize = arguments
     geometry = Geometry(*map(tuple, fields))
-    _, channels, height, width = (_size(fmap1, dim) for dim in range(4))
-    wide = fmap1.dtype.name in ("FLOAT", "DOUBLE")
+    _, channels, height, width = (_size(fmap1, dim, size) for dim, size in enumerate(shape))
+    wide = bits > 16
     one, two = (fmap if wide else op.Cast(fmap, to=_FLOAT) for fmap in (fmap1, fmap2))
     tile = _tile(geometry, channels, height, width)
     y = _Tiles.of(geometry.y, height, tile[0])
@@ -58,13 +126,15 @@ def _cost(fmap1: Any, fmap2: Any, *arguments: Any) -> Any:
     pixels = height * width
     read1 = _numbers(y.read1, x.read1, height, width, y.tile * x.tile)
     read2 = _numbers(y.read2, x.read2, height, width, y.reach * x.reach)
-    tiles = op.Gather(_pixels(one, channels, pixels), read1, axis=1)
-    met = op.Gather(_pixels(two, channels, pixels), read2, axis=1)
-    if fmap1.dtype.name == "DOUBLE":
-        # onnxruntime 1.23 would fuse the operators below to one that it has for float32 only.
-        products = op.Einsum(tiles, met, equation="ngac,ngbc->ngab")
+    one, two = _pixels(one, channels, pixels), _pixels(two, channels, pixels)
+    tiles = op.Gather(op.Transpose(one, perm=[0, 2, 1]), read1, axis=1)
+    if bits == 64:
+        # onnxruntime 1.23 would fuse what is below to an operator that it has for float32 only.
+        met = op.Transpose(op.Gather(two, read2, axis=2), perm=[0, 2, 1, 3])
     else:
-        products = op.MatMul(tiles, op.Transpose(met, perm=[0, 1, 3, 2]))
+        met = op.Gather(op.Transpose(two, perm=[0, 2, 1]), read2, axis=1)
+        met = op.Transpose(met, perm=[0, 1, 3, 2])
+    products = op.MatMul(tiles, met)
     cost = _pick(products, y, x)
     cost = _sum_window(cost, geometry.y, height, dim=3)
     cost = _sum_window(cost, geometry.x, width, dim=4)
@@ -165,11 +235,12 @@ _CALL = 10000
 
 
 def _pixels(fmap: Any, channels: Any, pixels: Any) -> Any:
-    """Return a map as (N, pixels + 1, C), where the last pixel is zero."""
-    flat = op.Reshape(fmap, _shape(0, 0, pixels))
-    # onnxruntime leaves a product over no channels uninitialised, so there is at least one.
-    padding = np.array([0, 0, 0, 0, 1 if _is(0, channels) else 0, 1])
-    return op.Transpose(op.Pad(flat, _value(padding)), perm=[0, 2, 1])
+    """Return a map as (N, C, pixels + 1), where the last pixel is zero."""
+    if _is(0, channels):
+        # onnxruntime leaves a product over no channels uninitialised.
+        fmap, channels = op.Pad(fmap, _value(np.array([0, 0, 0, 0, 0, 1, 0, 0]))), 1
+    flat = op.Reshape(fmap, _shape(-1, channels, pixels))
+    return op.Pad(flat, _value(np.array([0, 0, 0, 0, 0, 1])))
 
 
 def _numbers(y: Any, x: Any, height: Any, width: Any, count: int) -> Any:
@@ -187,7 +258,7 @@ def _pick(products: Any, y: _Tiles, x: _Tiles) -> Any:
     """Order the groups' products as product volume, (N, PH, PW, positions, positions)."""
     rows, columns = y.tile * x.tile, y.reach * x.reach
     zero = y.groups * x.groups * (rows * columns)
-    products = op.Reshape(products, _shape(0, zero + rows * columns))
+    products = op.Reshape(products, _shape(-1, zero + rows * columns))
     part_y = (y.group * x.groups * rows + y.row * x.tile) * columns + y.column * x.reach
     part_x = (x.group * rows + x.row) * columns + x.column
     # Not computed here: the index is as large as the cost volume of one sample.
@@ -282,12 +353,11 @@ def _is(number: int, operand: Any) -> bool:
     return bool(known and np.all(operand == number))
 
 
-def _size(fmap: Any, dim: int) -> Any:
+def _size(fmap: Any, dim: int, size: Any) -> Any:
     """Return a map's size, open unless it was fixed."""
-    size = fmap.shape[dim]
-    return (
-        size if isinstance(size, int) else _Open(op.Squeeze(op.Shape(fmap, start=dim, end=dim + 1)))
-    )
+    if isinstance(size, int):
+        return size
+    return _Open(op.Squeeze(op.Shape(fmap, start=dim, end=dim + 1)))
 
 
 def _range(count: Any) -> Any:
@@ -315,7 +385,7 @@ def _value(integers: Any) -> Any:
 
 
 def _shape(*sizes: Any) -> Any:
-    """Return sizes as one array; 0 keeps a size in Reshape."""
+    """Return sizes as one array; Reshape finds out what -1 is, also if that is zero."""
     if not any(isinstance(size, _Open) for size in sizes):
         return _value(np.array(sizes))
     return op.Concat(*(op.Reshape(_value(size), _value(np.array([1]))) for size in sizes), axis=0)
