@@ -24,6 +24,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from cupycorr import numpy_bands, numpy_differences
 from cupycorr.geometry import Geometry
+from cupycorr.numpy_differences import tangent as tangent
 from cupycorr.numpy_plan import COPY_ELEMENTS, Block, Group, Step, Tiles, cover, plan, spans
 from cupycorr.numpy_windows import accumulator, spread_taps, store, sum_taps, widen
 from cupycorr.parallel import Arena, Runner, Scratch, Unit, workers

@@ -19,7 +19,13 @@ from cupycorr.geometry import Geometry
 
 
 def forward(
-    fmap1: Tensor, fmap2: Tensor, cost: Tensor, geometry: Geometry, *, divisor: int = 1
+    fmap1: Tensor,
+    fmap2: Tensor,
+    cost: Tensor,
+    geometry: Geometry,
+    *,
+    similarity: str = "product",
+    divisor: int = 1,
 ) -> None:
     """Compute the cost volume of two maps.
 
@@ -31,6 +37,8 @@ def forward(
         Where the result is written.
     geometry : Geometry
         What is compared.
+    similarity : {"product", "l1"}, default "product"
+        Sum products, or absolute differences.
     divisor : int, default 1
         Every sum is divided by it before it is rounded.
 
@@ -44,6 +52,44 @@ def forward(
     with _on_stream_of(fmap1):
         engine.forward(
             *map(_array, (fmap1, fmap2, cost)),
+            geometry,
+            similarity=similarity,
+            divisor=divisor,
+            dtype=_dtype(fmap1),
+            allocate=_allocator(fmap1),
+        )
+
+
+def tangent(
+    fmap1: Tensor,
+    fmap2: Tensor,
+    tangent1: Tensor,
+    tangent2: Tensor,
+    cost: Tensor,
+    geometry: Geometry,
+    *,
+    divisor: int = 1,
+) -> None:
+    """Compute how the cost volume of absolute differences changes with the maps.
+
+    Parameters
+    ----------
+    fmap1, fmap2, tangent1, tangent2 : Tensor (N, C, H, W), of one dtype, on a CUDA device
+        The feature maps and their changes, of any strides.
+    cost : Tensor (N, PH, PW, OH, OW), of the maps' dtype and device, contiguous
+        Where the change of the cost volume is written.
+    geometry, divisor
+        As for `forward`.
+
+    Raises
+    ------
+    RuntimeError
+        As `forward`.
+    """
+    engine = _engine()
+    with _on_stream_of(fmap1):
+        engine.tangent(
+            *map(_array, (fmap1, fmap2, tangent1, tangent2, cost)),
             geometry,
             divisor=divisor,
             dtype=_dtype(fmap1),
@@ -59,6 +105,7 @@ def backward(
     grad_fmap2: Tensor | None,
     geometry: Geometry,
     *,
+    similarity: str = "product",
     divisor: int = 1,
 ) -> None:
     """Compute the gradients with respect to the maps.
@@ -71,7 +118,7 @@ def backward(
         The feature maps, of any strides.
     grad_fmap1, grad_fmap2 : Tensor (N, C, H, W), of the maps' dtype and device, contiguous, or None
         Where the gradients are written; None where not needed.
-    geometry, divisor
+    geometry, similarity, divisor
         As for `forward`.
 
     Raises
@@ -86,6 +133,7 @@ def backward(
             *map(_array, (grad_cost, fmap1, fmap2)),
             *grads,
             geometry,
+            similarity=similarity,
             divisor=divisor,
             dtype=_dtype(fmap1),
             allocate=_allocator(fmap1),

@@ -10,6 +10,11 @@ of the two others; so the derivatives of each, of any order, are these three aga
 operators ``cupycorr::cost``, ``cupycorr::grad_fmap1`` and ``cupycorr::grad_fmap2``;
 ``cupycorr::grads`` computes the latter two at once, which shares work.
 
+Absolute differences have operators of their own, closed under derivatives as well. Given the signs
+of the differences, which are constant almost everywhere, ``cupycorr::l1_tangent`` is a linear map
+from changes of the feature maps to that of the cost, and ``cupycorr::l1_grads`` its adjoint;
+``cupycorr::l1_cost`` is the cost itself.
+
 A call goes one of two ways. Generally torch's dispatcher finds out what an operator means: values,
 shapes only, a node of a graph, a batch, a derivative. Where it would only find out that values are
 wanted, and perhaps derivatives, a call takes the short way around it (`_is_plain`).
@@ -20,6 +25,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache, partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
@@ -32,7 +38,13 @@ from cupycorr import numpy_engine
 from cupycorr.geometry import Geometry
 
 
-def correlation(fmap1: Tensor, fmap2: Tensor, geometry: Geometry, normalize: bool) -> Tensor:
+def correlation(
+    fmap1: Tensor,
+    fmap2: Tensor,
+    geometry: Geometry,
+    normalize: bool,
+    similarity: str = "product",
+) -> Tensor:
     """Compute the cost volume of two checked feature maps; see `cupycorr.correlation`.
 
     Parameters
@@ -43,6 +55,8 @@ def correlation(fmap1: Tensor, fmap2: Tensor, geometry: Geometry, normalize: boo
         Which positions and displacements are compared.
     normalize : bool
         Divide by the number of terms of a full window, C * KH * KW.
+    similarity : {"product", "l1"}, default "product"
+        Sum products, or absolute differences.
 
     Returns
     -------
@@ -67,7 +81,8 @@ def correlation(fmap1: Tensor, fmap2: Tensor, geometry: Geometry, normalize: boo
             f"the maps must be dense tensors, got {fmap1.layout} and {fmap2.layout}; convert them "
             "with .to_dense()"
         )
-    return _derive(_COST, geometry, normalize, fmap1, fmap2)[0]
+    operator = _L1_COST if similarity == "l1" else _COST
+    return _derive(operator, geometry, normalize, fmap1, fmap2)[0]
 
 
 def autocast(*maps: Any) -> tuple[Any, ...]:
@@ -100,17 +115,18 @@ def _cast(tensor: Tensor) -> Tensor:
 
 # What an operator computes.
 
-FMAP1, FMAP2, COST = 0, 1, 2
-"""The slots of the trilinear form."""
+FMAP1, FMAP2, COST, TANGENT1, TANGENT2 = range(5)
+"""The slots of the trilinear form, and changes of the maps."""
 
 
 class _Operator(NamedTuple):
-    """Derivatives of the trilinear form with respect to the slots ``results``."""
+    """What computes the slots ``results``, of products the trilinear form's derivatives by them."""
 
     name: str
     operands: tuple[int, ...]
     """The slots that it takes; the first is a feature map."""
     results: tuple[int, ...]
+    similarity: str = "product"
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -124,6 +140,15 @@ _OF_SLOT = (
     _Operator("grad_fmap2", (FMAP1, COST), (FMAP2,)),
     _COST,
 )
+_MAPS = (FMAP1, FMAP2)
+_L1_COST = _Operator("l1_cost", _MAPS, (COST,), "l1")
+_L1_TANGENT = _Operator("l1_tangent", (*_MAPS, TANGENT1, TANGENT2), (COST,), "l1")
+_L1_GRADS = _Operator("l1_grads", (*_MAPS, COST), _MAPS, "l1")
+_L1_OF_SLOT = (
+    _Operator("l1_grad_fmap1", (*_MAPS, COST), (FMAP1,), "l1"),
+    _Operator("l1_grad_fmap2", (*_MAPS, COST), (FMAP2,), "l1"),
+)
+_OPERATORS = (*_OF_SLOT, _GRADS, _L1_COST, _L1_TANGENT, *_L1_OF_SLOT, _L1_GRADS)
 
 
 def _derive(
@@ -163,7 +188,11 @@ def _compute(
         options["threads"] = torch.get_num_threads()
     read = dict(zip(operator.operands, map(memory, operands), strict=True))
     written = dict(zip(operator.results, map(memory, results), strict=True))
-    if operator is _COST:
+    if operator is _L1_TANGENT:
+        engine.tangent(*read.values(), written[COST], geometry, **options)
+        return results
+    options["similarity"] = operator.similarity
+    if COST in written:
         engine.forward(read[FMAP1], read[FMAP2], written[COST], geometry, **options)
         return results
     # Of a map that no wanted gradient depends on, an engine reads the shape: either map's.
@@ -203,6 +232,10 @@ class _Derivative(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.operator, ctx.geometry, ctx.normalize = operator, geometry, normalize
         ctx.set_materialize_grads(False)
+        if operator.similarity == "l1":
+            ctx.save_for_backward(*operands[:2])
+            ctx.save_for_forward(*operands[:2])
+            return run(operator, geometry, normalize, *operands)
         # An operand appears in the gradients of the others only.
         needs = ctx.needs_input_grad[4:]
         ctx.save_for_backward(
@@ -218,10 +251,10 @@ class _Derivative(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         operator: _Operator = ctx.operator
         needs = ctx.needs_input_grad[4:]
-        if operator is _COST and all(needs) and upstream[0] is not None:
-            grads: Iterable[Tensor | None] = _derive(
-                _GRADS, ctx.geometry, ctx.normalize, *ctx.saved_tensors, upstream[0]
-            )
+        if operator.similarity == "l1":
+            grads: Iterable[Tensor | None] = _l1_backward(ctx, needs, upstream)
+        elif operator is _COST and all(needs) and upstream[0] is not None:
+            grads = _derive(_GRADS, ctx.geometry, ctx.normalize, *ctx.saved_tensors, upstream[0])
         else:
             changes = dict(zip(operator.results, upstream, strict=True))
             grads = (
@@ -233,6 +266,8 @@ class _Derivative(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         operator: _Operator = ctx.operator
+        if operator.similarity == "l1":
+            return _l1_jvp(ctx, tangents[4:])
         changes = dict(zip(operator.operands, tangents[4:], strict=True))
         tangents = tuple(_change(slot, changes, ctx) for slot in operator.results)
         # Autograd fails on a result without a tangent, beside one that has one.
@@ -254,6 +289,49 @@ def _change(slot: int, changes: dict[int, Tensor | None], ctx: Any) -> Tensor | 
             (term,) = _derive(operator, ctx.geometry, ctx.normalize, *operands)
             total = term if total is None else total + term
     return total
+
+
+def _l1_backward(
+    ctx: Any, needs: tuple[bool, ...], upstream: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients by the operands of an l1 operator; by its signs they are none."""
+    maps: tuple[Tensor, Tensor] = ctx.saved_tensors
+    none: tuple[None, None] = None, None
+    if COST in ctx.operator.operands:
+        return (*none, _l1_tangent(ctx, ctx.operator.results, upstream) if needs[2] else None)
+    grads: tuple[Tensor | None, ...] = none
+    if upstream[0] is not None and all(needs[-2:]):
+        grads = _derive(_L1_GRADS, ctx.geometry, ctx.normalize, *maps, upstream[0])
+    elif upstream[0] is not None:
+        grads = tuple(
+            _derive(operator, ctx.geometry, ctx.normalize, *maps, upstream[0])[0] if need else None
+            for operator, need in zip(_L1_OF_SLOT, needs[-2:], strict=True)
+        )
+    return grads if ctx.operator is _L1_COST else (*none, *grads)
+
+
+def _l1_jvp(ctx: Any, tangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Return how the results of an l1 operator change with its operands, its signs apart."""
+    maps: tuple[Tensor, Tensor] = ctx.saved_tensors
+    operator: _Operator = ctx.operator
+    if COST not in operator.operands:
+        return (_l1_tangent(ctx, _MAPS, tangents[-2:]),)
+    if tangents[2] is None:
+        return tuple(torch.zeros_like(maps[0]) for _ in operator.results)
+    return _derive(operator, ctx.geometry, ctx.normalize, *maps, tangents[2])
+
+
+def _l1_tangent(
+    ctx: Any, slots: tuple[int, ...], changes: tuple[Tensor | None, ...]
+) -> Tensor | None:
+    """Return how the l1 cost volume changes with the maps, if any of them do."""
+    maps: tuple[Tensor, Tensor] = ctx.saved_tensors
+    if all(change is None for change in changes):
+        return None
+    given = dict(zip(slots, changes, strict=True))
+    both = (given.get(slot) for slot in _MAPS)
+    filled = (torch.zeros_like(maps[0]) if change is None else change for change in both)
+    return _derive(_L1_TANGENT, ctx.geometry, ctx.normalize, *maps, *filled)[0]
 
 
 # How torch's dispatcher knows of the operators.
@@ -344,7 +422,7 @@ def _learn_sharding() -> None:
 def _register_sharding() -> None:
     from cupycorr import torch_sharding
 
-    for operator in (*_OF_SLOT, _GRADS):
+    for operator in _OPERATORS:
         torch_sharding.register(operator.function)
 
 
@@ -408,10 +486,10 @@ def _vmap_kernel(
     return _returned(operator, results), _returned(operator, (0,) * len(results))
 
 
-def _autocast_kernel(fmap1: Tensor, fmap2: Tensor, *fields: Any) -> Any:
+def _autocast_kernel(operator: _Operator, fmap1: Tensor, fmap2: Tensor, *fields: Any) -> Any:
     fmap1, fmap2 = autocast(fmap1, fmap2)
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-        return _COST.function(fmap1, fmap2, *fields)
+        return operator.function(fmap1, fmap2, *fields)
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -451,9 +529,9 @@ def _returned(operator: _Operator, results: tuple[Any, ...]) -> Any:
 
 def _register(library: torch.library.Library) -> None:
     """Define the operators and what they mean under each dispatch key."""
-    slots = ("fmap1", "fmap2", "grad_cost")
+    slots = ("fmap1", "fmap2", "grad_cost", "tangent1", "tangent2")
     fields = ", ".join(f"int[2] {name}" for name in _FIELDS)
-    for operator in (*_OF_SLOT, _GRADS):
+    for operator in _OPERATORS:
         operands = ", ".join(f"Tensor {slots[slot]}" for slot in operator.operands)
         results = ", ".join("Tensor" for _ in operator.results)
         library.define(  # type: ignore[no-untyped-call]
@@ -466,8 +544,8 @@ def _register(library: torch.library.Library) -> None:
         qualified = f"cupycorr::{operator.name}"
         torch.library.register_fake(qualified, partial(_fake_kernel, operator), lib=library)
         torch.library.register_vmap(qualified, partial(_vmap_kernel, operator), lib=library)
-    for key in ("AutocastCPU", "AutocastCUDA"):
-        library.impl(_COST.name, _autocast_kernel, key)  # type: ignore[no-untyped-call]
+    for operator, key in product((_COST, _L1_COST), ("AutocastCPU", "AutocastCUDA")):
+        library.impl(operator.name, partial(_autocast_kernel, operator), key)  # type: ignore[no-untyped-call]
 
 
 _LIBRARY = torch.library.Library("cupycorr", "FRAGMENT")  # type: ignore[no-untyped-call]
