@@ -203,7 +203,8 @@ def write(path: Path, field: Field, *, stereo: bool, full: float, legend: bool) 
             case ".pfm":
                 path.write_bytes(pfm(disparity))
             case ".npy":
-                np.save(path, disparity if stereo else pairs(field))
+                with path.open("wb") as file:  # a name would get another suffix after .NPY
+                    np.save(file, disparity if stereo else pairs(field))
             case _:
                 from PIL import Image
 

@@ -5,7 +5,8 @@
    vertex of the parabola through it and its neighbours.
 3. *Steps*: for stereo one search over all disparities. For flow a search at reduced size; by what
    it found the second image is warped back, for a short search at twice the size, and so on.
-4. *Check*: what is found from A to B must lead back from B to A, and the neighbours must agree.
+4. *Check*: what is found from A to B must lead back from B to A, and the neighbours must agree;
+   where a window shows but one grey value, nothing is known.
 
 All sums in a cost volume are of small integers, hence exact: the result does not depend on how the
 images are cut into tiles, on the number of threads, or on the order in which an engine sums.
@@ -57,7 +58,7 @@ NEIGHBOURHOOD = 4
 TILE_BYTES = 32 << 20
 """Size of the costs and features of one tile."""
 
-BYTES_PER_PIXEL, BYTES = 60, 400 << 20
+BYTES_PER_PIXEL, BYTES = 48, 200 << 20
 """Memory that matching takes: for each pixel, and in all for its tiles."""
 
 Advance = Callable[[int], None]
@@ -146,39 +147,40 @@ def match(
     Returns
     -------
     array (2, H, W), float32
-        dy and dx in pixels; NaN where a pixel's match is not `trusted`.
+        dy and dx in pixels. NaN where the window shows nothing or the match is not `consistent`,
+        and where there are not enough `agreeing` neighbours.
     """
     levels = max(step.halvings for step in steps)
     one, two = pyramid(image1, levels), pyramid(image2, levels)
-    field = estimate(one, two, steps, advance)
-    backward = estimate(two, one, back, advance)
+    field, seen = estimate(one, two, steps, advance)
+    backward, _ = estimate(two, one, back, advance)
     del one, two
-    np.copyto(field, np.nan, where=~trusted(field, backward))
+    np.copyto(field, np.nan, where=~agreeing(field, seen & consistent(field, backward)))
     return field
 
 
 def estimate(
     pyramid1: list[Image], pyramid2: list[Image], steps: list[Step], advance: Advance
-) -> Field:
-    """Search step by step, each time from where the step before has led; (2, H, W)."""
-    field = None
-    for halvings, geometry in steps:
+) -> tuple[Field, Mask]:
+    """Search step by step, each time from where the step before has led; see `search`."""
+    first, *others = steps
+    field, seen = search(
+        pyramid1[first.halvings], pyramid2[first.halvings], first.geometry, advance
+    )
+    field = smooth(field)
+    for halvings, geometry in others:
         one, two = pyramid1[halvings], pyramid2[halvings]
-        if field is None:
-            field = search(one, two, geometry, advance)
-        else:
-            if field.shape[1:] != one.shape:
-                field = double(field, *one.shape)
-            field += search(one, warp(two, field), geometry, advance)
+        if field.shape[1:] != one.shape:
+            field = double(field, *one.shape)
+        correction, seen = search(one, warp(two, field), geometry, advance)
+        field += correction
         field = smooth(field)
-    if field is None:
-        raise ValueError("steps must hold at least one search, got none")
-    return field
+    return field, seen
 
 
 def search(
     image1: Image, image2: Image, geometry: Geometry, advance: Advance = lambda _: None
-) -> Field:
+) -> tuple[Field, Mask]:
     """Find the displacements of largest cost between two images' features.
 
     Parameters
@@ -193,15 +195,19 @@ def search(
     Returns
     -------
     array (2, H, W), float32
+        The displacements.
+    array (H, W), bool
+        Where some cost is positive: windows without texture have none.
     """
-    field = np.empty((2, *image1.shape), np.float32)
+    field, seen = np.empty((2, *image1.shape), np.float32), np.empty(image1.shape, bool)
     margins = [k // 2 - p for k, p in zip(geometry.kernel_size, geometry.padding, strict=True)]
     for tile in tiles(image1.shape, geometry):
         area = [around(part, margin) for part, margin in zip(tile, margins, strict=True)]
         cost = cupycorr.correlation(features(image1, *area), features(image2, *area), geometry)[0]
-        field[:, tile[0], tile[1]] = best(cost, geometry)
+        field[:, tile[0], tile[1]], largest = best(cost, geometry)
+        seen[tile] = largest > 0
         advance(cost.size)
-    return field
+    return field, seen
 
 
 def tiles(shape: tuple[int, ...], geometry: Geometry) -> Iterator[tuple[slice, slice]]:
@@ -251,8 +257,8 @@ def features(image: Image, rows: range, columns: range) -> Floats:
     return maps
 
 
-def best(cost: Floats, geometry: Geometry) -> Field:
-    """Return the displacement of the largest cost at each position, to a fraction of a pixel.
+def best(cost: Floats, geometry: Geometry) -> tuple[Field, Floats]:
+    """Find the displacement of the largest cost at each position, to a fraction of a pixel.
 
     Parameters
     ----------
@@ -265,6 +271,8 @@ def best(cost: Floats, geometry: Geometry) -> Field:
     array (2, h, w), float32
         Of equal costs that of the shortest displacement wins. Displacements at the edge of the
         patch stay whole numbers.
+    array (h, w), float32
+        The largest cost.
 
     Notes
     -----
@@ -291,12 +299,7 @@ def best(cost: Floats, geometry: Geometry) -> Field:
         curvature = before - 2 * largest + after
         np.divide(before - after, 2 * curvature, out=before, where=curvature < 0)
         field[axis] += np.where(inner & (curvature < 0), before, 0)
-    return field
-
-
-def trusted(field: Field, backward: Field) -> Mask:
-    """Tell where displacements lead back to their start, and most neighbours' agree; (H, W)."""
-    return agreeing(field, consistent(field, backward))
+    return field, largest
 
 
 def consistent(field: Field, backward: Field) -> Mask:
