@@ -131,7 +131,7 @@ def bench(
         environment.require_cuda()
     kind = DTYPES[dtype]
     problems = chosen_problems(sizes, presets)
-    implementations, absent = _implementations(device, engines, against, kind)
+    implementations, absent = _implementations(device, engines, against, kind, sizes.similarity)
     pair = None if images is None else features.load_pair(*images)
     if pair is not None:
         problems = [_on_images(problem, pair, downscale, sizes) for problem in problems]
@@ -201,7 +201,11 @@ def _kernels(problem: Problem, dtype: str) -> list[dict[str, Any]]:
 
 
 def _implementations(
-    device: str, engines: tuple[str, ...], against: tuple[str, ...], dtype: str
+    device: str,
+    engines: tuple[str, ...],
+    against: tuple[str, ...],
+    dtype: str,
+    similarity: str,
 ) -> tuple[list[measure.Implementation], list[measure.Outcome]]:
     """Return what can be measured here, and why the rest of what was asked for cannot.
 
@@ -216,18 +220,18 @@ def _implementations(
         else None
     )
     if device == "cuda":
-        candidates = [(cuda.implementation(name), True, no_bfloat16)
+        candidates = [(cuda.implementation(name, similarity), True, no_bfloat16)
                       for name in dict.fromkeys(engines or ("cupy",))]  # fmt: skip
     else:
         no_torch = None if environment.has("torch") else "needs torch, not installed"
-        candidates = [(measure.ours(name), name in engines, obstacle)
+        candidates = [(measure.ours(name, similarity), name in engines, obstacle)
                       for name, obstacle in (("numpy", no_bfloat16), ("torch", no_torch))
                       if name in engines or not engines]  # fmt: skip
     candidates += [
         (
-            measure.Implementation(name, "torch", peer.correlate),
+            measure.Implementation(name, "torch", peer.summing(similarity)),
             name in against,
-            NO_PEER_ON_CUDA if device == "cuda" else missing(peer),
+            NO_PEER_ON_CUDA if device == "cuda" else missing(peer, similarity),
         )
         for name, peer in PEERS.items()
         if name in against or "all" in against

@@ -99,16 +99,15 @@ def line(found: dict[str, Any]) -> str:
     )
 
 
-def implementation(engine: str) -> Implementation:
+def implementation(engine: str, similarity: str) -> Implementation:
     """Return this package on CuPy arrays: all of it, or its plain kernels."""
+    functions: tuple[Callable[..., Any], ...] = cupycorr.correlation, cupycorr.correlation_vjp
+    options: dict[str, Any] = {"similarity": similarity}
     if engine == "plain":
-        return Implementation(
-            "cupycorr plain", "cupy", partial(api.cupy_cost, plain=True),
-            partial(api.cupy_gradients, plain=True),
-        )  # fmt: skip
-    return Implementation(
-        "cupycorr cupy", "cupy", cupycorr.correlation, cupycorr.correlation_vjp
-    )  # fmt: skip
+        functions = api.cupy_cost, api.cupy_gradients
+        options["plain"] = True
+    correlate, vjp = (partial(function, **options) for function in functions)
+    return Implementation(f"cupycorr {engine}", "cupy", correlate, vjp)
 
 
 def kernels(problem: Problem, dtype: str) -> list[dict[str, Any]]:
@@ -123,7 +122,9 @@ def kernels(problem: Problem, dtype: str) -> list[dict[str, Any]]:
 
     if 0 in problem.shape:
         return []  # nothing will be launched
-    return [one._asdict() for one in cuda_engine.warm_up(problem.geometry, problem.shape, dtype)]
+    _, shape, geometry, similarity = problem
+    compiled = cuda_engine.warm_up(geometry, shape, dtype, similarity=similarity)
+    return [one._asdict() for one in compiled]
 
 
 def refuse_too_large(problem: Problem, itemsize: int, cold: bool) -> None:

@@ -13,6 +13,7 @@ from .options import (
     ENGINES,
     Problem,
     Sizes,
+    description,
     device_argument,
     engine_option,
     problem_options,
@@ -58,8 +59,9 @@ def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple
 
     Every engine is compared with the definition, evaluated one tap and one displacement at a
     time: exactly on small integers, and within the bound of round-off on random maps. The adjoint
-    identity <cost, g> = <fmap1, grad_fmap1> = <fmap2, grad_fmap2> needs no comparison. In float64
-    torch's own gradcheck and gradgradcheck follow, which compare with finite differences.
+    identity <cost, g> = <fmap1, grad_fmap1> = <fmap2, grad_fmap2> needs no comparison; of absolute
+    differences the latter two add up to the former. In float64 torch's own gradcheck and
+    gradgradcheck follow, which compare with finite differences.
 
     Exits with 1 if a check fails, and with 2 if the options are wrong or something is missing.
     """
@@ -76,7 +78,7 @@ def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple
         )
     if device == "cuda":
         click.echo(cuda.line(cuda.device()))
-    click.echo(f"maps {problem.shape}, {problem.geometry!r}")
+    click.echo(f"maps {problem.shape}, {description(problem)}")
     outcomes = []
     for name in names:
         for dtype in chosen:
@@ -107,20 +109,22 @@ def _torch_has(device: str) -> bool:
     return device == "cpu" or torch.cuda.is_available()
 
 
-def _engine(name: str, device: str) -> verify.Engine:
+def _engine(name: str, device: str, similarity: str) -> verify.Engine:
     if name == "torch":
-        return verify.torch_engine(device)
-    return verify.numpy_engine() if name == "numpy" else verify.cupy_engine(plain=name == "plain")
+        return verify.torch_engine(device, similarity)
+    if name == "numpy":
+        return verify.numpy_engine(similarity)
+    return verify.cupy_engine(similarity, plain=name == "plain")
 
 
 def _checks(
     name: str, device: str, problem: Problem, dtype: str
 ) -> Iterator[tuple[verify.Check, str]]:
     """Yield each check of one engine, and what it compares with."""
-    engine = _engine(name, device)
-    _, shape, geometry = problem
+    _, shape, geometry, similarity = problem
+    engine, oracle = _engine(name, device, similarity), verify.definition(similarity)
     try:
-        for check in verify.check(engine, shape, geometry, dtype, oracle=verify.definition()):
+        for check in verify.check(engine, shape, geometry, dtype, oracle=oracle):
             alone = check.name == "adjoint identity"
             yield check, "with itself" if alone else "with the definition"
     except RuntimeError as failure:
@@ -151,7 +155,9 @@ def _torch_checks(device: str, problem: Problem) -> Iterator[tuple[verify.Check,
     against = "with finite differences" + (", one random projection" if fast else "")
 
     def cost(fmap1: torch.Tensor, fmap2: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = cupycorr.correlation(fmap1, fmap2, problem.geometry)
+        result: torch.Tensor = cupycorr.correlation(
+            fmap1, fmap2, problem.geometry, similarity=problem.similarity
+        )
         return result
 
     for run in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import prod, sqrt
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -94,10 +95,11 @@ class _Maps(NamedTuple):
     grad_cost: Any
 
 
-def ours(library: str) -> Implementation:
+def ours(library: str, similarity: str) -> Implementation:
     """Return this package on NumPy arrays or on torch tensors."""
-    vjp = correlation_vjp if library == "numpy" else None
-    return Implementation(f"cupycorr {library}", library, correlation, vjp)
+    vjp = partial(correlation_vjp, similarity=similarity) if library == "numpy" else None
+    correlate = partial(correlation, similarity=similarity)
+    return Implementation(f"cupycorr {library}", library, correlate, vjp)
 
 
 @contextlib.contextmanager
@@ -257,13 +259,14 @@ def _gradients(one: Implementation, maps: _Maps, geometry: Geometry, cost: Any) 
 def _reference(problem: Problem, dtype: str) -> tuple[list[Array], list[Array]]:
     """Return maps on which every sum is exact in the dtype, and this package's results.
 
-    Values are -1, 0 and 1, and so few are not 0 that a sum has about 64 terms, whose partial sums
-    every dtype holds exactly in every order (bfloat16 up to 256).
+    Values are -1, 0 and 1, and so few are not 0 that absolute values add up to about 64, partial
+    sums that every dtype holds exactly in every order (bfloat16 up to 256).
     """
-    _, shape, geometry = problem
+    _, shape, geometry, similarity = problem
     generator = np.random.default_rng(2)
     terms = max(shape[1], prod(geometry.patch_size)) * geometry.window_taps
-    chance = min(2 / 3, sqrt(64 / max(1, terms)))
+    share = 64 / max(1, terms)
+    chance = min(2 / 3, sqrt(share) if similarity == "product" else share / 2)
     kind = np.float64 if dtype == "float64" else np.float32
     exact = []
     for size in (shape, shape, geometry.cost_shape(shape)):
@@ -271,8 +274,9 @@ def _reference(problem: Problem, dtype: str) -> tuple[list[Array], list[Array]]:
         values = (uniform < chance).astype(kind)
         values[uniform < chance / 2] = -1
         exact.append(values)
-    cost = correlation(exact[0], exact[1], geometry)
-    return exact, [cost, *correlation_vjp(exact[2], exact[0], exact[1], geometry)]
+    cost = correlation(exact[0], exact[1], geometry, similarity=similarity)
+    grads = correlation_vjp(exact[2], exact[0], exact[1], geometry, similarity=similarity)
+    return exact, [cost, *grads]
 
 
 def _mistake(

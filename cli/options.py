@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from cupycorr import Geometry
+from cupycorr.api import SIMILARITIES
 from cupycorr.geometry import IntOrPair
 
 DTYPES = {"half": "float16", "bfloat": "bfloat16", "float": "float32", "double": "float64"}
@@ -43,11 +44,17 @@ GEOMETRY_FIELDS = {name: field for name, (_, field, _) in SIZES.items() if field
 
 
 class Problem(NamedTuple):
-    """What is computed: a name, the shape (N, C, H, W) of the maps, and the geometry."""
+    """What is computed: a name, the maps' shape (N, C, H, W), the geometry, what is summed."""
 
     name: str
     shape: tuple[int, int, int, int]
     geometry: Geometry
+    similarity: str = "product"
+
+
+def description(problem: Problem) -> str:
+    """Return the geometry in words of Python, and what is summed unless that is products."""
+    return repr(problem.geometry) + (", l1" if problem.similarity == "l1" else "")
 
 
 class Sizes(NamedTuple):
@@ -55,6 +62,7 @@ class Sizes(NamedTuple):
 
     values: dict[str, IntOrPair | None]
     given: frozenset[str]
+    similarity: str = "product"
 
     def problem(self, name: str, preset: Mapping[str, IntOrPair] | None = None) -> Problem:
         """Build the problem of the options, or of a preset with what the user gave on top.
@@ -75,7 +83,7 @@ class Sizes(NamedTuple):
             geometry.cost_shape(shape)
         except (TypeError, ValueError) as error:
             raise click.UsageError(f"{name}: {error}") from None
-        return Problem(name, shape, geometry)
+        return Problem(name, shape, geometry, self.similarity)
 
 
 class IntOrPairType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -121,9 +129,17 @@ def problem_options(
                 for name in SIZES
                 if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
             )
-            function(*args, sizes=Sizes(values, given), **kwargs)
+            sizes = Sizes(values, given, kwargs.pop("similarity"))
+            function(*args, sizes=sizes, **kwargs)
 
         wrapped: Callable[..., None] = update_wrapper(collect, function)
+        wrapped = click.option(
+            "--similarity",
+            type=click.Choice(SIMILARITIES),
+            default="product",
+            show_default=True,
+            help="What is summed: products, or absolute differences.",
+        )(wrapped)
         # Each decorator puts its option in front of those before it.
         for name, (names, field, text) in reversed(SIZES.items()):
             more = (flags[name],) if name in flags else ()

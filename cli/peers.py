@@ -9,6 +9,7 @@ after the channels as this package does. The fourth is a compiled extension, if 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import gcd, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +21,7 @@ from .environment import available_memory, has
 if TYPE_CHECKING:
     from torch import Tensor
 
+Combination = Callable[["Tensor", "Tensor"], "Tensor"]
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -28,12 +30,18 @@ class Peer(NamedTuple):
 
     correlate : (fmap1, fmap2, geometry) -> cost, on torch tensors
     obstacle : (shape, geometry, dtype name) -> why it cannot compute this, or None
+    differences : like correlate, of absolute differences, or None
     """
 
     name: str
     module: str
     correlate: Callable[[Any, Any, Geometry], Any]
     obstacle: Callable[[tuple[int, int, int, int], Geometry, str], str | None]
+    differences: Callable[[Any, Any, Geometry], Any] | None = None
+
+    def summing(self, similarity: str) -> Callable[[Any, Any, Geometry], Any]:
+        """Return what computes a similarity, as far as it can."""
+        return self.differences or self.correlate if similarity == "l1" else self.correlate
 
 
 class _Lattice(NamedTuple):
@@ -72,22 +80,34 @@ class _Lattice(NamedTuple):
         return slice(first, first + self.span + (self.displacements - 1) * self.spacing)
 
 
-def slices(fmap1: Tensor, fmap2: Tensor, geometry: Geometry) -> Tensor:
-    """Multiply and sum over the channels once per displacement."""
+def _times(one: Tensor, two: Tensor) -> Tensor:
+    return one * two
+
+
+def _apart(one: Tensor, two: Tensor) -> Tensor:
+    return (one - two).abs()
+
+
+def slices(
+    fmap1: Tensor, fmap2: Tensor, geometry: Geometry, combine: Combination = _times
+) -> Tensor:
+    """Combine and sum over the channels once per displacement."""
     import torch
 
     y, x = _lattices(fmap1.shape, geometry)
     base, padded = _padded(fmap1, fmap2, y, x)
-    products = [
-        (base * padded[:, :, y.slice2(p), x.slice2(q)]).sum(1)
+    sums = [
+        combine(base, padded[:, :, y.slice2(p), x.slice2(q)]).sum(1)
         for p in range(y.displacements)
         for q in range(x.displacements)
     ]
-    return _windows(torch.stack(products, 1), y, x)
+    return _windows(torch.stack(sums, 1), y, x)
 
 
-def unfold(fmap1: Tensor, fmap2: Tensor, geometry: Geometry) -> Tensor:
-    """Lay out all displacements of the second map, then multiply and sum over the channels."""
+def unfold(
+    fmap1: Tensor, fmap2: Tensor, geometry: Geometry, combine: Combination = _times
+) -> Tensor:
+    """Lay out all displacements of the second map, then combine and sum over the channels."""
     from torch.nn import functional
 
     y, x = _lattices(fmap1.shape, geometry)
@@ -99,7 +119,7 @@ def unfold(fmap1: Tensor, fmap2: Tensor, geometry: Geometry) -> Tensor:
         stride=(y.step, x.step),
     )
     displaced = columns.view(*base.shape[:2], -1, y.size * x.size)
-    return _windows((base.flatten(2).unsqueeze(2) * displaced).sum(1), y, x)
+    return _windows(combine(base.flatten(2).unsqueeze(2), displaced).sum(1), y, x)
 
 
 def all_pairs(fmap1: Tensor, fmap2: Tensor, geometry: Geometry) -> Tensor:
@@ -238,14 +258,18 @@ PEERS = {
             "spatial-correlation-sampler", "spatial_correlation_sampler", sampler,
             _sampler_obstacle,
         ),
-        Peer("torch-slices", "torch", slices, _never),
-        Peer("torch-unfold", "torch", unfold, _unfold_obstacle),
+        Peer("torch-slices", "torch", slices, _never, partial(slices, combine=_apart)),
+        Peer(
+            "torch-unfold", "torch", unfold, _unfold_obstacle, partial(unfold, combine=_apart)
+        ),
         Peer("torch-all-pairs", "torch", all_pairs, _all_pairs_obstacle),
     )
 }  # fmt: skip
 
 
-def missing(peer: Peer) -> str | None:
-    """Return what must be installed for a peer, or None."""
+def missing(peer: Peer, similarity: str) -> str | None:
+    """Return what a peer lacks: what must be installed, or the similarity; or None."""
+    if similarity == "l1" and peer.differences is None:
+        return "has products only"
     absent = [name for name in dict.fromkeys(("torch", peer.module)) if not has(name)]
     return f"needs {' and '.join(absent)}, not installed" if absent else None

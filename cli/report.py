@@ -11,7 +11,7 @@ import click
 
 from . import cuda
 from .measure import PASSES, Outcome
-from .options import GEOMETRY_FIELDS, Problem
+from .options import GEOMETRY_FIELDS, Problem, description
 from .peers import ITEMSIZE
 
 SCALES = {"s": 1.0, "ms": 1e3, "us": 1e6}
@@ -53,8 +53,8 @@ def heading(document: dict[str, Any]) -> None:
     click.echo(
         f"GEMM: share of the rate of a dense {gemm['size']}^3 np.matmul in this run, "
         f"{rate:.1f} GFLOP/s;\n"
-        "  counts the multiply-adds of positions inside the images, each pair once; twice that "
-        f"backward.\n{MEANING}"
+        "  counts the multiply-adds of positions inside the images (or absolute differences), each "
+        f"pair once; twice that backward.\n{MEANING}"
     )
 
 
@@ -67,7 +67,8 @@ def entry(problem: Problem, dtype: str, outcomes: list[Outcome]) -> dict[str, An
         "name": problem.name,
         "shape": list(problem.shape),
         "geometry": {name: list(getattr(geometry, name)) for name in GEOMETRY_FIELDS.values()},
-        "description": repr(geometry),
+        "similarity": problem.similarity,
+        "description": description(problem),
         "multiply_adds": {"forward": useful, "backward": 2 * useful},
         # Every input and output once.
         "bytes": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from . import cuda, environment
-from .options import DTYPES, Sizes, problem_options
+from .options import DTYPES, Sizes, description, problem_options
 from .presets import PRESETS, chosen_problems, preset_option
 
 
@@ -38,7 +38,7 @@ def warmup(sizes: Sizes, dtypes: tuple[str, ...], presets: tuple[str, ...]) -> N
     click.echo(cuda.line(cuda.device()))
     names = list(DTYPES) if "all" in dtypes else list(dict.fromkeys(dtypes))
     for problem in problems:
-        click.echo(f"\n{problem.name}: maps {problem.shape}, {problem.geometry!r}")
+        click.echo(f"\n{problem.name}: maps {problem.shape}, {description(problem)}")
         click.echo(f"{'kernel':<28}  {'seconds':>7}  {'registers':>9}  {'spilled bytes':>13}")
         for dtype in (DTYPES[name] for name in names):
             try:

@@ -123,8 +123,10 @@ def test_a_bad_size_is_a_usage_error(command, words, message):
     assert message in outcome.stderr
 
 
-def test_gradcheck_passes_and_counts_its_checks():
-    outcome = invoke("gradcheck", "cpu", "--engine", "numpy", "--dtype", "all")
+@pytest.mark.parametrize("similarity", ["product", "l1"])
+def test_gradcheck_passes_and_counts_its_checks(similarity):
+    options = ["--engine", "numpy", "--dtype", "all", "--similarity", similarity]
+    outcome = invoke("gradcheck", "cpu", *options)
     *lines, count = outcome.stdout.splitlines()[1:]
     assert outcome.exit_code == 0
     assert all(line.startswith("ok ") for line in lines)
@@ -135,9 +137,11 @@ def test_gradcheck_passes_and_counts_its_checks():
         )
 
 
-def test_gradcheck_of_torch_differentiates_numerically():
+@pytest.mark.parametrize("similarity", ["product", "l1"])
+def test_gradcheck_of_torch_differentiates_numerically(similarity):
     pytest.importorskip("torch")
     words = ["-b", "1", "--height", "6", "-w", "5", "-k", "2", "--patch", "2"]
+    words += ["--similarity", similarity]
     outcome = invoke("gradcheck", "cpu", "--engine", "torch", *words)
     assert outcome.exit_code == 0, outcome.stdout
     assert "ok      torch float64: torch.autograd.gradcheck " in outcome.stdout
@@ -148,8 +152,11 @@ def test_gradcheck_of_torch_differentiates_numerically():
     ("function", "argument", "what"),
     [("forward", 2, "cost"), ("backward", 3, "grad_fmap1"), ("backward", 4, "grad_fmap2")],
 )
+@pytest.mark.parametrize("similarity", ["product", "l1"])
 @pytest.mark.parametrize("engine", ["numpy", "torch"])
-def test_gradcheck_fails_on_a_planted_error(monkeypatch, engine, function, argument, what):
+def test_gradcheck_fails_on_a_planted_error(
+    monkeypatch, engine, similarity, function, argument, what
+):
     if engine == "torch":
         pytest.importorskip("torch")
     right = getattr(numpy_engine, function)
@@ -160,7 +167,8 @@ def test_gradcheck_fails_on_a_planted_error(monkeypatch, engine, function, argum
             args[argument][(0,) * args[argument].ndim] += 1
 
     monkeypatch.setattr(numpy_engine, function, wrong)
-    outcome = invoke("gradcheck", "cpu", "--engine", engine, "--height", "6", "-w", "5")
+    options = ["--engine", engine, "--similarity", similarity, "--height", "6", "-w", "5"]
+    outcome = invoke("gradcheck", "cpu", *options)
     assert outcome.exit_code == 1
     for check in ("exact on integers", "round-off"):
         assert f"FAILED  {engine} float64: {what} {check}" in outcome.stdout
@@ -249,32 +257,45 @@ def test_a_preset_fits_its_maps(preset):
 
 
 @pytest.mark.parametrize(
-    ("name", "case", "dtype"),
+    ("name", "case", "dtype", "similarity"),
     [
-        (name, case, dtype)
+        (name, case, dtype, similarity)
         for name, peer in peers.PEERS.items()
         for case, (shape, geometry) in CASES.items()
         for dtype in ("float64", "bfloat16")
+        for similarity in ("product", "l1")
         if peer.obstacle(shape, geometry, dtype) is None
+        if similarity == "product" or peer.differences is not None
     ],
 )
-def test_a_peer_agrees_with_ours_wherever_it_applies(name, case, dtype):
+def test_a_peer_agrees_with_ours_wherever_it_applies(name, case, dtype, similarity):
     peer, (shape, geometry) = peers.PEERS[name], CASES[case]
-    missing = peers.missing(peer)
+    missing = peers.missing(peer, similarity)
     if missing is not None:
         pytest.skip(missing)
-    problem = bench_module.Problem(case, shape, geometry)
-    one = measure.Implementation(name, "torch", peer.correlate)
+    problem = bench_module.Problem(case, shape, geometry, similarity)
+    one = measure.Implementation(name, "torch", peer.summing(similarity))
     assert measure._mistake(one, problem, dtype, *measure._reference(problem, dtype)) is None
 
 
+@pytest.mark.parametrize("similarity", ["product", "l1"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_maps_of_the_comparison_have_sums_that_16_bits_hold(dtype):
-    problem = bench_module.Problem("", (1, 300, 20, 20), Geometry(3, 9, padding=1))
+def test_the_maps_of_the_comparison_have_sums_that_16_bits_hold(dtype, similarity):
+    problem = bench_module.Problem("", (1, 300, 20, 20), Geometry(3, 9, padding=1), similarity)
     exact, results = measure._reference(problem, dtype)
     for array in (*exact, *results):
         assert np.abs(array).max() < 256
         assert array.any()
+
+
+def test_bench_measures_absolute_differences_against_those_of_others(tmp_path):
+    pytest.importorskip("torch")
+    out, document = measured(tmp_path, *SMALL, "--similarity", "l1", "--against", "all")
+    (problem,) = document["problems"]
+    assert problem["similarity"] == "l1"
+    status = {one["name"]: one["status"] for one in problem["implementations"]}
+    assert status["cupycorr numpy"] == status["torch-slices"] == status["torch-unfold"] == "timed"
+    assert "torch-all-pairs: skipped: has products only" in out
 
 
 def test_a_wrong_peer_is_reported_and_not_timed(tmp_path, monkeypatch):
@@ -312,7 +333,7 @@ def test_a_wrong_result_of_ours_makes_bench_exit_1(monkeypatch):
     def doubled(fmap1, fmap2, geometry):
         return 2 * cupycorr.correlation(fmap1, fmap2, geometry)
 
-    monkeypatch.setattr(measure, "ours", lambda library: right(library)._replace(correlate=doubled))
+    monkeypatch.setattr(measure, "ours", lambda *asked: right(*asked)._replace(correlate=doubled))
     outcome = invoke("bench", "cpu", *SMALL, "--engine", "torch")
     assert outcome.exit_code == 1
     assert "cupycorr torch: wrong: cost" in outcome.stdout
@@ -427,7 +448,7 @@ def test_the_peak_of_memory_counts_what_is_held_at_once(library):
 def test_extra_memory_leaves_out_the_results():
     geometry, maps = Geometry(patch_size=31), measure.random_maps((1, 1, 30, 40), "float32")
     cost = np.ones(geometry.cost_shape(maps[0].shape), np.float32)
-    one = measure.ours("numpy")._replace(correlate=lambda *_: cost.copy())
+    one = measure.ours("numpy", "product")._replace(correlate=lambda *_: cost.copy())
     forward, _ = measure._extra_memory(one, measure._Maps(*maps, cost), geometry)
     assert forward < cost.nbytes / 10
 

@@ -124,7 +124,7 @@ def test_options_that_a_device_does_not_have_are_refused_before_it_is_looked_for
 
 
 def test_a_peer_that_was_asked_for_by_name_is_refused_and_one_of_all_is_skipped(monkeypatch):
-    arguments = {"device": "cuda", "engines": (), "dtype": "float32"}
+    arguments = {"device": "cuda", "engines": (), "dtype": "float32", "similarity": "product"}
     with pytest.raises(environment.Unavailable, match=r"^torch-slices runs on torch tensors"):
         bench_module._implementations(against=("torch-slices",), **arguments)
     present, absent = bench_module._implementations(against=("all",), **arguments)
