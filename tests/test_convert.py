@@ -9,6 +9,7 @@ from test_cli import installed, invoke
 from cupycorr import verify
 from cupycorr.vocabularies import VOCABULARIES
 
+TERMS = 36  # of a window at most: 9 taps and 4 channels
 # Options, whose words they are, and the layer as users of that system write it.
 LAYERS = {
     "--pad-size 8 --max-displacement 8 --stride2 2": (
@@ -78,28 +79,47 @@ def maps():
     return [torch.from_numpy(rng.standard_normal((2, 4, 21, 23))) for _ in range(2)]
 
 
-def mistakes(words, maps):
-    """Return the lines whose results are not those of the original layer."""
-    system, original = LAYERS[words]
-    heading, imports, lines = converted(words)
-    assert heading[0].partition(":")[0] == system
-    assert list(lines) == list(VOCABULARIES)
+def results(words, maps, line, sampler=None):
+    """Return what the original layer and a line compute, and the size of the former's terms."""
+    _, original = LAYERS[words]
     namespace = dict(zip(("x1", "x2"), maps, strict=True))
-    exec(imports, namespace)
+    exec(converted(words)[1], namespace)
     want = eval(original, namespace)
     absolute = {name: namespace[name].abs() for name in ("x1", "x2")}
     size = want if "subtract" in original else eval(original, namespace | absolute)
+    own = {} if sampler is None else {"spatial_correlation_sample": sampler}
+    got = eval(line, namespace | own)
+    return want.numpy(), size.numpy(), got.numpy()
+
+
+def mistakes(words, maps):
+    """Return the lines whose results are not those of the original layer."""
+    heading, _, lines = converted(words)
+    system = LAYERS[words][0]
+    assert heading[0].partition(":")[0] == system
+    assert list(lines) == list(VOCABULARIES)
     possible = [line for line in lines.values() if not line.startswith("cannot: ")]
     assert {lines[system], lines["cupycorr"]} <= set(possible)
-    # Windows have up to 9 taps, the maps 4 channels.
-    arrays = ([eval(line, namespace).numpy(), want.numpy(), size.numpy()] for line in possible)
-    errors = (verify.excess(*three, 36, "float64") for three in arrays)
-    return [line for line, error in zip(possible, errors, strict=True) if error]
+    wrong = []
+    for line in possible:
+        want, size, got = results(words, maps, line)
+        if verify.excess(got, want, size, TERMS, "float64"):
+            wrong.append(line)
+    return wrong
 
 
 @pytest.mark.parametrize("words", LAYERS)
 def test_every_line_computes_what_the_layer_computes(words, maps):
     assert mistakes(words, maps) == []
+
+
+@pytest.mark.parametrize("words", LAYERS)
+def test_the_samplers_line_is_right_for_the_original_too(words, maps):
+    sampler = pytest.importorskip("spatial_correlation_sampler")
+    line = converted(words)[2]["spatial-correlation-sampler"]
+    if not line.startswith("cannot: "):
+        want, size, got = results(words, maps, line, sampler.spatial_correlation_sample)
+        assert verify.excess(got, want, size, TERMS, "float64") is None
 
 
 @pytest.mark.parametrize(
