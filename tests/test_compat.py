@@ -364,7 +364,12 @@ def test_unequal_maps_are_refused(layer):
         layer(one, two)
 
 
-def test_the_package_names_its_systems_and_nothing_else():
-    assert [name for name in dir(compat) if getattr(compat, name) is None] == []
+@pytest.mark.parametrize("name", compat.__all__)
+def test_the_package_offers_what_it_names(name):
+    assert name in dir(compat)
+    assert getattr(compat, name).__name__.rpartition(".")[2] == name
+
+
+def test_the_package_offers_nothing_else():
     with pytest.raises(AttributeError, match="no attribute 'opencv'"):
         _ = compat.opencv

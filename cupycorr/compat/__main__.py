@@ -22,9 +22,10 @@ def main(words: list[str]) -> None:
         sys.exit((__doc__ or "").rstrip())
     split = words.index("--")
     program = Path(words[split + 1]).resolve()
-    # As Python itself does for a program; the rest of the path stays.
+    # As Python itself does for a program, unless it is told to leave the path alone.
     sys.argv = [str(program), *words[split + 2 :]]
-    sys.path[0] = str(program.parent)
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = str(program.parent)
     for word in words[:split]:
         name, _, system = word.partition("=")
         stand_in_for(name, import_module(f"cupycorr.compat.{system}") if system else None)
