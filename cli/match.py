@@ -86,21 +86,18 @@ def match(
         fields.refuse(file, stereo)
     one, two = features.load(image_a), features.load(image_b)
     if one.shape != two.shape:
-        sizes = [f"{width} x {height}" for height, width in (one.shape, two.shape)]
-        raise click.UsageError(f"A and B must have equal sizes, got {' and '.join(sizes)} pixels")
-    height, width = one.shape
-    if stereo:
-        there, back = matching.stereo_steps(reach, window)
-    else:
-        there = back = matching.flow_steps((height, width), reach, window)
-    _refuse_too_large(height, width)
-    costs = sum(matching.count_costs((height, width), steps) for steps in (there, back))
+        sizes = f"{_size(one.shape)} and {_size(two.shape)}"
+        raise click.UsageError(f"A and B must have equal sizes, got {sizes} pixels")
+    steps = matching.stereo_steps if stereo else matching.flow_steps
+    plan = steps(one.shape, reach, window)
+    _refuse_too_large(one.shape, plan)
+    costs = matching.count_costs(one.shape, plan)
     with progress.bar("match", costs) as advance:
-        field = matching.match(one, two, there, back, advance)
+        field = matching.match(one, two, plan, advance)
     del one, two
     lengths = fields.lengths(field)
     matched = ~np.isnan(lengths)
-    click.echo(f"{width} x {height} pixels, {100 * matched.mean():.1f} % matched")
+    click.echo(f"{_size(matched.shape)} pixels, {100 * matched.mean():.1f} % matched")
     if matched.any():
         what = "disparities" if stereo else "lengths"
         shares = (0, 0.5, 1)
@@ -116,11 +113,15 @@ def match(
         click.echo(f"{file}{colours}")
 
 
-def _refuse_too_large(height: int, width: int) -> None:
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]} x {shape[0]}"
+
+
+def _refuse_too_large(shape: tuple[int, ...], plan: matching.Plan) -> None:
     """Refuse images that do not fit into memory before they take the machine down."""
-    needed, available = matching.memory((height, width)), environment.available_memory()
+    needed, available = matching.memory(shape, plan), environment.available_memory()
     if needed > available:
         raise environment.Unavailable(
-            f"matching {width} x {height} pixels needs about {needed / 1e9:.1f} GB, "
+            f"matching {_size(shape)} pixels needs about {needed / 1e9:.1f} GB, "
             f"got {available / 1e9:.1f} GB of free memory"
         )

@@ -14,7 +14,7 @@ images are cut into tiles, on the number of threads, or on the order in which an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from math import ceil, isqrt, prod
 from typing import NamedTuple
@@ -58,8 +58,8 @@ NEIGHBOURHOOD = 4
 TILE_BYTES = 32 << 20
 """Size of the costs and features of one tile."""
 
-BYTES_PER_PIXEL, BYTES = 48, 200 << 20
-"""Memory that matching takes: for each pixel, and in all for its tiles."""
+BYTES_PER_PIXEL, BYTES = 48, 160 << 20
+"""Memory that matching takes for each pixel, and in all, besides its tiles."""
 
 Advance = Callable[[int], None]
 """Called with the number of costs that have been computed since the last call."""
@@ -72,8 +72,13 @@ class Step(NamedTuple):
     geometry: Geometry
 
 
-def stereo_steps(reach: int, window: int) -> tuple[list[Step], list[Step]]:
-    """Plan the search for disparities 0 ... reach, from left to right and from right to left."""
+Plan = tuple[list[Step], list[Step]]
+"""What is searched for pixels of the first image in the second one, and the other way round."""
+
+
+def stereo_steps(shape: tuple[int, ...], reach: int, window: int) -> Plan:
+    """Plan the search for disparities from 0 to ``reach``, from left to right and back."""
+    reach = min(reach, max(1, shape[1] - 1))
     there, back = (
         Geometry(window, (1, reach + 1), padding=(0, -reach), first_displacement=(0, first))
         for first in (-reach, 0)
@@ -81,15 +86,15 @@ def stereo_steps(reach: int, window: int) -> tuple[list[Step], list[Step]]:
     return [Step(0, there)], [Step(0, back)]
 
 
-def flow_steps(shape: tuple[int, int], reach: int, window: int) -> list[Step]:
-    """Plan the searches for a flow of up to ``reach`` pixels along each axis.
+def flow_steps(shape: tuple[int, ...], reach: int, window: int) -> Plan:
+    """Plan the searches for a flow of up to ``reach`` pixels along each axis, there and back.
 
     Parameters
     ----------
     shape : (int, int)
         Height and width of the images.
     reach : int, pixels
-        What the first search covers; the others correct what it finds by little.
+        What the first search covers, as far as the images do; the others correct it by little.
     window : int
         Size of the window, odd.
     """
@@ -99,23 +104,47 @@ def flow_steps(shape: tuple[int, int], reach: int, window: int) -> list[Step]:
     reaches = [(halvings, ceil(reach / 2**halvings))]
     reaches += [(level, FINER_REACH) for level in range(halvings - 1, -1, -1)]
     reaches += [(0, 1)] * REFINEMENTS
-    return [
-        Step(level, Geometry(window, patch_size=2 * radius + 1, padding=-radius))
-        for level, radius in reaches
-    ]
+    steps = []
+    for level, radius in reaches:
+        # No displacement is longer than the image.
+        y, x = (min(radius, max(1, -(-size >> level) - 1)) for size in shape)
+        steps.append(Step(level, Geometry(window, (2 * y + 1, 2 * x + 1), padding=(-y, -x))))
+    return steps, steps
 
 
-def count_costs(shape: tuple[int, int], steps: list[Step]) -> int:
-    """Return how many costs the steps compute on images of a shape."""
+def count_costs(shape: tuple[int, ...], plan: Plan) -> int:
+    """Return how many costs a plan computes on images of a shape."""
     return sum(
-        prod(-(-size >> step.halvings) for size in shape) * prod(step.geometry.patch_size)
+        prod(_halved(shape, step)) * prod(step.geometry.patch_size)
+        for steps in plan
         for step in steps
     )
 
 
-def memory(shape: tuple[int, int]) -> int:
-    """Return about how many bytes it takes to match images of a shape, the images included."""
-    return BYTES + BYTES_PER_PIXEL * prod(shape)
+def memory(shape: tuple[int, ...], plan: Plan) -> int:
+    """Return how many bytes matching takes at most, the images included."""
+    tile = max(_tile_bytes(shape, step) for steps in plan for step in steps)
+    return BYTES + tile + BYTES_PER_PIXEL * prod(shape)
+
+
+def _tile_bytes(shape: tuple[int, ...], step: Step) -> int:
+    """Return the size of the costs and features of one tile, with its margins."""
+    tile = next(tiles(_halved(shape, step), step.geometry))
+    pixels, wide = (
+        prod(len(around(part, reach)) for part, reach in zip(tile, reaches, strict=True))
+        for reaches in ((0, 0), _margins(step.geometry))
+    )
+    return 4 * (pixels * prod(step.geometry.patch_size) + 2 * len(CENSUS) * wide)
+
+
+def _halved(shape: tuple[int, ...], step: Step) -> list[int]:
+    """Return the size of images of a shape when a step takes them."""
+    return [-(-size >> step.halvings) for size in shape]
+
+
+def _margins(geometry: Geometry) -> list[int]:
+    """Return the pixels around a tile that windows and displacements reach, (y, x)."""
+    return [k // 2 - p for k, p in zip(geometry.kernel_size, geometry.padding, strict=True)]
 
 
 def pyramid(image: Image, halvings: int) -> list[Image]:
@@ -126,23 +155,17 @@ def pyramid(image: Image, halvings: int) -> list[Image]:
     return levels
 
 
-def match(
-    image1: Image,
-    image2: Image,
-    steps: list[Step],
-    back: list[Step],
-    advance: Advance = lambda _: None,
-) -> Field:
+def match(image1: Image, image2: Image, plan: Plan, advance: Advance = lambda _: None) -> Field:
     """Find where the pixels of one image are seen in another one.
 
     Parameters
     ----------
     image1, image2 : array (H, W), float32
         Grey values, finite.
-    steps, back : list of Step
-        What is searched for pixels of image1 in image2, and of image2 in image1.
+    plan : (list of Step, list of Step)
+        `flow_steps` or `stereo_steps` of the images' shape.
     advance : callable
-        Called with numbers of costs, `count_costs` of both lists in all.
+        Called with numbers of costs, `count_costs` in all.
 
     Returns
     -------
@@ -150,9 +173,10 @@ def match(
         dy and dx in pixels. NaN where the window shows nothing or the match is not `consistent`,
         and where there are not enough `agreeing` neighbours.
     """
-    levels = max(step.halvings for step in steps)
+    there, back = plan
+    levels = max(step.halvings for step in there + back)
     one, two = pyramid(image1, levels), pyramid(image2, levels)
-    field, seen = estimate(one, two, steps, advance)
+    field, seen = estimate(one, two, there, advance)
     backward, _ = estimate(two, one, back, advance)
     del one, two
     np.copyto(field, np.nan, where=~agreeing(field, seen & consistent(field, backward)))
@@ -200,7 +224,7 @@ def search(
         Where some cost is positive: windows without texture have none.
     """
     field, seen = np.empty((2, *image1.shape), np.float32), np.empty(image1.shape, bool)
-    margins = [k // 2 - p for k, p in zip(geometry.kernel_size, geometry.padding, strict=True)]
+    margins = _margins(geometry)
     for tile in tiles(image1.shape, geometry):
         area = [around(part, margin) for part, margin in zip(tile, margins, strict=True)]
         cost = cupycorr.correlation(features(image1, *area), features(image2, *area), geometry)[0]
@@ -210,14 +234,16 @@ def search(
     return field, seen
 
 
-def tiles(shape: tuple[int, ...], geometry: Geometry) -> Iterator[tuple[slice, slice]]:
+def tiles(shape: Sequence[int], geometry: Geometry) -> Iterator[tuple[slice, slice]]:
     """Cut an image into tiles whose arrays take about `TILE_BYTES`, but for their margins.
 
-    They are square, but as wide as displacements reach, so that margins do not outweigh them.
+    They are square, but as wide as displacements reach while they stay higher than the window, so
+    that margins do not outweigh them.
     """
     height, width = shape
     pixels = max(1, TILE_BYTES // (4 * (prod(geometry.patch_size) + 2 * len(CENSUS))))
-    columns = min(width, max(isqrt(pixels), -geometry.padding[1]))
+    wide = min(-geometry.padding[1], pixels // (2 * geometry.kernel_size[0]))
+    columns = min(width, max(isqrt(pixels), wide))
     rows = min(height, max(1, pixels // columns))
     for y, x in product(range(0, height, rows), range(0, width, columns)):
         yield slice(y, min(height, y + rows)), slice(x, min(width, x + columns))

@@ -44,9 +44,12 @@ def photograph(name):
     return features.load(Path(skimage.data_dir, name))
 
 
+def plan_for(image, stereo, reach, window):
+    return (matching.stereo_steps if stereo else matching.flow_steps)(image.shape, reach, window)
+
+
 def flow(image1, image2, reach=32, window=9):
-    steps = matching.flow_steps(image1.shape, reach, window)
-    return matching.match(image1, image2, steps, steps)
+    return matching.match(image1, image2, plan_for(image1, False, reach, window))
 
 
 def reduced(image, factor):
@@ -75,7 +78,7 @@ def motorcycle():
 
 
 def disparities(pair, window=7):
-    return matching.match(pair.left, pair.right, *matching.stereo_steps(63, window))
+    return matching.match(pair.left, pair.right, plan_for(pair.left, True, 63, window))
 
 
 class TestPhotographs:
@@ -214,38 +217,34 @@ class TestWhatDoesNotMatter:
     @pytest.mark.parametrize("stereo", [False, True])
     def test_tiles_strips_and_threads(self, stereo, size, strip, motorcycle, monkeypatch):
         one, two = (view[100:311, 200:473] for view in motorcycle[:2])
-        steps = (
-            matching.stereo_steps(40, 7) if stereo else (matching.flow_steps(one.shape, 24, 9),) * 2
-        )
-        want = matching.match(one, two, *steps)
-        assert len(list(matching.tiles(one.shape, steps[0][-1].geometry))) == 1
+        plan = plan_for(one, stereo, 40, 7)
+        want = matching.match(one, two, plan)
+        assert len(list(matching.tiles(one.shape, plan[0][-1].geometry))) == 1
         monkeypatch.setattr(matching, "TILE_BYTES", size)
         monkeypatch.setattr(grids, "STRIP", strip)
-        assert len(list(matching.tiles(one.shape, steps[0][-1].geometry))) > 1
+        assert len(list(matching.tiles(one.shape, plan[0][-1].geometry))) > 1
         with measure.threads(1, torch_too=False):
-            assert verify.difference(matching.match(one, two, *steps), want) is None
+            assert verify.difference(matching.match(one, two, plan), want) is None
 
     @pytest.mark.parametrize("stereo", [False, True])
     def test_brightness_and_contrast(self, stereo, motorcycle):
         one, two = (reduced(view, 2) for view in motorcycle[:2])
-        steps = (
-            matching.stereo_steps(31, 7) if stereo else (matching.flow_steps(one.shape, 16, 9),) * 2
-        )
-        want = matching.match(one, two, *steps)
+        plan = plan_for(one, stereo, 31, 7)
+        want = matching.match(one, two, plan)
         # Multiplied by a power of 2 nothing is rounded differently.
-        assert verify.difference(matching.match(one, 4 * two, *steps), want) is None
+        assert verify.difference(matching.match(one, 4 * two, plan), want) is None
 
     def test_any_increasing_change_of_brightness_for_disparities(self, motorcycle):
         one, two = (np.rint(reduced(view, 2)) for view in motorcycle[:2])
-        steps = matching.stereo_steps(31, 7)
-        want = matching.match(one, two, *steps)
-        assert verify.difference(matching.match(one, np.exp(two / 64), *steps), want) is None
+        plan = plan_for(one, True, 31, 7)
+        want = matching.match(one, two, plan)
+        assert verify.difference(matching.match(one, np.exp(two / 64), plan), want) is None
 
     def test_which_side_is_up(self, motorcycle):
         one, two = (reduced(view, 2) for view in motorcycle[:2])
-        steps = matching.stereo_steps(31, 7)
-        found = matching.match(one[::-1], two[::-1], *steps)
-        assert verify.difference(found[:, ::-1], matching.match(one, two, *steps)) is None
+        plan = plan_for(one, True, 31, 7)
+        found = matching.match(one[::-1], two[::-1], plan)
+        assert verify.difference(found[:, ::-1], matching.match(one, two, plan)) is None
 
     def test_which_axis_is_which(self, motorcycle):
         one, two = (reduced(view, 2) for view in motorcycle[:2])
@@ -333,45 +332,42 @@ class TestParts:
 
     def test_progress_adds_up_to_what_was_announced(self, rng):
         image = rng.random((37, 45), np.float32)
-        for there, back in (
-            matching.stereo_steps(5, 3),
-            (matching.flow_steps(image.shape, 9, 3),) * 2,
-        ):
-            done = []
-            matching.match(image, image, there, back, done.append)
-            announced = [matching.count_costs(image.shape, steps) for steps in (there, back)]
-            assert sum(done) == sum(announced)
+        for stereo in (False, True):
+            plan, done = plan_for(image, stereo, 9, 3), []
+            matching.match(image, image, plan, done.append)
+            assert sum(done) == matching.count_costs(image.shape, plan)
 
     def test_the_first_search_covers_what_was_asked_for(self):
         for shape, reach in itertools.product(
             [(20, 30), (500, 741), (3000, 4000)], [1, 9, 64, 300]
         ):
-            first, *others = matching.flow_steps(shape, reach, 9)
-            farthest = first.geometry.displacements[0][-1] << first.halvings
-            assert reach <= farthest < reach + (1 << first.halvings)
+            first, *others = matching.flow_steps(shape, reach, 9)[0]
+            for displacements, size in zip(first.geometry.displacements, shape, strict=True):
+                farthest = displacements[-1] << first.halvings
+                assert min(reach, size - 1) <= farthest < reach + (1 << first.halvings)
             assert [step.halvings for step in others[: first.halvings]] == list(
                 range(first.halvings - 1, -1, -1)
             )
 
     @pytest.mark.parametrize("stereo", [False, True])
     def test_memory_is_bounded_by_what_is_announced(self, stereo, rng, monkeypatch):
-        def peak(shape):
-            image = rng.random(shape, np.float32)
-            steps = (
-                matching.stereo_steps(8, 1) if stereo else (matching.flow_steps(shape, 1, 1),) * 2
-            )
+        def peak(rows, columns, reach, window):
+            image = rng.random((rows, columns), np.float32)
+            plan = plan_for(image, stereo, reach, window)
             parallel.release_scratch()
             tracemalloc.start()
-            matching.match(image, image, *steps)
-            held = tracemalloc.get_traced_memory()[1]
+            matching.match(image, image, plan)
+            held = tracemalloc.get_traced_memory()[1] + 2 * image.nbytes
             tracemalloc.stop()
-            return held + 2 * image.nbytes
+            return held, matching.memory(image.shape, plan)
 
-        assert peak((500, 740)) < matching.memory((500, 740))
+        for reach, window in ((8, 1), (20, 21)):
+            held, announced = peak(60, 400, reach, window)
+            assert held < announced
         # What grows with the images shows where the tiles are small.
         monkeypatch.setattr(matching, "TILE_BYTES", 1 << 21)
-        growth = (peak((300, 1000)) - peak((100, 1000))) / 200_000
-        assert growth < matching.BYTES_PER_PIXEL
+        large, small = (peak(rows, 1000, 1, 1)[0] for rows in (300, 100))
+        assert (large - small) / 200_000 < matching.BYTES_PER_PIXEL
 
 
 class TestGrids:
