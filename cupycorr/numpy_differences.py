@@ -5,10 +5,11 @@ With zeros outside the maps, over all taps of the windows::
     cost    = sum of |fmap1 - fmap2|              s = sign(fmap1 - fmap2), 0 where equal or NaN
     tangent = sum of s * (tangent1 - tangent2)    grad_fmap1 = sum of s * grad_cost (fmap2: -s)
 
-There is no matrix product in this: displacement by displacement, blocks of the maps are subtracted
-that stay in the cache until they are summed. What a position adds that meets nothing is the same
-for all displacements; it is worked out once, so that blocks need no border. Channels, where they
-are many, come last in memory: then displaced blocks are long runs, whatever the spacings.
+There is no matrix product in this. Blocks of the maps, at some displacements at a time, are
+subtracted and summed while they are in the cache. Maps are packed with columns of zeros around
+them, so that blocks need no border. Rows outside would be too many; but what a row adds that meets
+nothing is the same for all displacements, and is worked out once. Channels, where they are many,
+come last in memory: then displaced blocks are long runs, whatever the spacings.
 
 The engine trusts its arguments; arrays may have any strides. A uint16 array holds the bits of
 bfloat16 numbers.
@@ -20,10 +21,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import as_strided
 
 from cupycorr.geometry import Geometry, Lattice
 from cupycorr.numpy_plan import spans
@@ -31,10 +33,9 @@ from cupycorr.numpy_windows import accumulator, spread_taps, store, sum_taps
 from cupycorr.parallel import Scratch, workers
 
 Array = npt.NDArray[Any]
-Part = tuple[slice, slice, slice]  # all samples, rows, columns
 Lattices = tuple[Lattice, Lattice]
 
-BLOCK_ELEMENTS = 1 << 14
+BLOCK_ELEMENTS = 1 << 16
 """Differences that are computed at a time."""
 VOLUME_ELEMENTS = 1 << 19
 """Sums that a thread holds before it stores them, unless one row has more."""
@@ -135,6 +136,39 @@ def _samples(shape: tuple[int, ...]) -> int:
     return max(1, MAP_ELEMENTS // prod(shape))
 
 
+class _Columns(NamedTuple):
+    """The columns of packed maps: which displacements need any, and the zeros around the image."""
+
+    patch: slice
+    """The horizontal displacements that lead from somewhere into the image."""
+    left: int
+    width: int
+    right: int
+
+    @classmethod
+    def of(cls, geometry: Geometry, width: int) -> _Columns:
+        """Lay out maps of this width."""
+        outputs = geometry.x.output_size(width)
+        first = -geometry.padding[1]
+        last = first + (outputs - 1) * geometry.stride[1] + geometry.window_extent[1] - 1
+        all_dx = geometry.displacements[1]
+        meeting = [q for q, dx in enumerate(all_dx) if first + dx < width and last + dx >= 0]
+        shifts = [0, *(all_dx[q] for q in meeting)]
+        patch = slice(meeting[0], meeting[-1] + 1) if meeting else slice(0, 0)
+        left = max(0, -first - min(shifts))
+        return cls(patch, left, width, max(0, last + max(shifts) - width + 1))
+
+    @property
+    def total(self) -> int:
+        """Number of columns of a packed map."""
+        return self.left + self.width + self.right
+
+    def at(self, positions: range, shift: int = 0) -> slice:
+        """Return the columns of positions, moved by ``shift``."""
+        first = self.left + positions.start + shift
+        return slice(first, first + (len(positions) - 1) * positions.step + 1, positions.step)
+
+
 # The volume, summed over channels.
 
 
@@ -146,19 +180,19 @@ def _sum_volume(
     if 0 in maps[0].shape:
         cost.fill(0)
         return
-    dtype = accumulator(cost)
+    dtype, columns = accumulator(cost), _Columns.of(geometry, size[1])
     with workers(_work(maps[0].shape, cost.shape, geometry), threads) as (run, arena):
         for samples in spans(batch, _samples(maps[0].shape[1:])):
             arena.reset()
-            shape = (samples.stop - samples.start, *size, channels)
+            shape = (samples.stop - samples.start, size[0], columns.total, channels)
             packed = [
                 _channels_last(arena.scratch, f"map {i}", shape, dtype) for i, _ in enumerate(maps)
             ]
             alone = [arena.take(shape[:3], dtype) for _ in range(2)]
             run(
                 [
-                    partial(_prepare, which, maps, packed, alone, samples, rows)
-                    for which in (0, 1)
+                    partial(_prepare, maps[i::2], packed[i::2], alone[i], columns, samples, rows)
+                    for i in (0, 1)
                     for rows in spans(size[0], -(-size[0] // UNITS))
                 ]
             )
@@ -170,6 +204,7 @@ def _sum_volume(
                         alone,
                         cost[samples, p, :, rows],
                         _lattices(geometry, size, rows),
+                        columns,
                         (dy, geometry.displacements[1]),
                         divisor,
                     )
@@ -180,21 +215,21 @@ def _sum_volume(
 
 
 def _prepare(
-    which: int,
     maps: tuple[Array, ...],
     packed: list[Array],
-    alone: list[Array],
+    alone: Array,
+    columns: _Columns,
     samples: slice,
     rows: slice,
     scratch: Scratch,
 ) -> None:
     """Pack rows of one map and of its tangent, and sum what its positions add alone."""
-    for fmap, array in zip(maps[which::2], packed[which::2], strict=True):
-        _pack(array[:, rows], fmap[samples, :, rows])
-    zero = np.zeros((1, 1, 1, 1), packed[0].dtype)
-    for at in _blocks((slice(None), rows, slice(0, packed[0].shape[2])), packed[0].shape):
-        operands = [operand for array in packed[which::2] for operand in (array[at], zero)]
-        alone[which][at] = _sum_block(operands, scratch)
+    for fmap, array in zip(maps, packed, strict=True):
+        _pack(array[:, rows], fmap[samples, :, rows], columns)
+    zeros = [np.zeros((1, 1, 1, 1, 1), alone.dtype)] * len(maps)
+    for _, part, across in _blocks((1, *alone[:, rows].shape, packed[0].shape[3])):
+        blocks = [array[None, :, rows][:, :, part, across] for array in packed]
+        alone[:, rows][:, part, across] = _sum_block(blocks, zeros, scratch)[0]
 
 
 def _sum_rows(
@@ -202,55 +237,58 @@ def _sum_rows(
     alone: list[Array],
     out: Array,
     all_lattices: list[Lattices],
+    columns: _Columns,
     displacements: tuple[int, range],
     divisor: int,
     scratch: Scratch,
 ) -> None:
     """Compute rows of the cost volume, (N, PW, rows, OW), at one vertical displacement."""
-    dtype, (samples, height, width, _) = maps[0].dtype, maps[0].shape
+    _, height, _, channels = maps[0].shape
+    (dy, all_dx), patch = displacements, columns.patch
+    count = patch.stop - patch.start
     total: Array | None = None
-    for lattices in all_lattices:
-        lattice_size = tuple(lattice.size for lattice in lattices)
-        volume = scratch.take("volume", (samples, out.shape[1], *lattice_size), dtype)
-        meetings = []
-        for q, dx in enumerate(displacements[1]):
-            shift = displacements[0], dx
-            first, second, both = _meetings(lattices, (height, width), shift)
-            if _count(both) < prod(lattice_size):
-                volume[:, q] = 0
-                volume[:, q][first] = alone[0][_pixels(lattices, first)]
-                volume[:, q][second] += alone[1][_pixels(lattices, second, shift)]
-            meetings.append((volume[:, q], shift, both))
-        for block in _blocks(_everything(lattices), maps[0].shape):
-            for plane, shift, both in meetings:
-                at = _common(block, both)
-                if _count(at):
-                    image1, image2 = _pixels(lattices, at), _pixels(lattices, at, shift)
-                    operands = [m[image2 if i % 2 else image1] for i, m in enumerate(maps)]
-                    plane[at] = _sum_block(operands, scratch)
-        sums = sum_taps(volume, *lattices)
+    for y, x in all_lattices:
+        volume = scratch.take("volume", (*out.shape[:2], y.size, x.size), maps[0].dtype)
+        one, two, both = _meetings(y, height, dy)
+        start = columns.at(x.positions)
+        shifted = columns.at(x.positions, all_dx[patch.start] if count else 0)
+        if _count(both) < y.size or count < len(all_dx):
+            volume.fill(0)
+            volume[:, :, one] = alone[0][:, None, _pixels(y, one), start]
+            others = _displaced(alone[1][:, _pixels(y, two, dy)], shifted, all_dx.step, count)
+            volume[:, patch, two] += others.swapaxes(0, 1)
+        sums = volume[:, patch, both].swapaxes(0, 1)  # (Q, N, rows, columns), written below
+        firsts = [array[None, :, _pixels(y, both), start] for array in maps[0::2]]
+        seconds = [
+            _displaced(array[:, _pixels(y, both, dy)], shifted, all_dx.step, count)
+            for array in maps[1::2]
+        ]
+        for q, rows, across in _blocks((*sums.shape, channels)):
+            ones = [array[:, :, rows, across] for array in firsts]
+            twos = [array[q, :, rows, across] for array in seconds]
+            sums[q, :, rows, across] = _sum_block(ones, twos, scratch)
+        sums = sum_taps(volume, y, x)
         total = sums if len(all_lattices) == 1 else sums + (0 if total is None else total)
     if total is not None:
         store(out, total, divisor)
 
 
-def _sum_block(maps: Sequence[Array], scratch: Scratch) -> Array:
-    """Sum over the channels of blocks (N, rows, columns, C) of two maps, and of their tangents."""
-    one, two, *tangents = maps
-    terms = _channels_last(scratch, "terms", one.shape, one.dtype)
-    if tangents:
-        np.subtract(tangents[0], tangents[1], out=terms)
-        np.multiply(terms, _sign(one, two, scratch), out=terms)
-    else:
-        np.subtract(one, two, out=terms)
+def _sum_block(ones: list[Array], twos: list[Array], scratch: Scratch) -> Array:
+    """Sum over the channels of blocks (Q, N, rows, columns, C): of maps, and of their tangents."""
+    shape = np.broadcast_shapes(ones[0].shape, twos[0].shape)
+    terms = _channels_last(scratch, "terms", shape, ones[0].dtype)
+    np.subtract(ones[-1], twos[-1], out=terms)
+    if len(ones) == 1:
         np.abs(terms, out=terms)
-    channels = one.shape[3]
+    else:
+        np.multiply(terms, _sign(ones[0], twos[0], scratch), out=terms)
+    channels = shape[-1]
     if channels < CHANNELS_LAST:
         total: Array = np.add.reduce(terms, axis=-1)
         return total
     # A product with ones takes half the time of a sum.
     total = np.dot(terms.reshape(-1, channels), np.ones(channels, terms.dtype))
-    return total.reshape(one.shape[:3])
+    return total.reshape(shape[:-1])
 
 
 # Subgradients.
@@ -267,70 +305,75 @@ def _differentiate(
     """Compute the subgradients of some channels of some samples."""
     dtype = accumulator(grad_cost)
     samples, channels, *size = maps[0].shape
-    shape = samples, *size, channels
+    columns = _Columns.of(geometry, size[1])
+    shape = samples, size[0], columns.total, channels
     packed = [_channels_last(scratch, f"map {i}", shape, dtype) for i in (1, 2)]
     sums = [
         None if grad is None else _channels_last(scratch, f"gradient {i}", shape, dtype)
         for i, grad in enumerate(grads)
     ]
     for array, fmap, total in zip(packed, maps, sums, strict=True):
-        _pack(array, fmap)
+        _pack(array, fmap, columns)
         if total is not None:
             total.fill(0)
     alone = [np.zeros(shape[:3], dtype) for _ in maps]
     for p, dy in enumerate(geometry.displacements[0]):
         for rows in _rows(geometry, size, samples, 1):
-            for lattices in _lattices(geometry, size, rows):
-                lattice_size = (lattice.size for lattice in lattices)
+            for y, x in _lattices(geometry, size, rows):
                 upstream = grad_cost[:, p, :, rows]
-                volume = scratch.take("volume", (*upstream.shape[:2], *lattice_size), dtype)
-                spread_taps(volume, upstream, *lattices)
-                shifts = [(dy, dx) for dx in geometry.displacements[1]]
-                _add_terms(packed, sums, alone, volume, lattices, shifts, scratch)
+                volume = scratch.take("volume", (*upstream.shape[:2], y.size, x.size), dtype)
+                spread_taps(volume, upstream, y, x)
+                displacements = dy, geometry.displacements[1]
+                _add_terms(packed, sums, alone, volume, (y, x), columns, displacements, scratch)
+    image = slice(columns.left, columns.left + columns.width)
     zero = np.zeros((1, 1, 1, 1), dtype)
     for array, weight, total, grad in zip(packed, alone, sums, grads, strict=True):
         if total is not None and grad is not None:
-            for at in _blocks((slice(None), slice(0, size[0]), slice(0, size[1])), shape):
-                total[at] += _sign(array[at], zero, scratch) * weight[at][..., None]
-            store(grad, total.transpose(0, 3, 1, 2), divisor)
+            for rows in spans(size[0], max(1, BLOCK_ELEMENTS // prod(shape[2:]))):
+                signs = _sign(array[:, rows], zero, scratch)
+                total[:, rows] += signs * weight[:, rows, :, None]
+            store(grad, total[:, :, image].transpose(0, 3, 1, 2), divisor)
 
 
 def _add_terms(
     maps: list[Array],
-    sums: list[Array | None],
+    grads: list[Array | None],
     alone: list[Array],
     volume: Array,
     lattices: Lattices,
-    shifts: list[tuple[int, int]],
+    columns: _Columns,
+    displacements: tuple[int, range],
     scratch: Scratch,
 ) -> None:
-    """Add what displacements contribute, given the gradient (N, PW, rows, columns) of lattices.
+    """Add what one vertical displacement contributes, given its gradient (N, PW, rows, columns).
 
     Where only one position exists, the gradient is added to ``alone``.
     """
-    _, height, width, _ = maps[0].shape
-    meetings = []
-    for upstream, shift in zip(volume.swapaxes(0, 1), shifts, strict=True):
-        first, second, both = _meetings(lattices, (height, width), shift)
-        if _count(both) < prod(upstream.shape[1:]):
-            rest = upstream.copy()
-            rest[both] = 0
-            alone[0][_pixels(lattices, first)] += rest[first]
-            alone[1][_pixels(lattices, second, shift)] += rest[second]
-        meetings.append((upstream, shift, both))
-    for block in _blocks(_everything(lattices), maps[0].shape):
-        for upstream, shift, both in meetings:
-            at = _common(block, both)
-            if not _count(at):
-                continue
-            image1, image2 = _pixels(lattices, at), _pixels(lattices, at, shift)
-            one, two = maps[0][image1], maps[1][image2]
-            terms = _channels_last(scratch, "terms", one.shape, one.dtype)
-            np.multiply(_sign(one, two, scratch), upstream[at][..., None], out=terms)
-            if sums[0] is not None:
-                sums[0][image1] += terms
-            if sums[1] is not None:
-                sums[1][image2] -= terms
+    (y, x), (dy, all_dx), patch = lattices, displacements, columns.patch
+    count = patch.stop - patch.start
+    one, two, both = _meetings(y, maps[0].shape[1], dy)
+    all_columns = [columns.at(x.positions, dx) for dx in all_dx[patch]]
+    start = columns.at(x.positions)
+    if _count(both) < y.size or count < len(all_dx):
+        rest = volume.copy()
+        rest[:, patch, both] = 0
+        alone[0][:, _pixels(y, one), start] += rest[:, :, one].sum(1)
+        for across, values in zip(all_columns, rest[:, patch].swapaxes(0, 1), strict=True):
+            alone[1][:, _pixels(y, two, dy), across] += values[:, two]
+    if not count:
+        return
+    upstream = volume[:, patch, both].swapaxes(0, 1)
+    firsts = maps[0][None, :, _pixels(y, both), start]
+    seconds = _displaced(maps[1][:, _pixels(y, both, dy)], all_columns[0], all_dx.step, count)
+    for q, rows, across in _blocks((*upstream.shape, maps[0].shape[3])):
+        signs = _sign(firsts[:, :, rows, across], seconds[q, :, rows, across], scratch)
+        terms = _channels_last(scratch, "terms", signs.shape, volume.dtype)
+        np.multiply(signs, upstream[q, :, rows, across, None], out=terms)
+        if grads[0] is not None:
+            grads[0][:, _pixels(y, both), start][:, rows, across] += np.add.reduce(terms, axis=0)
+        if grads[1] is not None:
+            for columns2, term in zip(all_columns[q], terms, strict=True):
+                grads[1][:, _pixels(y, both, dy), columns2][:, rows, across] -= term
 
 
 # Blocks, and where they lie.
@@ -338,8 +381,9 @@ def _add_terms(
 
 def _sign(one: Array, two: Array, scratch: Scratch) -> npt.NDArray[np.int8]:
     """Return the sign of one - two, 0 where a NaN is."""
+    shape = np.broadcast_shapes(one.shape, two.shape)
     above, below = (
-        _channels_last(scratch, name, one.shape, np.dtype(np.int8)) for name in ("above", "below")
+        _channels_last(scratch, name, shape, np.dtype(np.int8)) for name in ("above", "below")
     )
     np.greater(one, two, out=above.view(np.bool_))
     np.less(one, two, out=below.view(np.bool_))
@@ -349,18 +393,27 @@ def _sign(one: Array, two: Array, scratch: Scratch) -> npt.NDArray[np.int8]:
 def _channels_last(
     memory: Scratch, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> Array:
-    """Return an array (N, H, W, C); in memory channels are last where they are many."""
-    if shape[3] >= CHANNELS_LAST:
+    """Return an array (..., H, W, C); in memory channels are last where they are many."""
+    if shape[-1] >= CHANNELS_LAST:
         return memory.take(name, shape, dtype)
-    samples, height, width, channels = shape
-    return memory.take(name, (samples, channels, height, width), dtype).transpose(0, 2, 3, 1)
+    *others, height, width, channels = shape
+    return np.moveaxis(memory.take(name, (*others, channels, height, width), dtype), -3, -1)
 
 
-def _pack(packed: Array, fmap: Array) -> None:
-    """Copy a map (N, C, H, W) to an array (N, H, W, C)."""
+def _pack(packed: Array, fmap: Array, columns: _Columns) -> None:
+    """Copy a map (N, C, H, W) to an array (N, H, columns, C), with zeros beside it."""
     if fmap.dtype == np.uint16:
         fmap = np.left_shift(fmap, 16, dtype=np.uint32).view(np.float32)
-    packed[...] = fmap.transpose(0, 2, 3, 1)
+    packed[:, :, : columns.left] = 0
+    packed[:, :, columns.left + columns.width :] = 0
+    packed[:, :, columns.left : columns.left + columns.width] = fmap.transpose(0, 2, 3, 1)
+
+
+def _displaced(array: Array, columns: slice, spacing: int, count: int) -> Array:
+    """View columns of an array (N, rows, columns, ...) at displacements, (Q, N, rows, ...)."""
+    first = array[:, :, columns]
+    strides = (spacing * array.strides[2], *first.strides)
+    return as_strided(first, (count, *first.shape), strides, writeable=False)
 
 
 def _rows(geometry: Geometry, size: Sequence[int], samples: int, pieces: int) -> list[slice]:
@@ -379,50 +432,35 @@ def _lattices(geometry: Geometry, size: Sequence[int], rows: slice) -> list[Latt
     )
 
 
-def _everything(lattices: Lattices) -> Part:
-    return slice(None), slice(0, lattices[0].size), slice(0, lattices[1].size)
+def _meetings(lattice: Lattice, size: int, shift: int) -> tuple[slice, slice, slice]:
+    """Return the lattice indices where one position, the other, and both lie on ``size`` pixels."""
+    one, two = lattice.inside(size), lattice.inside(size, shift)
+    start = max(one.start, two.start)
+    return one, two, slice(start, max(start, min(one.stop, two.stop)))
 
 
-def _meetings(
-    lattices: Lattices, size: tuple[int, int], shift: tuple[int, int]
-) -> tuple[Part, Part, Part]:
-    """Return the lattice indices where one position, the other, and both lie in the maps."""
-    axes = list(zip(lattices, size, shift, strict=True))
-    one = (slice(None), *(lattice.inside(count) for lattice, count, _ in axes))
-    two = (slice(None), *(lattice.inside(*axis) for lattice, *axis in axes))
-    return one, two, _common(one, two)  # type: ignore[arg-type,return-value]
+def _count(part: slice) -> int:
+    length: int = part.stop - part.start
+    return length
 
 
-def _common(one: Part, two: Part) -> Part:
-    """Return the lattice indices that two parts share."""
-    shared = []
-    for a, b in zip(one[1:], two[1:], strict=True):
-        start = max(a.start, b.start)
-        shared.append(slice(start, max(start, min(a.stop, b.stop))))
-    return slice(None), *shared  # type: ignore[return-value]
-
-
-def _count(part: Part) -> int:
-    """Return the number of positions in a part."""
-    return prod(side.stop - side.start for side in part[1:])
-
-
-def _pixels(lattices: Lattices, part: Part, shift: tuple[int, int] = (0, 0)) -> Part:
+def _pixels(lattice: Lattice, part: slice, shift: int = 0) -> slice:
     """Return the pixels of lattice indices, moved by ``shift``."""
-    pixels = []
-    for lattice, side, distance in zip(lattices, part[1:], shift, strict=True):
-        positions = lattice.positions[side]
-        first, last = (positions[0] + distance, positions[-1] + distance) if positions else (0, -1)
-        pixels.append(slice(first, last + 1, positions.step))
-    return slice(None), *pixels  # type: ignore[return-value]
+    positions = lattice.positions[part]
+    if not positions:
+        return slice(0, 0)
+    return slice(positions[0] + shift, positions[-1] + shift + 1, positions.step)
 
 
-def _blocks(part: Part, shape: tuple[int, ...]) -> Iterator[Part]:
-    """Cut a part of maps (N, H, W, C) into blocks."""
-    (_, rows, columns), each = part, shape[0] * shape[3]
-    across = max(1, min(columns.stop - columns.start, BLOCK_ELEMENTS // each))
-    down = max(1, BLOCK_ELEMENTS // (each * across))
-    for y in range(rows.start, rows.stop, down):
-        for x in range(columns.start, columns.stop, across):
-            block = slice(y, min(rows.stop, y + down)), slice(x, min(columns.stop, x + across))
-            yield slice(None), *block
+def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut displaced maps (Q, N, rows, columns, C) into blocks (Q, rows, columns)."""
+    patch, samples, rows, columns, channels = shape
+    each = samples * channels
+    across = max(1, min(columns, BLOCK_ELEMENTS // each))
+    together = max(1, min(patch, BLOCK_ELEMENTS // (each * across)))
+    down = max(1, BLOCK_ELEMENTS // (each * across * together))
+    # Displacements are fastest: they share what they read.
+    for row, column, q in product(
+        spans(rows, down), spans(columns, across), spans(patch, together)
+    ):
+        yield q, row, column
