@@ -1,16 +1,32 @@
-"""The bridge from CUDA tensors to the CUDA engine: memory by DLPack, and torch's stream.
+"""The bridge from CUDA tensors to the CUDA engine: the tensors' memory, and torch's stream.
 
 Nothing is copied, and nothing waits for the device: outputs and workspace come from torch's
 allocator, kernels go to torch's current stream of the tensors' device, whichever device is current.
 Once the kernels of a layer are compiled (by a first call, or `cupycorr warmup`), a call can be
 captured into a CUDA graph.
+
+Tests run every line with CuPy on tensors in managed memory, where CuPy has a device and torch has
+no CUDA (`TestTheBridge` in ``tests/test_torch_cuda.py``). These lines are something else on CUDA
+tensors, which takes a torch with CUDA and a GPU; there the same tests take CUDA tensors, and those
+of `TestOnADevice` run:
+
+===================================  ==============================================================
+line                                 test with CUDA tensors
+===================================  ==============================================================
+``torch.cuda.current_stream(...)``   test_work_goes_to_torchs_current_stream: queued behind what the
+                                     stream holds; test_a_captured_graph_computes_anew
+``tensor.data_ptr()``                test_inputs_are_not_copied_and_results_are_torchs;
+                                     test_maps_of_any_layout_are_taken
+``like.new_empty(...)``              test_workspace_is_torchs
+``tensor.device.index``              test_the_second_device_is_used_and_the_first_left_alone
+===================================  ==============================================================
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -156,14 +172,22 @@ def _engine() -> Any:
     return cuda_engine
 
 
+class _Stream(NamedTuple):
+    """A CUDA stream, in the protocol by which CuPy takes it."""
+
+    address: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.address
+
+
 @contextmanager
 def _on_stream_of(tensor: Tensor) -> Iterator[None]:
     """Make a tensor's device, and torch's current stream there, current for CuPy."""
     import cupy
 
-    number = tensor.device.index
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream
-    with cupy.cuda.Device(number), cupy.cuda.ExternalStream(stream, number):
+    stream = _Stream(torch.cuda.current_stream(tensor.device).cuda_stream)
+    with cupy.cuda.Device(tensor.device.index), cupy.cuda.Stream.from_external(stream):
         yield
 
 
@@ -175,9 +199,11 @@ def _array(tensor: Tensor) -> Any:
     import cupy
 
     tensor = tensor.detach().contiguous()
-    if tensor.dtype is torch.bfloat16:
-        tensor = tensor.view(torch.int16)
-    return cupy.from_dlpack(tensor)
+    dtype = "int16" if tensor.dtype is torch.bfloat16 else _dtype(tensor)
+    # By address: DLPack would have torch record an event for each tensor, and refuse those of
+    # devices that torch does not take for current. The array keeps the tensor alive.
+    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), tensor.nbytes, tensor, tensor.device.index)
+    return cupy.ndarray(tuple(tensor.shape), dtype, cupy.cuda.MemoryPointer(memory, 0))
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -188,6 +214,6 @@ def _allocator(like: Tensor) -> Callable[[tuple[int, ...], str], Any]:
     """Return what allocates workspace from torch's memory, on a tensor's device."""
 
     def allocate(shape: tuple[int, ...], dtype: str) -> Any:
-        return _array(torch.empty(shape, dtype=getattr(torch, dtype), device=like.device))
+        return _array(like.new_empty(shape, dtype=getattr(torch, dtype)))
 
     return allocate

@@ -1,9 +1,12 @@
 """CUDA tensors: torch's memory, streams and devices, on whatever CUDA device is there.
 
-What the bridge hands to CuPy is tested without a device too, with a CuPy that takes notes.
+The bridge runs wherever CuPy has a device: on CUDA tensors, or where torch has no CUDA on tensors
+in managed memory. What it hands to CuPy is tested without a device too, with a CuPy that takes
+notes.
 """
 
 import contextlib
+import ctypes
 import sys
 import types
 
@@ -36,9 +39,171 @@ def maps(device, count=2, dtype=torch.float32, shape=SHAPE, **options):
             for one in drawn]  # fmt: skip
 
 
+class OfTorch:
+    """CUDA tensors and streams of torch itself."""
+
+    @staticmethod
+    def place(tensor, number=0):
+        return tensor.to(f"cuda:{number}")
+
+    @staticmethod
+    @contextlib.contextmanager
+    def another_stream(number):
+        stream = torch.cuda.Stream(number)
+        with torch.cuda.stream(stream):
+            yield stream.cuda_stream
+        stream.synchronize()
+
+
+@pytest.fixture
+def tensors(monkeypatch):
+    """Return what puts tensors on CuPy's devices, and makes streams current for torch."""
+    if torch.cuda.is_available():
+        return OfTorch
+    import managed
+
+    streams = managed.Streams()
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.current_stream)
+    return types.SimpleNamespace(place=managed.place, another_stream=streams.another)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Record of each call of the CUDA engine: device, stream, and how workspace is allocated."""
+    import cupy
+
+    from cupycorr import cuda_engine
+
+    recorded = []
+    for name in ("forward", "backward"):
+        compute = getattr(cuda_engine, name)
+
+        def record(*arrays, compute=compute, **options):
+            device, stream = cupy.cuda.Device().id, cupy.cuda.get_current_stream().ptr
+            recorded.append((device, stream, options["allocate"]))
+            compute(*arrays, **options)
+
+        monkeypatch.setattr(cuda_engine, name, record)
+    return recorded
+
+
+def placed(tensors, number=0, dtype=torch.float32, shape=SHAPE):
+    """Return two maps on the CPU, and the same on a device, all of them differentiable."""
+    whole = maps("cpu", dtype=dtype, shape=shape)
+    there = [tensors.place(one, number).requires_grad_() for one in whole]
+    return [one.requires_grad_() for one in whole], there
+
+
+def derivatives(one, two, geometry, upstream):
+    """Return a cost volume, its gradients, and a second derivative."""
+    cost = cupycorr.correlation(one, two, geometry)
+    grads = torch.autograd.grad(cost, (one, two), upstream, create_graph=True)
+    return cost, *grads, torch.autograd.grad(grads[0], two, one.detach())[0]
+
+
 def assert_same(got, want):
     got, want = (t.detach().cpu().double().numpy() for t in (got, want))
     assert verify.difference(got, want) is None
+
+
+LAYOUTS = {
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "misaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+    "every second column": lambda t: t.repeat_interleave(2, dim=3)[..., ::2],
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
+
+
+@pytest.mark.gpu
+class TestTheBridge:
+    @pytest.mark.parametrize(
+        ("name", "dtype"),
+        [
+            *(("FlowNetC", dtype) for dtype in verify.PRECISION),
+            *(("window at the border", dtype) for dtype in ("bfloat16", "float32")),
+            *((name, "float32") for name in ("no samples", "no channels")),
+        ],
+    )
+    def test_costs_and_derivatives_are_exact_on_integers(self, tensors, name, dtype):
+        shape, geometry = CASES[name]
+        whole, there = placed(tensors, 0, getattr(torch, dtype), shape)
+        upstream = maps("cpu", 1, whole[0].dtype, geometry.cost_shape(shape))[0].sign()
+        want = derivatives(*whole, geometry, upstream)
+        got = derivatives(*there, geometry, tensors.place(upstream))
+        for one, other in zip(got, want, strict=True):
+            assert (one.device.type, one.dtype) == ("cuda", other.dtype)
+            assert_same(one, other)
+
+    def test_absolute_differences_and_their_derivatives_are_exact_on_integers(self, tensors):
+        def results(one, two, upstream):
+            cost = cupycorr.correlation(one, two, WINDOW, similarity="l1")
+            with torch.no_grad():
+                grads = torch.ops.cupycorr.l1_grads(one, two, upstream, *_fields(WINDOW), False)
+            tangent = torch.ops.cupycorr.l1_tangent(one, two, two, one, *_fields(WINDOW), False)
+            return cost, *grads, *torch.autograd.grad(cost, (one, two), upstream), tangent
+
+        from cupycorr.torch_ops import _fields
+
+        whole, there = placed(tensors)
+        upstream = maps("cpu", 1, shape=WINDOW.cost_shape(SHAPE))[0]
+        got = results(*there, tensors.place(upstream))
+        for one, other in zip(got, results(*whole, upstream), strict=True):
+            assert_same(one, other)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_maps_of_any_layout_are_taken(self, tensors, layout):
+        whole, there = placed(tensors)
+        want, got = (
+            cupycorr.correlation(*map(LAYOUTS[layout], two), WINDOW) for two in (whole, there)
+        )
+        assert_same(got, want)
+        upstream = torch.ones(()).expand(want.shape)
+        wanted = torch.autograd.grad(want, whole, upstream)
+        upstream = tensors.place(torch.ones(())).expand(got.shape)
+        for one, other in zip(torch.autograd.grad(got, there, upstream), wanted, strict=True):
+            assert_same(one, other)
+
+    @pytest.mark.parametrize("dtype", verify.PRECISION)
+    def test_an_array_has_the_memory_of_its_tensor_and_keeps_it(self, tensors, dtype):
+        from cupycorr import torch_cuda
+
+        tensor = tensors.place(maps("cpu", 1, getattr(torch, dtype))[0])
+        address, bits = tensor.data_ptr(), tensor.detach().cpu().view(torch.uint8).flatten()
+        array = torch_cuda._array(tensor)
+        del tensor
+        assert (array.data.ptr, array.shape, array.flags.c_contiguous) == (address, SHAPE, True)
+        assert array.get().tobytes() == bits.numpy().tobytes()
+
+    def test_work_goes_to_torchs_current_stream(self, tensors, calls):
+        whole, there = placed(tensors)
+        with tensors.another_stream(0) as stream:
+            got = derivatives(*there, WINDOW, tensors.place(torch.ones(WINDOW.cost_shape(SHAPE))))
+        assert {(device, at) for device, at, _ in calls} == {(0, stream)}
+        want = derivatives(*whole, WINDOW, torch.ones(WINDOW.cost_shape(SHAPE)))
+        for one, other in zip(got, want, strict=True):
+            assert_same(one, other)
+
+    def test_work_goes_to_the_tensors_device_whichever_is_current(self, tensors, calls):
+        import cupy
+
+        if cupy.cuda.runtime.getDeviceCount() < 2:
+            pytest.skip("needs two devices")
+        whole, there = placed(tensors, 1)
+        with tensors.another_stream(1) as stream:
+            cost = cupycorr.correlation(*there, WINDOW)
+        assert [call[:2] for call in calls] == [(1, stream)]
+        assert (cost.device.index, cupy.cuda.Device().id) == (1, 0)
+        assert_same(cost, cupycorr.correlation(*whole, WINDOW))
+
+    def test_workspace_is_torchs(self, tensors, calls):
+        import cupy
+
+        cupycorr.correlation(*placed(tensors)[1], WINDOW)
+        (*_, allocate), *_ = calls
+        volume = allocate((2, 3), "float64")
+        assert (volume.shape, volume.dtype, volume.device.id) == ((2, 3), np.float64, 0)
+        assert type(volume.data.mem) is cupy.cuda.UnownedMemory
 
 
 @pytest.mark.gpu
@@ -68,18 +233,6 @@ class TestOnADevice:
         before = torch.cuda.memory_allocated()
         cost = cupycorr.correlation(one, one, GEOMETRY)
         assert torch.cuda.memory_allocated() - before >= cost.numel() * 4
-
-    @pytest.mark.parametrize("change", [
-        lambda t: t.to(memory_format=torch.channels_last),
-        lambda t: t.flip(3).flip(3).transpose(2, 3).contiguous().transpose(2, 3),
-        lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
-        lambda t: t[:1].expand(t.shape),
-    ], ids=["channels_last", "transposed", "misaligned", "expanded"])  # fmt: skip
-    def test_tensors_of_any_layout_are_accepted(self, cuda, change):
-        one, two = maps(cuda)
-        one, two = change(one), change(two)
-        want = cupycorr.correlation(one.cpu(), two.cpu(), GEOMETRY)
-        assert_same(cupycorr.correlation(one, two, GEOMETRY), want)
 
     def test_work_goes_to_torchs_current_stream(self, cuda):
         one, two = maps(cuda)
@@ -157,7 +310,13 @@ class Cupy(types.ModuleType):
     def __init__(self):
         super().__init__("cupy")
         self.now = []
-        self.cuda = types.SimpleNamespace(Device=self.device, ExternalStream=self.stream)
+        self.owners = []
+        self.cuda = types.SimpleNamespace(
+            Device=self.device,
+            Stream=types.SimpleNamespace(from_external=self.stream),
+            UnownedMemory=self.memory,
+            MemoryPointer=lambda memory, offset: memory[offset:],
+        )
 
     @contextlib.contextmanager
     def device(self, number):
@@ -166,14 +325,18 @@ class Cupy(types.ModuleType):
         self.now.pop()
 
     @contextlib.contextmanager
-    def stream(self, pointer, number):
-        self.now.append(f"stream {pointer} of device {number}")
+    def stream(self, stream):
+        self.now.append(f"stream {stream.__cuda_stream__()}")
         yield
         self.now.pop()
 
+    def memory(self, address, size, owner, number):
+        self.owners.append(owner)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
     @staticmethod
-    def from_dlpack(tensor):
-        return np.from_dlpack(tensor)
+    def ndarray(shape, dtype, memory):
+        return memory.view(dtype).reshape(shape)
 
 
 @pytest.fixture
@@ -225,17 +388,17 @@ class TestTheBridgeWithoutADevice:
         torch_cuda, notes = bridge
         one, two = maps("cpu")
         torch_cuda.forward(one, two, torch.empty(GEOMETRY.cost_shape(SHAPE)), GEOMETRY)
-        assert notes[0][0] == ["device None", "stream 77 of device None"]
+        assert notes[0][0] == ["device None", "stream (0, 77)"]
 
-    def test_workspace_is_torchs(self, bridge, monkeypatch):
+    def test_workspace_is_torchs(self, bridge):
         torch_cuda, notes = bridge
         one, two = maps("cpu")
         torch_cuda.forward(one, two, torch.empty(GEOMETRY.cost_shape(SHAPE)), GEOMETRY)
-        made, empty = [], torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *a, **o: made.append(empty(*a, **o)) or made[-1])
         volume = notes[0][3]((2, 3), "float64")
+        owner = sys.modules["cupy"].owners[-1]
+        assert isinstance(owner, torch.Tensor)
         assert (volume.shape, volume.dtype) == ((2, 3), np.float64)
-        assert volume.ctypes.data == made[0].data_ptr()
+        assert volume.ctypes.data == owner.data_ptr()
 
     @pytest.mark.parametrize("layout", ["strided", "differentiated"])
     def test_it_takes_any_tensor(self, bridge, layout):
