@@ -5,6 +5,7 @@ Maps and weights are small integers, so that sums are the same in whatever order
 
 import json
 
+import distributed_training
 import torch
 import torch.distributed as dist
 from tensors import difference, integers, pair
@@ -16,7 +17,7 @@ from torch.distributed.tensor.experimental import register_sharding
 from torch.nn.parallel import DistributedDataParallel
 
 import cupycorr
-from cupycorr import Geometry
+from cupycorr import Geometry, torch_sharding
 
 SHAPE = (4, 3, 6, 7)
 GEOMETRY = Geometry(2, (3, 4), 1, 1, 1, 2)
@@ -121,8 +122,33 @@ def planted():
     return None if difference(got, cupycorr.correlation(*pair(SHAPE), geometry)) else "not caught"
 
 
+def unknown_torch():
+    """Expect a clear error on a torch whose rules are not where they were, and only there."""
+
+    def moved():
+        raise AttributeError("no such rules")
+
+    torch_sharding._rules = moved
+    torch_sharding.register(torch.ops.cupycorr.cost.default)
+    cupycorr.correlation(*pair(SHAPE), GEOMETRY)  # plain tensors do not matter
+    maps = [distribute_tensor(m, MESH, [Shard(0)]) for m in pair(SHAPE)]
+    try:
+        cupycorr.correlation(*maps, GEOMETRY)
+    except RuntimeError as error:
+        clear = "cupycorr knows" in str(error) and "no such rules" in str(error)
+        return None if clear else f"unclear: {error}"
+    return "no error"
+
+
+def learning(shard):
+    """Find that the example does not learn."""
+    (_, first), *_, (_, last) = distributed_training.train(MESH, shard)
+    guessing = 3.2  # log(25)
+    return None if first > 0.9 * guessing and last < 0.1 else f"losses {first} to {last}"
+
+
 BATCH, WHOLE = Shard(0), Replicate()
-# Each returns what is wrong, or None. The planted error comes last: it stays.
+# Each returns what is wrong, or None. What is planted comes last: it stays.
 CHECKS = {
     "ddp averages gradients": lambda: averaged(DistributedDataParallel),
     "fsdp averages gradients": lambda: averaged(lambda net: fully_shard(net, mesh=MESH)),
@@ -138,7 +164,9 @@ CHECKS = {
     "without autograd": without_autograd,
     "second derivatives": second_derivatives,
     "compiled": compiled,
+    "the example learns with sharded weights": lambda: learning(shard=True),
     "a wrong rule is caught": planted,
+    "an unknown torch is named": unknown_torch,
 }
 
 if __name__ == "__main__":

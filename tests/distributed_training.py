@@ -44,25 +44,16 @@ def batch(samples, generator, reach=2, size=16):
     return first, torch.stack(second), moved
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shard", action="store_true", help="shard the weights (FSDP2)")
-    parser.add_argument("--steps", type=int, default=40)
-    options = parser.parse_args()
-
-    accelerated = torch.cuda.is_available()
-    device = "cuda" if accelerated else "cpu"
-    dist.init_process_group("nccl" if accelerated else "gloo")
-    mesh = init_device_mesh(device, (dist.get_world_size(),))  # also sets the CUDA device
-
+def train(mesh, shard=False, steps=40):
+    """Train on the processes of a mesh; yield every tenth step, and its loss on average."""
     torch.manual_seed(0)  # the same weights everywhere
-    net = Motion().to(device)
-    net = fully_shard(net, mesh=mesh) if options.shard else DistributedDataParallel(net)
+    net = Motion().to(mesh.device_type)
+    net = fully_shard(net, mesh=mesh) if shard else DistributedDataParallel(net)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
 
     data = torch.Generator().manual_seed(dist.get_rank())  # other images everywhere
-    for step in range(1, options.steps + 1):
-        image1, image2, moved = (part.to(device) for part in batch(16, data))
+    for step in range(1, steps + 1):
+        image1, image2, moved = (part.to(mesh.device_type) for part in batch(16, data))
         loss = nn.functional.cross_entropy(net(image1, image2), moved)
         optimizer.zero_grad()
         loss.backward()  # averages gradients over the processes
@@ -70,9 +61,23 @@ def main():
 
         mean = loss.detach()
         dist.all_reduce(mean, dist.ReduceOp.SUM)
-        if dist.get_rank() == 0 and (step == 1 or step % 10 == 0):
-            print(f"step {step}: loss {mean.item() / dist.get_world_size():.3f}", flush=True)
+        if step == 1 or step % 10 == 0:
+            yield step, mean.item() / dist.get_world_size()
 
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shard", action="store_true", help="shard the weights (FSDP2)")
+    parser.add_argument("--steps", type=int, default=40)
+    options = parser.parse_args()
+
+    accelerated = torch.cuda.is_available()
+    dist.init_process_group("nccl" if accelerated else "gloo")
+    # Also sets the CUDA device.
+    mesh = init_device_mesh("cuda" if accelerated else "cpu", (dist.get_world_size(),))
+    for step, loss in train(mesh, options.shard, options.steps):
+        if dist.get_rank() == 0:
+            print(f"step {step}: loss {loss:.3f}", flush=True)
     dist.destroy_process_group()
 
 
