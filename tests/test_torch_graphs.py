@@ -25,9 +25,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 def compiled():
     """Compile a function whole; forget all that was compiled before."""
     torch._dynamo.reset()
-    return lambda function, **options: torch.compile(
+    yield lambda function, **options: torch.compile(
         function, fullgraph=True, **{"backend": "aot_eager"} | options
     )
+    torch.compiler.set_stance("default")
 
 
 class TestCompile:
@@ -125,6 +126,15 @@ class TestCompile:
         maps = pair(dtype="float32", differentiable=True)
         got = torch.autograd.grad(compiled(cubes, backend="inductor")(*maps), maps)
         assert not difference(got, torch.autograd.grad(cubes(*maps), maps))
+
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
+    def test_inductor_takes_other_sizes_without_compiling_again(self, compiled):
+        function = compiled(cubes, backend="inductor", dynamic=True)
+        for shape in ((2, 3, 5, 6), (3, 3, 7, 9), (4, 2, 11, 8)):
+            maps = pair(shape, "float32", differentiable=True)
+            got = torch.autograd.grad(function(*maps), maps)
+            assert not difference(got, torch.autograd.grad(cubes(*maps), maps))
+            torch.compiler.set_stance("fail_on_recompile")
 
     def test_a_window_that_does_not_fit_is_refused(self, compiled):
         with pytest.raises(Exception, match="must fit into the padded image"):

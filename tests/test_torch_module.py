@@ -5,6 +5,7 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from cases import CASES
 from tensors import difference, integers, pair
 
 import cupycorr
@@ -89,6 +90,30 @@ class Costs(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return large_gradients()
+
+
+@pytest.fixture
+def deterministic():
+    """Make torch deterministic, and fill what it allocates with NaN, for the time of a test."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+class TestDeterministicMode:
+    def test_it_is_honoured_by_the_same_bits_without_an_error(self):
+        once, again = large_gradients(), large_gradients()
+        assert not difference(once, again)
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_every_value_is_written(self, case):
+        shape, geometry = CASES[case]
+        maps = pair(shape, differentiable=True)
+        cost = cupycorr.correlation(*maps, geometry)
+        for result in (cost, *torch.autograd.grad(cost.sum(), maps)):
+            assert not result.isnan().any()
 
 
 class TestProcessesAndThreads:
