@@ -7,7 +7,11 @@ from pathlib import Path
 import click
 import numpy as np
 
+import cupycorr
+from cupycorr import Geometry
+
 from . import environment, features, fields, matching, progress
+from .grids import Floats
 
 FLOW_WINDOW, STEREO_WINDOW = 9, 7
 """Of the sizes tried on photographs the best: one search for stereo needs less support."""
@@ -49,6 +53,13 @@ FLOW_WINDOW, STEREO_WINDOW = 9, 7
     metavar="PIXELS",
     help="Length of the fullest colour in pictures.  [default: such that 99 % are shorter]",
 )
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where to compute the cost volumes; results are the same.",
+)
 @click.option("--legend", is_flag=True, help="Show in pictures what the colours mean.")
 def match(
     image_a: str,
@@ -58,6 +69,7 @@ def match(
     reach: int,
     window: int | None,
     full: float | None,
+    device: str,
     legend: bool,
 ) -> None:
     """Find where each pixel of image A is seen in image B, by their cost volume.
@@ -84,6 +96,8 @@ def match(
         raise environment.Unavailable("images need Pillow: pip install 'cupycorr[images]'")
     for file in files:
         fields.refuse(file, stereo)
+    if device == "cuda":
+        environment.require_cuda()
     one, two = features.load(image_a), features.load(image_b)
     if one.shape != two.shape:
         sizes = f"{_size(one.shape)} and {_size(two.shape)}"
@@ -93,7 +107,8 @@ def match(
     _refuse_too_large(one.shape, plan)
     costs = matching.count_costs(one.shape, plan)
     with progress.bar("match", costs) as advance:
-        field = matching.match(one, two, plan, advance)
+        correlate = _on_cuda if device == "cuda" else cupycorr.correlation
+        field = matching.match(one, two, plan, advance, correlate)
     del one, two
     lengths = fields.lengths(field)
     matched = ~np.isnan(lengths)
@@ -111,6 +126,15 @@ def match(
             "" if file.suffix.lower() in fields.ARRAYS else f", fullest colour {full:.2f} pixels"
         )
         click.echo(f"{file}{colours}")
+
+
+def _on_cuda(fmap1: Floats, fmap2: Floats, geometry: Geometry) -> Floats:
+    """Compute the cost volume of NumPy arrays on the current CUDA device."""
+    import cupy
+
+    cost = cupycorr.correlation(cupy.asarray(fmap1), cupy.asarray(fmap2), geometry)
+    result: Floats = cost.get()  # synchronises
+    return result
 
 
 def _size(shape: tuple[int, ...]) -> str:

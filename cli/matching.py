@@ -63,6 +63,8 @@ BYTES_PER_PIXEL, BYTES = 48, 160 << 20
 
 Advance = Callable[[int], None]
 """Called with the number of costs that have been computed since the last call."""
+Correlate = Callable[[Floats, Floats, Geometry], Floats]
+"""What computes a cost volume; all give the same."""
 
 
 class Step(NamedTuple):
@@ -155,7 +157,13 @@ def pyramid(image: Image, halvings: int) -> list[Image]:
     return levels
 
 
-def match(image1: Image, image2: Image, plan: Plan, advance: Advance = lambda _: None) -> Field:
+def match(
+    image1: Image,
+    image2: Image,
+    plan: Plan,
+    advance: Advance = lambda _: None,
+    correlate: Correlate = cupycorr.correlation,
+) -> Field:
     """Find where the pixels of one image are seen in another one.
 
     Parameters
@@ -166,6 +174,8 @@ def match(image1: Image, image2: Image, plan: Plan, advance: Advance = lambda _:
         `flow_steps` or `stereo_steps` of the images' shape.
     advance : callable
         Called with numbers of costs, `count_costs` in all.
+    correlate : callable
+        Computes the cost volume of two NumPy arrays as one.
 
     Returns
     -------
@@ -176,34 +186,42 @@ def match(image1: Image, image2: Image, plan: Plan, advance: Advance = lambda _:
     there, back = plan
     levels = max(step.halvings for step in there + back)
     one, two = pyramid(image1, levels), pyramid(image2, levels)
-    field, seen = estimate(one, two, there, advance)
-    backward, _ = estimate(two, one, back, advance)
+    field, seen = estimate(one, two, there, advance, correlate)
+    backward, _ = estimate(two, one, back, advance, correlate)
     del one, two
     np.copyto(field, np.nan, where=~agreeing(field, seen & consistent(field, backward)))
     return field
 
 
 def estimate(
-    pyramid1: list[Image], pyramid2: list[Image], steps: list[Step], advance: Advance
+    pyramid1: list[Image],
+    pyramid2: list[Image],
+    steps: list[Step],
+    advance: Advance,
+    correlate: Correlate,
 ) -> tuple[Field, Mask]:
     """Search step by step, each time from where the step before has led; see `search`."""
     first, *others = steps
     field, seen = search(
-        pyramid1[first.halvings], pyramid2[first.halvings], first.geometry, advance
+        pyramid1[first.halvings], pyramid2[first.halvings], first.geometry, advance, correlate
     )
     field = smooth(field)
     for halvings, geometry in others:
         one, two = pyramid1[halvings], pyramid2[halvings]
         if field.shape[1:] != one.shape:
             field = double(field, *one.shape)
-        correction, seen = search(one, warp(two, field), geometry, advance)
+        correction, seen = search(one, warp(two, field), geometry, advance, correlate)
         field += correction
         field = smooth(field)
     return field, seen
 
 
 def search(
-    image1: Image, image2: Image, geometry: Geometry, advance: Advance = lambda _: None
+    image1: Image,
+    image2: Image,
+    geometry: Geometry,
+    advance: Advance = lambda _: None,
+    correlate: Correlate = cupycorr.correlation,
 ) -> tuple[Field, Mask]:
     """Find the displacements of largest cost between two images' features.
 
@@ -215,6 +233,8 @@ def search(
         need, so that outputs are pixels of the tile.
     advance : callable
         Called with the number of costs after each tile.
+    correlate : callable
+        As for `match`.
 
     Returns
     -------
@@ -227,7 +247,7 @@ def search(
     margins = _margins(geometry)
     for tile in tiles(image1.shape, geometry):
         area = [around(part, margin) for part, margin in zip(tile, margins, strict=True)]
-        cost = cupycorr.correlation(features(image1, *area), features(image2, *area), geometry)[0]
+        cost = correlate(features(image1, *area), features(image2, *area), geometry)[0]
         field[:, tile[0], tile[1]], largest = best(cost, geometry)
         seen[tile] = largest > 0
         advance(cost.size)

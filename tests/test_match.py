@@ -10,10 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from cupycorr.cli import environment, features, fields, grids, matching, measure
 from test_cli import installed, invoke
 
-from cupycorr import Geometry, parallel, verify
+from cupycorr import Geometry, correlation, parallel, verify
+
+# isort: split
+# In a checkout only test_cli makes this package importable.
+from cupycorr.cli import environment, features, fields, grids, matching, measure
 
 pillow = pytest.importorskip("PIL.Image")
 skimage = pytest.importorskip("skimage")
@@ -225,6 +228,19 @@ class TestWhatDoesNotMatter:
         assert len(list(matching.tiles(one.shape, plan[0][-1].geometry))) > 1
         with measure.threads(1, torch_too=False):
             assert verify.difference(matching.match(one, two, plan), want) is None
+
+    def test_what_computes_the_costs(self, motorcycle):
+        torch = pytest.importorskip("torch")
+        one, two = (reduced(view, 2) for view in motorcycle[:2])
+        plan = plan_for(one, False, 16, 9)
+
+        def by_torch(fmap1, fmap2, geometry):
+            # Another order of sums.
+            fmap1, fmap2 = (torch.from_numpy(fmap[:, ::-1].copy()) for fmap in (fmap1, fmap2))
+            return correlation(fmap1, fmap2, geometry).numpy()
+
+        found = matching.match(one, two, plan, correlate=by_torch)
+        assert verify.difference(found, matching.match(one, two, plan)) is None
 
     @pytest.mark.parametrize("stereo", [False, True])
     def test_brightness_and_contrast(self, stereo, motorcycle):
@@ -608,6 +624,23 @@ class TestCommand:
         assert outcome.returncode == 2
         assert "Traceback" not in outcome.stderr
         assert outcome.stderr.splitlines()[-1].startswith("Error: ")
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("words", [[], ["--stereo"]])
+    def test_a_cuda_device_gives_the_same_bits(self, words, small, tmp_path):
+        results = []
+        for device in ("cpu", "cuda"):
+            outcome = matched(small, "--out", tmp_path / "f.npy", "--device", device, *words)
+            assert outcome.exit_code == 0, outcome.output
+            results.append(np.load(tmp_path / "f.npy"))
+        assert verify.difference(*results) is None
+
+    def test_what_cuda_lacks_is_named(self, small, tmp_path, monkeypatch):
+        driver = environment.Finding("NVIDIA driver", False, "no library", "Install it.")
+        monkeypatch.setattr(environment, "cuda_findings", lambda: [driver])
+        outcome = matched(small, "--out", tmp_path / "f.npy", "--device", "cuda")
+        assert outcome.exit_code == 2
+        assert "missing  NVIDIA driver: no library" in outcome.stderr
 
     def test_a_file_that_cannot_be_written_is_named(self, small, tmp_path):
         file = tmp_path / "f.jpg"
