@@ -2,21 +2,24 @@
 
 `spatial_correlation_sample` and `correlation` take NumPy and CuPy arrays and torch tensors;
 `SpatialCorrelationSampler` is the torch module. Importing cupycorr loads NumPy and nothing
-heavier; CuPy and torch are imported when they are first needed.
+heavier; CuPy and torch are imported when they are first needed. `compat` has other systems' layers.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from cupycorr.api import correlation, correlation_vjp, spatial_correlation_sample
 from cupycorr.geometry import Geometry
 
 if TYPE_CHECKING:
+    from cupycorr import compat
     from cupycorr.torch_module import SpatialCorrelationSampler
 
 __version__ = "0.1.0"
 __all__ = [
     "Geometry",
     "SpatialCorrelationSampler",
+    "compat",
     "correlation",
     "correlation_vjp",
     "spatial_correlation_sample",
@@ -28,6 +31,8 @@ def __getattr__(name: str) -> Any:
         from cupycorr.torch_module import SpatialCorrelationSampler
 
         return SpatialCorrelationSampler
+    if name == "compat":
+        return importlib.import_module("cupycorr.compat")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cupycorr.api import correlate
 from cupycorr.geometry import Geometry, IntOrPair
+
+_PARAMETERS = (
+    "kernel_size",
+    "patch_size",
+    "stride",
+    "padding",
+    "dilation",
+    "dilation_patch",
+)
 
 
 class SpatialCorrelationSampler(torch.nn.Module):
@@ -78,6 +89,12 @@ class SpatialCorrelationSampler(torch.nn.Module):
         """
         cost: Tensor = correlate(input1, input2, self.geometry, names=("input1", "input2"))
         return cost
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a pickled module, spatial-correlation-sampler's as well."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "geometry" not in state:
+            self.geometry = Geometry(*(state[name] for name in _PARAMETERS))
 
     def extra_repr(self) -> str:
         """Return the parameters that differ from their defaults."""
