@@ -111,21 +111,22 @@ def match(
         field = matching.match(one, two, plan, advance, correlate)
     del one, two
     lengths = fields.lengths(field)
-    matched = ~np.isnan(lengths)
-    click.echo(f"{_size(matched.shape)} pixels, {100 * matched.mean():.1f} % matched")
-    if matched.any():
-        what = "disparities" if stereo else "lengths"
-        shares = (0, 0.5, 1)
-        low, middle, high = np.quantile(lengths[matched], shares)
-        click.echo(f"{what} {low:.2f} to {high:.2f} pixels, median {middle:.2f}")
+    _describe(lengths, "disparities" if stereo else "lengths")
     if full is None:
         full = fields.full_range(lengths)
     for file in files:
         fields.write(file, field, stereo=stereo, full=full, legend=legend)
-        colours = (
-            "" if file.suffix.lower() in fields.ARRAYS else f", fullest colour {full:.2f} pixels"
-        )
-        click.echo(f"{file}{colours}")
+        picture = file.suffix.lower() not in fields.ARRAYS
+        click.echo(f"{file}, fullest colour {full:.2f} pixels" if picture else file)
+
+
+def _describe(lengths: Floats, what: str) -> None:
+    """Print how many pixels have a match, and how far away those are."""
+    known = lengths[~np.isnan(lengths)]
+    click.echo(f"{_size(lengths.shape)} pixels, {100 * known.size / lengths.size:.1f} % matched")
+    if known.size:
+        low, middle, high = np.quantile(known, (0, 0.5, 1))
+        click.echo(f"{what} {low:.2f} to {high:.2f} pixels, median {middle:.2f}")
 
 
 def _on_cuda(fmap1: Floats, fmap2: Floats, geometry: Geometry) -> Floats:
