@@ -81,12 +81,8 @@ def cycles(block: Block, blocks: int, accumulator: str, device: Device) -> float
 
     Infinity where not even one block fits a multiprocessor.
     """
-    resident = min(
-        REGISTERS // (round_up(block.registers, 8) * block.threads),
-        device.shared_bytes_of_multiprocessor // (block.shared_bytes + RESERVED_BYTES),
-        1024 // block.threads,
-    )
-    if resident < 1:
+    at_once = resident(block, device)
+    if at_once < 1:
         return inf
     doubled = 2 if accumulator == "float64" else 1
     busy = max(
@@ -96,13 +92,22 @@ def cycles(block: Block, blocks: int, accumulator: str, device: Device) -> float
         block.bytes / LEVEL2_BYTES,
     )
     most = -(-blocks // device.multiprocessors)
-    together = min(resident, most)
+    together = min(at_once, most)
     warps = together * block.threads // 32
     # Four schedulers share the warps; with few of them the pipelines run dry.
     efficiency = min(0.92, 0.5 + 0.13 * warps / 4) * warps / round_up(warps, 4)
     # Blocks that wait for memory leave the multiprocessor to the others that are resident.
     waiting = LATENCY * (1 if block.ahead else block.rounds) / together
     return most * (busy / efficiency + waiting)
+
+
+def resident(block: Block, device: Device) -> int:
+    """Return how many blocks a multiprocessor holds at a time."""
+    return min(
+        REGISTERS // (round_up(block.registers, 8) * block.threads),
+        device.shared_bytes_of_multiprocessor // (block.shared_bytes + RESERVED_BYTES),
+        1024 // block.threads,
+    )
 
 
 def size_class(size: int) -> int:

@@ -24,6 +24,7 @@ from cupycorr.cuda_model import (
     elements_per_load,
     odd_units,
     powers_of_two,
+    resident,
     round_up,
 )
 
@@ -34,6 +35,7 @@ LEAST_BUSY = 0.8  # share of a block's threads that have outputs
 # Instructions that take the place of a multiply-add where absolute differences are summed: two
 # additions; and for their gradients two comparisons besides.
 ADDITIONS, COMPARISONS = 2, 2
+DIFFERENCES = 8  # that a thread holds until they are added
 
 
 class Product(NamedTuple):
@@ -195,6 +197,7 @@ def _tiles_of_strips(
             continue
         shared_bytes = max(buffers * chunk * words, line) * word_bytes
         registers = (sums + operands) * word_bytes // 4 + 12 + 3 * copies + 2 * chunk
+        registers += DIFFERENCES * word_bytes // 4 if problem.differences else 0
         ahead = True
         if not problem.asynchronous:
             staged = chunk * copies * problem.vector * word_bytes // 4
@@ -230,6 +233,7 @@ def _tiles_of_strips(
             "rows1": rows1, "rows2": rows2, "pitch1": own.pitch1, "pitch2": own.pitch2,
             "asynchronous": problem.asynchronous, "ahead": ahead, "buffers": buffers,
             "threads": threads, "shared_words": shared_bytes // word_bytes,
+            "resident": resident(block, device) if problem.differences else 1,
         }  # fmt: skip
         tile = ProductTile(
             tuple(constants.items()), own.positions, own.groups, strips, row_strips,

@@ -55,6 +55,7 @@ constexpr bool ahead = true;            // fetch the next chunk before computing
 constexpr int buffers = 2;              // 2 if asynchronous, else 1
 constexpr int threads = 128;
 constexpr int shared_words = 11520;
+constexpr int resident = 1;  // blocks of a multiprocessor, that registers must suffice for
 #endif
 
 #include "device.cuh"
@@ -92,7 +93,7 @@ template <int ROWS, int COLUMNS, int PITCH>
 using Map = Share<element, accumulator, threads, asynchronous, vector, ROWS, COLUMNS * phases_x,
                   phases_x, phases_x * PITCH, PITCH, chunk>;
 
-extern "C" __global__ void __launch_bounds__(threads, 1) product_cost(
+extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
     const element* __restrict__ fmap1, const element* __restrict__ fmap2,
     result* __restrict__ cost, const Sizes s, const accumulator scale) {
   DYNAMIC_SHARED(accumulator, shared);
