@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -143,45 +143,73 @@ def host_engine(
     planned : function, optional
         From a plan to the one that is run.
     """
-    options = {"aligned": aligned, "plain": plain, "similarity": similarity}
-    planned = planned or (lambda plan: plan)
-
-    @np.errstate(invalid="ignore")  # NaN may be rounded to a narrower NaN
-    def run(plan_function, fmap1, geometry, dtype, normalize, inputs, outputs):
-        arrays = {}
-        for name, shape in {**{n: a.shape for n, a in inputs.items()}, **outputs}.items():
-            arrays[name] = _guarded(shape, dtype, aligned, mode)
-            if name in inputs:
-                arrays[name].array[...] = inputs[name]
-            elif 0 in fmap1.shape:
-                arrays[name].array[...] = 0
-        divisor = max(1, fmap1.shape[1]) * geometry.window_taps if normalize else 1
-        at_once = cuda_plan.samples_at_once(geometry, fmap1.shape, dtype)
-        for start in range(0, len(fmap1) if fmap1.size else 0, max(1, at_once)):
-            part = {name: whole.array[start : start + at_once] for name, whole in arrays.items()}
-            plan = plan_function(geometry, part["fmap1"].shape, dtype, device, **options)
-            run_plan(planned(plan), part, dtype, divisor, order=order, mode=mode, patch=patch)
-        for name, whole in arrays.items():
-            whole.check(name)
-            if name in inputs and not _same(whole.array, inputs[name].astype(whole.array.dtype)):
-                raise HostError(f"a write to {name}, which is only read")
-        return {name: arrays[name].array.astype(np.float64) for name in outputs}
+    kind = {"plain": plain, "similarity": similarity}
+    how = {"aligned": aligned, "order": order, "mode": mode, "patch": patch, "planned": planned}
 
     def forward(fmap1, fmap2, geometry, dtype, normalize):
-        inputs, outputs = (
-            {"fmap1": fmap1, "fmap2": fmap2},
-            {"cost": geometry.cost_shape(fmap1.shape)},
-        )
-        results = run(cuda_plan.forward, fmap1, geometry, dtype, normalize, inputs, outputs)
-        return results["cost"]
+        inputs = {"fmap1": fmap1, "fmap2": fmap2}
+        outputs = {"cost": geometry.cost_shape(fmap1.shape)}
+        plan = partial(cuda_plan.forward, **kind)
+        return compute(plan, device, inputs, outputs, geometry, dtype, normalize, **how)["cost"]
 
     def vjp(grad, fmap1, fmap2, geometry, dtype, normalize):
         inputs = {"grad_cost": grad, "fmap1": fmap1, "fmap2": fmap2}
         outputs = {"grad_fmap1": fmap1.shape, "grad_fmap2": fmap2.shape}
-        results = run(cuda_plan.backward, fmap1, geometry, dtype, normalize, inputs, outputs)
+        plan = partial(cuda_plan.backward, **kind)
+        results = compute(plan, device, inputs, outputs, geometry, dtype, normalize, **how)
         return tuple(results.values())
 
-    return Engine(f"host {device.capability}", forward, vjp)
+    return Engine(f"host {device.capability}", forward, vjp, similarity)
+
+
+def tangent(device, fmap1, fmap2, tangent1, tangent2, geometry, dtype, **how):
+    """Return the derivative of absolute differences along tangents; ``how`` as for `compute`."""
+    inputs = {"fmap1": fmap1, "fmap2": fmap2, "tangent1": tangent1, "tangent2": tangent2}
+    outputs = {"cost": geometry.cost_shape(fmap1.shape)}
+    return compute(cuda_plan.tangent, device, inputs, outputs, geometry, dtype, **how)["cost"]
+
+
+@np.errstate(invalid="ignore")  # NaN may be rounded to a narrower NaN
+def compute(
+    plan_function,
+    device,
+    inputs,
+    outputs,
+    geometry,
+    dtype,
+    normalize=False,
+    *,
+    aligned=True,
+    order="ascending",
+    mode="run",
+    patch=None,
+    planned=None,
+):
+    """Plan for arrays of some names, and for results of some names and shapes, and run that.
+
+    Arrays are float64, of whatever dtype is computed in; so are the results, by name. Options are
+    those of `host_engine`.
+    """
+    arrays = {}
+    shape = inputs["fmap1"].shape
+    for name, size in {**{n: a.shape for n, a in inputs.items()}, **outputs}.items():
+        arrays[name] = _guarded(size, dtype, aligned, mode)
+        if name in inputs:
+            arrays[name].array[...] = inputs[name]
+        elif 0 in shape:
+            arrays[name].array[...] = 0
+    divisor = geometry.divisor(shape[1], normalize)
+    at_once = cuda_plan.samples_at_once(geometry, shape, dtype)
+    for start in range(0, 0 if 0 in shape else shape[0], max(1, at_once)):
+        part = {name: whole.array[start : start + at_once] for name, whole in arrays.items()}
+        plan = plan_function(geometry, part["fmap1"].shape, dtype, device, aligned=aligned)
+        plan = plan if planned is None else planned(plan)
+        run_plan(plan, part, dtype, divisor, order=order, mode=mode, patch=patch)
+    for name, whole in arrays.items():
+        whole.check(name)
+        if name in inputs and not _same(whole.array, inputs[name].astype(whole.array.dtype)):
+            raise HostError(f"a write to {name}, which is only read")
+    return {name: arrays[name].array.astype(np.float64) for name in outputs}
 
 
 def launches(shape, geometry, dtype, device, *, plain=False, aligned=True, similarity="product"):

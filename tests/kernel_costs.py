@@ -16,6 +16,7 @@ from devices import DEVICES, LAYERS
 from cupycorr import cuda_sources
 from cupycorr.cuda_model import LATENCY, REGISTERS, RESERVED_BYTES, SECTOR_BYTES
 from cupycorr.cuda_plan import Launch
+from cupycorr.cuda_tiles import ADDITIONS
 
 WORD, LOAD = 4, 4  # bytes of a float32; of them in a 16-byte load
 DRAM_SHARE = 0.85  # of the data sheet's bandwidth that a kernel reaches
@@ -304,7 +305,7 @@ class Machine(NamedTuple):
 
     registers: int
     share: float
-    """Of multiply-adds among the instructions of the innermost loop."""
+    """Of multiply-adds, or additions, among the instructions of the innermost loop."""
     instructions: int
     """That a thread issues in all rounds, in which all that the block needs is inside the image."""
 
@@ -312,15 +313,20 @@ class Machine(NamedTuple):
 def machine(launch: Launch, channels: int, capability: int) -> Machine:
     """Compile a tiled launch and read its loops."""
     kernel = nvrtc.compile_kernel(cuda_sources.source(launch), launch.kernel, capability)
-    inner, outer = nvrtc.loops(kernel)
     tile = Tile(launch)
+    work = _work(tile)
+    inner, outer = nvrtc.loops(kernel, work)
     instructions = outer.total() * counts(launch, channels).rounds
     if tile.is_product and inner is not outer:  # the inner loop is over channels
         rounds = ceil(channels / tile.chunk)
         instructions += inner.total() * (ceil(channels / tile.channel_groups) - rounds)
     if not tile.is_product:
         instructions -= _unused_slots(launch, capability, outer.total())
-    return Machine(kernel.registers, nvrtc.multiply_adds(inner) / inner.total(), instructions)
+    return Machine(kernel.registers, work(inner) / inner.total(), instructions)
+
+
+def _work(tile):
+    return nvrtc.additions if tile.differences else nvrtc.multiply_adds
 
 
 def _unused_slots(launch: Launch, capability: int, longest: int) -> int:
@@ -338,7 +344,8 @@ def _unused_slots(launch: Launch, capability: int, longest: int) -> int:
     source, loop = cuda_sources.source(launch), "slot < slots; ++slot) {"
     assert source.count(loop) == 2, "fetch and land go through the slots"
     shorter = source.replace(loop, "slot < slots - 1; ++slot) {")
-    _, outer = nvrtc.loops(nvrtc.compile_kernel(shorter, launch.kernel, capability))
+    kernel = nvrtc.compile_kernel(shorter, launch.kernel, capability)
+    _, outer = nvrtc.loops(kernel, _work(Tile(launch)))
     return unused * (longest - outer.total())
 
 
@@ -363,8 +370,9 @@ def predict(launch: Launch, count: Counts, code: Machine, gpu: str, memory: floa
     warps = min(resident, most) * launch.threads / 32
     efficiency = min(0.92, 0.5 + 0.13 * warps / 4)
     written = count.results / 32
+    operations = ADDITIONS if Tile(launch).differences else 1
     busy = {
-        "arithmetic": count.executed / device.multiply_adds,
+        "arithmetic": count.executed * operations / device.multiply_adds,
         "shared memory": (count.merged + count.staged / 32 + 2 * written)
         * 128
         / device.shared_rate,

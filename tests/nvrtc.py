@@ -14,6 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -87,13 +88,25 @@ def capabilities() -> list[int]:
     return list(known)
 
 
-def loops(kernel: Kernel) -> tuple[Counter[str], Counter[str]]:
-    """Return how often each instruction stands in the loops that multiply: inner and outer.
+def multiply_adds(loop: Counter[str]) -> int:
+    """Return the multiply-adds that a thread does in a loop."""
+    return loop["FFMA"] + 2 * loop["FFMA2"] + loop["DFMA"]
 
-    Of the loops with the most multiply-adds, the innermost, and the innermost with a barrier; they
-    may be one. Of branches that exclude each other the longest counts, and loops inside count once.
-    All of the kernel counts as a loop if its loops leave most multiply-adds out: a loop that runs
-    once is none in machine code.
+
+def additions(loop: Counter[str]) -> int:
+    """Return the additions that a thread does in a loop."""
+    return loop["FADD"] + 2 * loop["FADD2"] + loop["DADD"]
+
+
+def loops(
+    kernel: Kernel, work: Callable[[Counter[str]], int] = multiply_adds
+) -> tuple[Counter[str], Counter[str]]:
+    """Return how often each instruction stands in the loops that do the work: inner and outer.
+
+    Of the loops with the most ``work``, the innermost, and the innermost with a barrier; they may be
+    one. Of branches that exclude each other the longest counts, and loops inside count once. All of
+    the kernel counts as a loop if its loops leave most work out: a loop that runs once is none in
+    machine code.
     """
     code = _disassemble(kernel)
     whole = _longest_path(code, 0, len(code) - 1)
@@ -102,16 +115,11 @@ def loops(kernel: Kernel) -> tuple[Counter[str], Counter[str]]:
         for end, (_, target) in enumerate(code)
         if target is not None and target < end
     ]
-    most = max(map(multiply_adds, found), default=0)
-    if 2 * most < multiply_adds(whole):
+    most = max(map(work, found), default=0)
+    if 2 * most < work(whole):
         return whole, whole
-    found = sorted((loop for loop in found if multiply_adds(loop) == most), key=Counter.total)
+    found = sorted((loop for loop in found if work(loop) == most), key=Counter.total)
     return found[0], next((loop for loop in found if loop["BAR"]), whole)
-
-
-def multiply_adds(loop: Counter[str]) -> int:
-    """Return the multiply-adds that a thread does in a loop."""
-    return loop["FFMA"] + 2 * loop["FFMA2"] + loop["DFMA"]
 
 
 def _compile(source, options):

@@ -44,9 +44,8 @@ LAYERS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_ahead(request):
-    """Compile in the background what the selected tests will need."""
+def requested(request, similarity="product"):
+    """Return what the selected tests of a module will compile."""
     requests = []
     for item in request.session.items:
         values = item.callspec.params if hasattr(item, "callspec") else {}
@@ -56,9 +55,16 @@ def _compiled_ahead(request):
                 values.get("dtype", "float32"),
                 DEVICES[values["device"]],
                 aligned="misaligned" not in item.name,
+                similarity=similarity,
             )
             requests += [(launch, values.get("mode", "run"), None) for launch in launches]
-    with host.compiling_ahead(requests):
+    return requests
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_ahead(request):
+    """Compile in the background what the selected tests will need."""
+    with host.compiling_ahead(requested(request)):
         yield
 
 

@@ -12,7 +12,7 @@ import test_host
 from host import ORDERS, SM_75, SM_80
 from test_host import TILED
 
-from cupycorr import Geometry, cuda_sources, verify
+from cupycorr import Geometry, cuda_plan, cuda_sources, verify
 from cupycorr.cuda_model import Device
 
 pytestmark = test_host.pytestmark
@@ -30,12 +30,17 @@ class Bug(NamedTuple):
     device: Device = SM_75
     plain: bool = False
     check: str = "correct"
-    """"correct": `verify.check`; "finite": values that are not; or a dtype that is rounded to."""
+    """"correct": `verify.check`; "finite": values that are not; "tangent": of differences; or a
+    dtype that is rounded to."""
+    similarity: str = "product"
 
 
 SEVERAL_GROUPS = ((1, 3, 9, 40), Geometry(patch_size=(3, 5), dilation_patch=(1, 2)))
 ADVANCE_ROWS = ((1, 40, 30, 40), Geometry(patch_size=(9, 9), stride=2))
 MANY_ROWS = ((1, 40, 20, 16), Geometry(patch_size=9))
+MANY_CHANNELS = ((1, 64, 12, 40), Geometry(patch_size=3))
+# Steps whose source rows lie in the map, and others, below it and above, whose do not.
+OUTSIDE = ((1, 40, 6, 10), Geometry(patch_size=(15, 3)))
 
 BUGS = {
     # device.cuh
@@ -54,7 +59,7 @@ BUGS = {
     "the second map's displacement has the wrong sign": Bug(
         "which == 1 ? y + dy : y - dy", "y + dy", plain=True),
     "pairs that no window holds": Bug(
-        "if (compared) sum +=", "sum +=", "stride", plain=True, check="finite"),
+        "if (!compared) continue;", "", "stride", plain=True, check="finite"),
     # window.cu
     "the wrong tap of a window": Bug("x * stride_x;", "x * stride_x + 1;", DEFAULTS),
     "a dilation left out": Bug("i * dilation_y, stride_y", "i, stride_y", "dilated window"),
@@ -105,6 +110,61 @@ BUGS = {
         "distance >= 0 && distance % step_x == 0", "distance >= 0", "stride"),
     "sums of targets off the lattice": Bug(
         "(which == 2 || on_lattice(v0 + column))", "true", check="finite"),
+    # absolute differences
+    "terms with one position outside left out": Bug(
+        "differences ? !row1 && !row2 : !row1 || !row2", "!row1 || !row2",
+        plain=True, similarity="l1"),
+    "columns outside left out": Bug(
+        "differences ? !exists1 && !exists2 : !exists1 || !exists2", "!exists1 || !exists2",
+        plain=True, similarity="l1"),
+    "gradients of terms with a row outside left out": Bug(
+        "if (!differences && !inside(other_y", "if (!inside(other_y", plain=True, similarity="l1"),
+    "gradients of terms with a column outside left out": Bug(
+        "if (!differences && !exists)", "if (!exists)", plain=True, similarity="l1"),
+    "what is read outside is not 0": Bug(
+        "exists ? widen(map[offset]) : accumulator(0)", "widen(map[offset])",
+        plain=True, similarity="l1"),
+    "the sign of 0 is 1": Bug("own > other ? 1 : 0", "own >= other ? 1 : 0", similarity="l1"),
+    "the sign of 0 is -1, in plain kernels": Bug(
+        "own < other ? 1 : 0", "own <= other ? 1 : 0", plain=True, similarity="l1"),
+    "the sign of NaN is 1": Bug(
+        "own > other ? 1 : 0", "!(own <= other) ? 1 : 0", check="finite", similarity="l1"),
+    "the second gradient of the first map's values": Bug(
+        "map = (which == 1 ? fmap1 : fmap2)", "map = fmap1", similarity="l1"),
+    "the second gradient of the first map's values, in plain kernels": Bug(
+        "own = which == 1 ? fmap1 : fmap2", "own = fmap1", plain=True, similarity="l1"),
+    "differences with a sign": Bug("magnitude(one - two)", "one - two", similarity="l1"),
+    "sums with a position outside left out": Bug(
+        "differences || (row_counts", "(row_counts", similarity="l1"),
+    "a row outside is not zeroed": Bug(
+        "share_source.erase(words);", "", OUTSIDE, SM_80, similarity="l1"),
+    "a row outside is not zeroed, through registers": Bug(
+        "share_source.erase(words);", "", OUTSIDE, similarity="l1"),
+    "only some of its words are zeroed": Bug(
+        "put(shared + to[i] + k * at_once * ROW_PITCH, zeros);",
+        "if (k == 0) put(shared + to[i], zeros);", OUTSIDE, SM_80, similarity="l1"),
+    "G left out where its source is outside": Bug(
+        "(differences || column_exists(source_column(e, k)))", "column_exists(source_column(e, k))",
+        similarity="l1"),
+    "rows left out whose source is outside": Bug(
+        "(differences || inside(source_row(j, r), s.height))", "inside(source_row(j, r), s.height)",
+        OUTSIDE, similarity="l1"),
+    "steps left out whose sources are outside": Bug(
+        "if (!differences) return slot_exists", "return slot_exists", OUTSIDE, similarity="l1"),
+    "steps left out whose sources are on the lattice": Bug(
+        "(which == 1 || lattice_index(slot_row", "(which == 1 && lattice_index(slot_row",
+        "window at the border", similarity="l1"),
+    "targets of the wrong channel": Bug(
+        "c * channel_groups + channel_group;", "channel_group * channels + c;", MANY_CHANNELS,
+        similarity="l1"),
+    "targets of the wrong phase": Bug(
+        "positions + m) + phase;", "positions + m);", SEVERAL_GROUPS, similarity="l1"),
+    "a tangent of the first map alone": Bug(
+        "value(tangent1, one, exists1) - value(tangent2, two, exists2)",
+        "value(tangent1, one, exists1)", check="tangent"),
+    "a tangent with the wrong sign": Bug(
+        "value(tangent1, one, exists1) - value(tangent2, two, exists2)",
+        "value(tangent2, two, exists2) - value(tangent1, one, exists1)", check="tangent"),
 }  # fmt: skip
 
 
@@ -127,7 +187,11 @@ def case(bug):
 
 
 def launches(bug):
-    return host.launches(*case(bug), "float32", bug.device, plain=bug.plain)
+    shape, geometry = case(bug)
+    if bug.check == "tangent":
+        return cuda_plan.tangent(geometry, shape, "float32", bug.device).launches
+    options = {"plain": bug.plain, "similarity": bug.similarity}
+    return host.launches(shape, geometry, "float32", bug.device, **options)
 
 
 def is_caught(bug):
@@ -156,6 +220,7 @@ def fails(bug):
             bug.device,
             order=order,
             plain=bug.plain,
+            similarity=bug.similarity,
             patch=(bug.old, bug.new),
         )
         try:
@@ -167,9 +232,16 @@ def fails(bug):
                     for seed in range(5):
                         options = {"special": special * 3, "seed": seed}
                         got = test_host.results(engine, shape, geometry, **options)
-                        want = test_host.results(oracle(), shape, geometry, **options)
+                        want = test_host.results(oracle(bug.similarity), shape, geometry, **options)
                         if any(test_host.differences(got, want)):
                             return True
+            elif bug.check == "tangent":
+                rng = np.random.default_rng(0)
+                arrays = rng.integers(-2, 3, (4, *shape)).astype(np.float64)
+                options = {"order": order, "patch": (bug.old, bug.new)}
+                got = host.tangent(bug.device, *arrays, geometry, "float32", **options)
+                if verify.difference(got, definition.differences_tangent(*arrays, geometry)):
+                    return True
             elif test_host.rounding(engine, bug.check):
                 return True
         except host.HostError:

@@ -32,6 +32,11 @@ CASES = [
     *(("A100", dtype, layer) for dtype in DTYPES[1:] for layer in (*SOME, "DispNetC")),
     *((name, "float32", layer) for name in DEVICES for layer in SOME if name != "A100"),
     *((name, "float16", layer) for name in DEVICES for layer in SOME[:3] if name != "A100"),
+    *((name, "float32", "FlowNetC", "l1") for name in DEVICES),
+    *((name, "float16", "default", "l1") for name in ("2070S", "A100", "5090")),
+    *(("A100", dtype, "FlowNetC", "l1") for dtype in DTYPES[1:]),
+    ("A100", "float32", "stride 3", "l1"),
+    ("A100", "float32", "DispNetC", "l1"),
 ]
 
 
@@ -42,14 +47,16 @@ class Case(NamedTuple):
     capability: int
 
 
-def launches(device, dtype, layer):
-    """Return the launches of a layer, forward and backward, tiled and plain."""
+def launches(device, dtype, layer, similarity="product"):
+    """Return the launches of a layer, forward and backward, tiled and plain, and the tangent."""
     shape, geometry = LAYERS[layer]
     plans = [
-        plan(geometry, shape, dtype, DEVICES[device], plain=plain)
+        plan(geometry, shape, dtype, DEVICES[device], plain=plain, similarity=similarity)
         for plan in (cuda_plan.forward, cuda_plan.backward)
         for plain in ((False, True) if layer == "stride 3" else (False,))
     ]
+    if similarity == "l1" and layer == "stride 3":
+        plans.append(cuda_plan.tangent(geometry, shape, dtype, DEVICES[device]))
     return [launch for plan in plans for launch in plan.launches]
 
 
@@ -91,6 +98,10 @@ def budget(launch):
     displacements = min(tile["displacements"], tile["patch_x"])
     window = tile.get("lead", 0) + tile["advance_x"] * (positions - 1) + displacements
     others = positions if launch.source == "product.cu" else positions * tile["channels"]
+    if tile["differences"]:
+        if launch.source == "product.cu":  # all that its launch bounds leave
+            return min(MOST, REGISTERS // (tile["resident"] * launch.threads))
+        others *= 2  # the targets beside their sums
     values = positions * displacements + others + window
     words = 2 if tile["accumulator"] == "double" else 1
     return min(MOST, values * words + BESIDE_TILE[launch.source])
@@ -129,7 +140,12 @@ def test_kernels_keep_to_their_registers(case, kernels):
 
 
 def test_the_chosen_layers_reach_every_kernel():
-    planned = {launch.kernel for layer in SOME for launch in launches("A100", "float32", layer)}
+    planned = {
+        launch.kernel
+        for similarity in ("product", "l1")
+        for layer in SOME
+        for launch in launches("A100", "float32", layer, similarity)
+    }
     folder = resources.files("cupycorr.kernels")
     text = "".join(file.read_text() for file in folder.iterdir() if file.name.endswith(".cu"))
     written = set(re.findall(r"__launch_bounds__\([^)]*\)\s+(\w+)\(", text))
@@ -149,7 +165,10 @@ def flownetc():
     ("text", "planted"),
     [
         ("#pragma unroll\n", "#pragma unroll 1\n"),  # sums are indexed at run time
-        ("__launch_bounds__(threads, 1)", "__launch_bounds__(threads, 8)"),  # too few registers
+        (
+            "__launch_bounds__(threads, resident)",
+            "__launch_bounds__(threads, 8)",
+        ),  # too few registers
     ],
     ids=["loops that stay loops", "eight blocks at once"],
 )
