@@ -23,6 +23,7 @@ wanted, and perhaps derivatives, a call takes the short way around it (`_is_plai
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache, partial
 from itertools import product
@@ -399,6 +400,8 @@ def _dispatch_below_autograd(
 
 def _autograd_kernel(operator: _Operator, *arguments: Any) -> Any:
     _learn_sharding()
+    if torch.onnx.is_in_onnx_export() and operator is _COST:
+        _warn_of_onnx()
     operands, geometry, normalize = _parse(operator, arguments)
     if _is_differentiated(operands) or torch._C._are_functorch_transforms_active():
         # The dispatcher has come down to a single level of torch.func's transforms.
@@ -410,6 +413,17 @@ def _autograd_kernel(operator: _Operator, *arguments: Any) -> Any:
     else:
         results = _dispatch_below_autograd(operator, geometry, normalize, *operands)
     return _returned(operator, results)
+
+
+def _warn_of_onnx() -> None:
+    """Name what an export to ONNX lacks, which torch's own error will not name."""
+    if "cupycorr.onnx_export" not in sys.modules:
+        warnings.warn(
+            "cupycorr::cost must be translated to ONNX, got no translation; with dynamo=True pass "
+            "custom_translation_table=cupycorr.onnx_export.translation_table(), with dynamo=False "
+            "call cupycorr.onnx_export.register_symbolic() first",
+            stacklevel=3,
+        )
 
 
 def _learn_sharding() -> None:

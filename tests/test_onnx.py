@@ -286,6 +286,17 @@ class TestNetworks:
         assert max(counts) <= 20
 
 
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_who_forgets_the_translation_is_told(dynamo, monkeypatch):
+    monkeypatch.delitem(sys.modules, "cupycorr.onnx_export")
+    maps = tuple(map(torch.from_numpy, pair(SHAPE)))
+    with (
+        pytest.warns(UserWarning, match=r"translation_table\(\), with dynamo=False call"),
+        pytest.raises((torch.onnx.OnnxExporterError, torch.onnx.errors.OnnxExporterError)),
+    ):
+        torch.onnx.export(Costs([GEOMETRY]).eval(), maps, io.BytesIO(), dynamo=dynamo)
+
+
 def test_importing_the_operators_does_not_import_onnx():
     code = "import sys, cupycorr.torch_ops; print({'onnx', 'onnxscript'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
