@@ -57,6 +57,14 @@ class TestModule:
         assert repr(other) == repr(module)
         assert not difference(other(*maps), want)
 
+    def test_it_takes_over_the_state_of_a_module_that_kept_its_arguments_alone(self):
+        module, maps = SpatialCorrelationSampler(*self.PARAMETERS), pair()
+        state = {name: value for name, value in vars(module).items() if name != "geometry"}
+        other = SpatialCorrelationSampler.__new__(SpatialCorrelationSampler)
+        other.__setstate__(state)
+        assert repr(other) == repr(module)
+        assert not difference(other(*maps), module(*maps))
+
     def test_it_survives_torch_save(self, tmp_path):
         module = SpatialCorrelationSampler(*self.PARAMETERS)
         torch.save(module, tmp_path / "module.pt")
