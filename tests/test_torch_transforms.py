@@ -8,6 +8,8 @@ torch = pytest.importorskip("torch")
 import torch.autograd.forward_ad as fwad  # noqa: E402
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap  # noqa: E402
 
+import cupycorr.torch_ops  # noqa: E402, F401 - defines the operators
+
 FIELDS = (
     *(GEOMETRY.kernel_size, GEOMETRY.patch_size, GEOMETRY.stride, GEOMETRY.padding),
     *(GEOMETRY.dilation, GEOMETRY.dilation_patch, GEOMETRY.first_displacement, True),
