@@ -103,10 +103,10 @@ def loops(
 ) -> tuple[Counter[str], Counter[str]]:
     """Return how often each instruction stands in the loops that do the work: inner and outer.
 
-    Of the loops with the most ``work``, the innermost, and the innermost with a barrier; they may be
-    one. Of branches that exclude each other the longest counts, and loops inside count once. All of
-    the kernel counts as a loop if its loops leave most work out: a loop that runs once is none in
-    machine code.
+    Of the loops with the most ``work``, the innermost, and the innermost with a barrier; they may
+    be one. Of branches that exclude each other the longest counts, and loops inside count once. All
+    of the kernel counts as a loop if its loops leave most work out: a loop that runs once is none
+    in machine code.
     """
     code = _disassemble(kernel)
     whole = _longest_path(code, 0, len(code) - 1)

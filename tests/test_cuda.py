@@ -1,5 +1,6 @@
 """The CUDA engine on real CuPy arrays, on whatever CUDA device is there."""
 
+import definition
 import numpy as np
 import pytest
 from cases import CASES
@@ -61,6 +62,51 @@ def test_every_dtype_is_computed_right(name, dtype):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_the_plain_kernels_compute_every_dtype_right(dtype):
     assert_passes(verify.cupy_engine(plain=True), *CASES[FEW[-1]], dtype)
+
+
+@pytest.mark.parametrize("name", ["FlowNetC", FEW[-1], "displacement beyond the map"])
+def test_absolute_differences_are_computed_right(name):
+    assert_passes(verify.cupy_engine("l1"), *CASES[name], "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_absolute_differences_are_computed_right_in_every_dtype(dtype):
+    assert_passes(verify.cupy_engine("l1"), *CASES[FEW[-2]], dtype)
+
+
+def test_the_plain_kernels_compute_absolute_differences_right():
+    assert_passes(verify.cupy_engine("l1", plain=True), *CASES[FEW[-2]], "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_the_tangent_of_absolute_differences_is_computed_right(cp, rng, dtype):
+    from cupycorr import cuda_engine
+
+    shape, geometry = CASES[FEW[-2]]
+    arrays = rng.integers(-2, 3, (4, *shape)).astype(dtype)
+    tangent = cp.empty(geometry.cost_shape(shape), dtype)
+    cuda_engine.tangent(*map(cp.asarray, arrays), tangent, geometry)
+    assert_same(tangent, definition.differences_tangent(*arrays.astype(float), geometry))
+
+
+def test_the_tangent_of_no_channels_is_zero(cp):
+    from cupycorr import cuda_engine
+
+    one = cp.empty((2, 0, 5, 6), cp.float32)
+    tangent = cp.ones(PATCH.cost_shape(one.shape), cp.float32)
+    cuda_engine.tangent(one, one, one, one, tangent, PATCH)
+    assert not tangent.get().any()
+
+
+def test_warming_up_compiles_what_absolute_differences_need(cp, rng, monkeypatch):
+    from cupycorr import cuda_engine
+
+    one, two = map(cp.asarray, maps(rng))
+    geometry = Geometry(patch_size=(3, 2))
+    assert cuda_engine.warm_up(geometry, one.shape, "float32", similarity="l1")
+    monkeypatch.setattr(cuda_engine, "_compile", lambda launch: pytest.fail(launch.kernel))
+    cost = cupycorr.correlation(one, two, geometry, similarity="l1")
+    cupycorr.correlation_vjp(cost, one, two, geometry, similarity="l1")
 
 
 def test_results_are_contiguous_cupy_arrays_of_the_maps_dtype_and_device(cp, rng):

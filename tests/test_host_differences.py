@@ -40,7 +40,7 @@ def compare_with_the_definition(device, shape, geometry, **options):
 
 
 @pytest.mark.parametrize(
-    ("case", "device"), [*((case, "sm_80") for case in CASES), *((case, "sm_75") for case in MIXED)]
+    ("case", "device"), [*((case, "sm_80") for case in CASES), *((case, "sm_75") for case in FEW)]
 )
 def test_tiled_kernels_are_correct(case, device):
     assert not test_host.errors(engine(DEVICES[device]), *TILED[case])
@@ -53,7 +53,7 @@ def test_plain_kernels_are_correct(case):
 
 @pytest.mark.parametrize("device", ["sm_80"])
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
-@SOME
+@pytest.mark.parametrize("case", FEW[-1:])
 def test_other_dtypes_are_correct(case, dtype, device):
     assert not test_host.errors(engine(DEVICES[device]), *TILED[case], dtype)
 
@@ -94,7 +94,7 @@ def test_threads_share_no_word_without_a_barrier(case, device, mode):
 
 @pytest.mark.parametrize("special", [(np.nan,), (np.inf, -np.inf)], ids=["NaN", "infinity"])
 @BOTH_COPIES
-@pytest.mark.parametrize("case", MIXED)
+@SOME
 def test_what_is_not_finite_reaches_only_what_it_is_a_term_of(case, device, special):
     shape, geometry = TILED[case]
     oracle = verify.numpy_engine("l1")
@@ -160,7 +160,7 @@ def test_a_tangent_is_divided_as_the_cost_is():
 # ---- tiles that the model would not choose for problems that run in a moment
 
 
-@pytest.mark.parametrize("tile", ["channels shared", "not ahead", "vectors", "results in slices"])
+@pytest.mark.parametrize("tile", ["channels shared", "not ahead", "vectors"])
 def test_sums_in_unusual_tiles_are_exact(tile, force):  # noqa: F811
     device, problem, value = PRODUCT_TILES[tile]
     force(product=most(value))
@@ -168,7 +168,7 @@ def test_sums_in_unusual_tiles_are_exact(tile, force):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "tile", ["many rows", "not ahead", "vectors", "vectors through registers", "advance, two rows"]
+    "tile", ["many rows", "many channels", "not ahead", "vectors", "vectors through registers"]
 )
 def test_gradients_in_unusual_tiles_are_exact(tile, force):  # noqa: F811
     device, problem, value = GRADIENT_TILES[tile]
@@ -176,7 +176,7 @@ def test_gradients_in_unusual_tiles_are_exact(tile, force):  # noqa: F811
     compare_with_the_definition(device, *problem)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_tiles_taken_at_random_are_exact(seed, force):  # noqa: F811
     choose = random.Random(seed).choice
     force(*2 * [lambda tiles: choose(tiles) if tiles else None])
