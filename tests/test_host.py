@@ -351,14 +351,17 @@ def test_tiles_taken_at_random_are_exact(seed, force):
 UNDER_SANITIZERS = """
 import sys
 import host, test_host
-for case, device, dtype, plain in {runs}:
-    engine = host.host_engine(host.DEVICES[device], mode="sanitize", plain=plain)
+for case, device, dtype, plain, similarity in {runs}:
+    options = {{"mode": "sanitize", "plain": plain, "similarity": similarity}}
+    engine = host.host_engine(host.DEVICES[device], **options)
     test_host.results(engine, *test_host.TILED[case], dtype)
 """
 SANITIZED = [
-    ("even patch, dilated", "sm_80", "float32", False),
-    ("everything differs per axis", "sm_75", "float16", False),
-    ("everything differs per axis", "sm_80", "float32", True),
+    ("even patch, dilated", "sm_80", "float32", False, "product"),
+    ("everything differs per axis", "sm_75", "float16", False, "product"),
+    ("everything differs per axis", "sm_80", "float32", True, "product"),
+    ("displacement beyond the map", "sm_80", "float32", False, "l1"),
+    ("everything differs per axis", "sm_80", "float32", True, "l1"),
 ]
 
 
@@ -384,7 +387,8 @@ def run_under_sanitizers(script):
 
 
 def test_sanitizers_find_nothing():
-    for case, device, dtype, plain in SANITIZED:
-        for launch in host.launches(*TILED[case], dtype, DEVICES[device], plain=plain):
+    for case, device, dtype, plain, similarity in SANITIZED:
+        options = {"plain": plain, "similarity": similarity}
+        for launch in host.launches(*TILED[case], dtype, DEVICES[device], **options):
             host.compiled(launch, "sanitize")  # the compiler itself is not to run under them
     assert run_under_sanitizers(UNDER_SANITIZERS.format(runs=SANITIZED)) == (0, "")
