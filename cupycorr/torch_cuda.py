@@ -1,4 +1,4 @@
-"""The bridge from CUDA tensors to the CUDA engine: the tensors' memory, and torch's stream.
+"""The bridge from CUDA tensors to the CUDA engine: memory by DLPack, and torch's stream.
 
 Nothing is copied, and nothing waits for the device: outputs and workspace come from torch's
 allocator, kernels go to torch's current stream of the tensors' device, whichever device is current.
@@ -15,10 +15,10 @@ line                                 test with CUDA tensors
 ===================================  ==============================================================
 ``torch.cuda.current_stream(...)``   test_work_goes_to_torchs_current_stream: queued behind what the
                                      stream holds; test_a_captured_graph_computes_anew
-``tensor.data_ptr()``                test_inputs_are_not_copied_and_results_are_torchs;
+``tensor.__dlpack__(...)``           test_inputs_are_not_copied_and_results_are_torchs;
                                      test_maps_of_any_layout_are_taken
+``torch.cuda.device(...)``           test_the_second_device_is_used_and_the_first_left_alone
 ``like.new_empty(...)``              test_workspace_is_torchs
-``tensor.device.index``              test_the_second_device_is_used_and_the_first_left_alone
 ===================================  ==============================================================
 """
 
@@ -181,13 +181,31 @@ class _Stream(NamedTuple):
         return 0, self.address
 
 
+class _Memory(NamedTuple):
+    """A tensor's memory, in the protocol by which CuPy takes it: DLPack."""
+
+    tensor: Tensor
+
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
+
+    def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
+        # What CuPy computes goes to torch's stream (`_on_stream_of`): nothing has to be waited for.
+        return self.tensor.__dlpack__(stream=-1, **options)
+
+
 @contextmanager
 def _on_stream_of(tensor: Tensor) -> Iterator[None]:
-    """Make a tensor's device, and torch's current stream there, current for CuPy."""
+    """Make a tensor's device current, and for CuPy torch's current stream there."""
     import cupy
 
     stream = _Stream(torch.cuda.current_stream(tensor.device).cuda_stream)
-    with cupy.cuda.Device(tensor.device.index), cupy.cuda.Stream.from_external(stream):
+    # torch exports memory of its current device only.
+    with (
+        torch.cuda.device(tensor.device),
+        cupy.cuda.Device(tensor.device.index),
+        cupy.cuda.Stream.from_external(stream),
+    ):
         yield
 
 
@@ -199,11 +217,9 @@ def _array(tensor: Tensor) -> Any:
     import cupy
 
     tensor = tensor.detach().contiguous()
-    dtype = "int16" if tensor.dtype is torch.bfloat16 else _dtype(tensor)
-    # By address: DLPack would have torch record an event for each tensor, and refuse those of
-    # devices that torch does not take for current. The array keeps the tensor alive.
-    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), tensor.nbytes, tensor, tensor.device.index)
-    return cupy.ndarray(tuple(tensor.shape), dtype, cupy.cuda.MemoryPointer(memory, 0))
+    if tensor.dtype is torch.bfloat16:
+        tensor = tensor.view(torch.int16)
+    return cupy.from_dlpack(_Memory(tensor))
 
 
 def _dtype(tensor: Tensor) -> str:

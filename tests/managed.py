@@ -35,6 +35,19 @@ class Managed(torch.Tensor):
     def data_ptr(self):
         return self.inner.data_ptr()
 
+    def _array(self):
+        """Return the memory as CuPy has it; bfloat16 never comes here but as its bits."""
+        inner, dtype = self.inner, str(self.dtype).removeprefix("torch.")
+        memory = cupy.cuda.UnownedMemory(inner.data_ptr(), inner.nbytes, inner, self.number)
+        return cupy.ndarray(inner.shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+    def __dlpack_device__(self):
+        return self._array().__dlpack_device__()
+
+    def __dlpack__(self, **options):
+        assert self.is_contiguous()
+        return self._array().__dlpack__(**options)
+
     def cpu(self):
         cupy.cuda.Device(self.number).synchronize()
         return self.inner.clone()

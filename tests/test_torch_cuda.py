@@ -6,7 +6,6 @@ notes.
 """
 
 import contextlib
-import ctypes
 import sys
 import types
 
@@ -64,6 +63,7 @@ def tensors(monkeypatch):
 
     streams = managed.Streams()
     monkeypatch.setattr(torch.cuda, "current_stream", streams.current_stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return types.SimpleNamespace(place=managed.place, another_stream=streams.another)
 
 
@@ -203,7 +203,7 @@ class TestTheBridge:
         (*_, allocate), *_ = calls
         volume = allocate((2, 3), "float64")
         assert (volume.shape, volume.dtype, volume.device.id) == ((2, 3), np.float64, 0)
-        assert type(volume.data.mem) is cupy.cuda.UnownedMemory
+        assert not isinstance(volume.data.mem, cupy.cuda.memory.PooledMemory)
 
 
 @pytest.mark.gpu
@@ -310,12 +310,8 @@ class Cupy(types.ModuleType):
     def __init__(self):
         super().__init__("cupy")
         self.now = []
-        self.owners = []
         self.cuda = types.SimpleNamespace(
-            Device=self.device,
-            Stream=types.SimpleNamespace(from_external=self.stream),
-            UnownedMemory=self.memory,
-            MemoryPointer=lambda memory, offset: memory[offset:],
+            Device=self.device, Stream=types.SimpleNamespace(from_external=self.stream)
         )
 
     @contextlib.contextmanager
@@ -325,18 +321,20 @@ class Cupy(types.ModuleType):
         self.now.pop()
 
     @contextlib.contextmanager
+    def device_of_torch(self, device):
+        self.now.append(f"torch's device {device}")
+        yield
+        self.now.pop()
+
+    @contextlib.contextmanager
     def stream(self, stream):
         self.now.append(f"stream {stream.__cuda_stream__()}")
         yield
         self.now.pop()
 
-    def memory(self, address, size, owner, number):
-        self.owners.append(owner)
-        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-
     @staticmethod
-    def ndarray(shape, dtype, memory):
-        return memory.view(dtype).reshape(shape)
+    def from_dlpack(tensor):
+        return np.from_dlpack(tensor)
 
 
 @pytest.fixture
@@ -366,6 +364,7 @@ def bridge(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=77)
     )
+    monkeypatch.setattr(torch.cuda, "device", cupy.device_of_torch)
     return torch_cuda, notes
 
 
@@ -388,17 +387,19 @@ class TestTheBridgeWithoutADevice:
         torch_cuda, notes = bridge
         one, two = maps("cpu")
         torch_cuda.forward(one, two, torch.empty(GEOMETRY.cost_shape(SHAPE)), GEOMETRY)
-        assert notes[0][0] == ["device None", "stream (0, 77)"]
+        assert notes[0][0] == ["torch's device cpu", "device None", "stream (0, 77)"]
 
-    def test_workspace_is_torchs(self, bridge):
+    def test_workspace_is_torchs(self, bridge, monkeypatch):
         torch_cuda, notes = bridge
         one, two = maps("cpu")
         torch_cuda.forward(one, two, torch.empty(GEOMETRY.cost_shape(SHAPE)), GEOMETRY)
+        made, empty = [], torch.Tensor.new_empty
+        monkeypatch.setattr(
+            torch.Tensor, "new_empty", lambda *a, **o: made.append(empty(*a, **o)) or made[-1]
+        )
         volume = notes[0][3]((2, 3), "float64")
-        owner = sys.modules["cupy"].owners[-1]
-        assert isinstance(owner, torch.Tensor)
         assert (volume.shape, volume.dtype) == ((2, 3), np.float64)
-        assert volume.ctypes.data == owner.data_ptr()
+        assert volume.ctypes.data == made[0].data_ptr()
 
     @pytest.mark.parametrize("layout", ["strided", "differentiated"])
     def test_it_takes_any_tensor(self, bridge, layout):
