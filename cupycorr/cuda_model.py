@@ -63,7 +63,7 @@ class Block(NamedTuple):
     rounds: int
     """How many times it fills its buffers."""
     multiply_adds: float
-    """Of all threads, in all rounds, as are the other counts."""
+    """Of all threads, in all rounds, as are the other counts; or additions in their place."""
     wavefronts: float
     """128-byte accesses of shared memory."""
     instructions: float

@@ -41,11 +41,12 @@ TARGETS = {"forward": 2.0, "gradients": 2.5, "bytes": 1.3}
 PASSES = {"forward": 0, "gradients": 2}  # number of gradients
 
 
-def launches(layer: str, gpu: str, which: str) -> list[Launch]:
+def launches(layer: str, gpu: str, which: str, similarity: str = "product") -> list[Launch]:
     """Return the launches of a pass."""
     shape, geometry = LAYERS[layer]
     plan = cuda_plan.forward if which == "forward" else cuda_plan.backward
-    return list(plan(geometry, shape, "float32", DEVICES[gpu]).launches)
+    found = plan(geometry, shape, "float32", DEVICES[gpu], similarity=similarity)
+    return list(found.launches)
 
 
 def used(launch: Launch) -> list[str]:
@@ -129,14 +130,16 @@ def bytes_table() -> list[list[str]]:
 
 
 @cache
-def machines(layers: tuple[str, ...]) -> dict[tuple[str, str, str], Machine]:
+def machines(
+    layers: tuple[str, ...], similarity: str = "product"
+) -> dict[tuple[str, str, str], Machine]:
     """Compile the tiled launches of layers; keys are layer, GPU and what a launch writes."""
     jobs = [
         (layer, gpu, launch)
         for layer in layers
         for gpu in FIGURES
         for which in PASSES
-        for launch in filter(_is_tiled, launches(layer, gpu, which))
+        for launch in filter(_is_tiled, launches(layer, gpu, which, similarity))
     ]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         found = pool.map(_compiled, jobs)
@@ -174,6 +177,32 @@ def code_table(which: str) -> list[list[str]]:
                 " / ".join(f"{code.share:.0%}" for _, code, _ in parts),
                 " / ".join(f"{part.microseconds:.1f}" for _, _, part in parts),
                 ", ".join(bounds),
+            ])  # fmt: skip
+    return rows
+
+
+def differences_table() -> list[list[str]]:
+    """Return the table of what absolute differences take beside products, for FlowNetC."""
+    head = "GPU, pass, thread, block, registers, instructions, us, products, bound by"
+    rows, layer = [head.split(", ")], "FlowNetC"
+    channels = LAYERS[layer][0][1]
+    for gpu in FIGURES:
+        for which, gradients in PASSES.items():
+            least = floor(layer, gpu, min(1, gradients)).memory
+            codes, per_term, times, bounds = [], [], [], {}
+            planned = launches(layer, gpu, which, "l1")
+            for launch in planned:
+                code = machines((layer,), "l1")[layer, gpu, launch.arrays[-1]]
+                count = counts(launch, channels)
+                part = predict(launch, count, code, gpu, least)
+                codes.append(f"{code.registers}")
+                per_term.append(f"{code.instructions * launch.threads / count.executed:.1f}")
+                times.append(part.microseconds)
+                bounds[part.bound] = None
+            products = sum(part.microseconds for *_, part in _predictions(layer, gpu, which))
+            rows.append([
+                gpu, which, *_tile_text(planned[0])[:2], " / ".join(codes), " / ".join(per_term),
+                f"{sum(times):.1f}", f"{sum(times) / products:.1f}x", ", ".join(bounds),
             ])  # fmt: skip
     return rows
 
@@ -239,6 +268,7 @@ COMPILED = {
     "times gradients": lambda: summary_table("gradients"),
     "code forward": lambda: code_table("forward"),
     "code gradients": lambda: code_table("gradients"),
+    "differences": differences_table,
 }
 
 

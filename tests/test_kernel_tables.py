@@ -6,7 +6,7 @@ import kernel_tables
 import pytest
 from devices import DEVICES, LAYERS
 from kernel_costs import FIGURES, counts, products, wavefronts
-from kernel_tables import COMPILED, PLAIN, README, TABLED, table, text
+from kernel_tables import COMPILED, PASSES, PLAIN, README, TABLED, table, text
 
 PAGE = README.read_text(encoding="utf-8")
 NEWER = "plans changed: run python tests/kernel_tables.py"
@@ -21,6 +21,18 @@ def test_the_page_shows_what_the_plans_give(name):
 def test_the_page_shows_every_layer_and_gpu_compiled(name):
     rows = [row.split(" | ")[:2] for row in table(PAGE, name)[0].splitlines()[2:]]
     assert rows == [[f"| {layer}", gpu] for layer in TABLED for gpu in FIGURES]
+
+
+def test_the_page_shows_differences_on_every_gpu_compiled():
+    rows = [row.split(" | ")[:2] for row in table(PAGE, "differences")[0].splitlines()[2:]]
+    assert rows == [[f"| {gpu}", which] for gpu in FIGURES for which in PASSES]
+
+
+def test_the_page_shows_the_tiles_that_are_planned_for_differences():
+    for row in table(PAGE, "differences")[0].splitlines()[2:]:
+        gpu, which, *tile = row.removeprefix("| ").split(" | ")[:4]
+        planned = kernel_tables.launches("FlowNetC", gpu, which, "l1")[0]
+        assert tile == list(kernel_tables._tile_text(planned)[:2]), NEWER
 
 
 def test_the_figures_of_the_page_are_those_of_the_model():
