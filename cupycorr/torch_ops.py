@@ -219,7 +219,7 @@ def _array(tensor: Tensor) -> npt.NDArray[Any]:
     return tensor.numpy()
 
 
-class _Derivative(torch.autograd.Function):
+class _Rules:
     """What an operator returns, with its derivatives; ``run`` computes the values."""
 
     @staticmethod
@@ -274,6 +274,14 @@ class _Derivative(torch.autograd.Function):
         # Autograd fails on a result without a tangent, beside one that has one.
         fmap = ctx.saved_tensors[0]
         return tuple(fmap.new_zeros(fmap.shape) if t is None else t for t in tangents)
+
+
+class _Derivative(_Rules, torch.autograd.Function):
+    """The rules on all levels of torch.func's transforms."""
+
+
+class _SingleLevelDerivative(_Rules, torch.autograd.function._SingleLevelFunction):
+    """The rules on the level that the dispatcher has come down to."""
 
 
 def _change(slot: int, changes: dict[int, Tensor | None], ctx: Any) -> Tensor | None:
@@ -404,10 +412,9 @@ def _autograd_kernel(operator: _Operator, *arguments: Any) -> Any:
         _warn_of_onnx()
     operands, geometry, normalize = _parse(operator, arguments)
     if _is_differentiated(operands) or torch._C._are_functorch_transforms_active():
-        # The dispatcher has come down to a single level of torch.func's transforms.
-        # autograd.Function.apply would start again at the top, so this calls what it wraps.
+        # autograd.Function.apply would start again at the top.
         with enable_single_level_autograd_function():
-            results = super(torch.autograd.Function, _Derivative).apply(  # type: ignore[no-untyped-call]
+            results = _SingleLevelDerivative.apply(  # type: ignore[attr-defined]
                 _dispatch_below_autograd, operator, geometry, normalize, *operands
             )
     else:
