@@ -28,7 +28,7 @@ def launch(script):
         [*launcher, "--nproc-per-node", "2", TESTS / script],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,  # of a hang; a busy machine takes a minute
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr
