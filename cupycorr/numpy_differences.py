@@ -6,7 +6,7 @@ With zeros outside the maps, over all taps of the windows::
     tangent = sum of s * (tangent1 - tangent2)    grad_fmap1 = sum of s * grad_cost (fmap2: -s)
 
 There is no matrix product in this. Blocks of the maps, at some displacements at a time, are
-subtracted and summed while they are in the cache. Maps are packed with columns of zeros around
+subtracted and summed while they are in a cache. Maps are packed with columns of zeros around
 them, so that blocks need no border. Rows outside would be too many; but what a row adds that meets
 nothing is the same for all displacements, and is worked out once. Channels, where they are many,
 come last in memory: then displaced blocks are long runs, whatever the spacings.
@@ -35,14 +35,19 @@ from cupycorr.parallel import Scratch, workers
 Array = npt.NDArray[Any]
 Lattices = tuple[Lattice, Lattice]
 
-BLOCK_ELEMENTS = 1 << 16
-"""Differences that are computed at a time."""
+BLOCK_ELEMENTS = 1 << 20
+"""Differences that are computed at a time: calls must be long, since threads wait for the
+interpreter between them."""
 VOLUME_ELEMENTS = 1 << 19
 """Sums that a thread holds before it stores them, unless one row has more."""
 MAP_ELEMENTS = 1 << 22
 """Samples are taken together while one of their maps has no more elements than this."""
 CHANNELS_LAST = 16
 """Channels from which on they come last in memory."""
+CHANNELS_AT_ONCE = 64
+"""Channels, at least, whose gradients one thread computes."""
+SAMPLE_ELEMENTS = 1 << 16
+"""Elements of a map, at least, whose gradients it computes, of several samples if need be."""
 UNITS = 8
 """Pieces that work is cut into where it can be: enough for some threads."""
 WORK_OF_TERM = 8
@@ -107,7 +112,10 @@ def backward(
         return
     batch, channels = fmap1.shape[:2]
     # Channels are independent of one another, as samples are.
-    at_once = max(CHANNELS_LAST, -(-channels // UNITS))
+    at_once = max(CHANNELS_AT_ONCE, -(-channels // UNITS))
+    plane = prod(fmap1.shape[2:])
+    together = max(-(-batch // UNITS), SAMPLE_ELEMENTS // (at_once * plane))
+    together = max(1, min(together, _samples((at_once, plane))))
     with workers(_work(fmap1.shape, grad_cost.shape, geometry), threads) as (run, _):
         run(
             [
@@ -119,7 +127,7 @@ def backward(
                     geometry,
                     divisor,
                 )
-                for n in spans(batch, _samples((at_once, *fmap1.shape[2:])))
+                for n in spans(batch, together)
                 for part in spans(channels, at_once)
             ]
         )

@@ -16,6 +16,7 @@ SMALL_BLOCKS = {
     "VOLUME_ELEMENTS": 5,
     "MAP_ELEMENTS": 1,
     "CHANNELS_LAST": 1,
+    "CHANNELS_AT_ONCE": 2,
     "UNITS": 3,
 }
 LARGE = {
