@@ -41,7 +41,8 @@ interpreter between them."""
 VOLUME_ELEMENTS = 1 << 19
 """Sums that a thread holds before it stores them, unless one row has more."""
 MAP_ELEMENTS = 1 << 22
-"""Samples are taken together while one of their maps has no more elements than this."""
+"""Samples are taken together while one of their maps has no more elements than this; gradients
+are computed for so few channels at a time that theirs has not."""
 CHANNELS_LAST = 16
 """Channels from which on they come last in memory."""
 CHANNELS_AT_ONCE = 64
@@ -112,8 +113,9 @@ def backward(
         return
     batch, channels = fmap1.shape[:2]
     # Channels are independent of one another, as samples are.
-    at_once = max(CHANNELS_AT_ONCE, -(-channels // UNITS))
     plane = prod(fmap1.shape[2:])
+    at_once = max(CHANNELS_AT_ONCE, -(-channels // UNITS))
+    at_once = max(1, min(at_once, MAP_ELEMENTS // plane))
     together = max(-(-batch // UNITS), SAMPLE_ELEMENTS // (at_once * plane))
     together = max(1, min(together, _samples((at_once, plane))))
     with workers(_work(fmap1.shape, grad_cost.shape, geometry), threads) as (run, _):
