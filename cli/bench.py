@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
-from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import numpy as np
 
 import cupycorr
 
-from . import cuda, environment, features, measure, report
+from . import cuda, environment, features, measure, progress, report
 from .options import (
     DTYPES,
     Problem,
@@ -169,10 +167,10 @@ def bench(
             able, unable = _split(implementations, problem, kind)
             tiled = any(one.name == "cupycorr cupy" for one in able)
             kernels = _kernels(problem, kind) if tiled else []
-            with _progress(problem.name, len(able) * (runs + 1)) as advance:
+            with progress.bar(problem.name, len(able) * (runs + 1)) as advance:
                 outcomes = measure.compare(
                     able, problem, maps, kind, runs=runs, max_seconds=max_seconds,
-                    advance=advance, stopwatch=stopwatch,
+                    advance=partial(advance, 1), stopwatch=stopwatch,
                 )  # fmt: skip
             entry = report.entry(problem, kind, [*outcomes, *unable, *absent])
             if device == "cuda":
@@ -298,21 +296,3 @@ def _image_maps(
     one, two = features.feature_maps(*images, problem.shape[1], downscale)
     batch = problem.shape[0]
     return np.repeat(one, batch, 0), np.repeat(two, batch, 0)
-
-
-@contextlib.contextmanager
-def _progress(name: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Show a progress bar on standard error if that is a terminal, and nothing otherwise."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=total)
-
-        def advance(current: str) -> None:
-            progress.update(task, advance=1, description=f"{name}: {current}")
-
-        yield advance

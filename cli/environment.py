@@ -138,6 +138,12 @@ def available_memory() -> int:
         return 2 << 30
 
 
+def require_pillow() -> None:
+    """Refuse to go on without what reads and writes images."""
+    if not has("PIL"):
+        raise Unavailable("images need Pillow: pip install 'cupycorr[images]'")
+
+
 def has(module: str) -> bool:
     """Return whether a module is installed, without importing it."""
     return util.find_spec(module) is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .environment import Unavailable, has
+from .environment import Unavailable, require_pillow
 
 Image = npt.NDArray[np.float32]
 
@@ -38,8 +38,7 @@ def load(path: str | Path) -> Image:
     Unavailable
         If Pillow is missing or the file cannot be read.
     """
-    if not has("PIL"):
-        raise Unavailable("images need Pillow: pip install 'cupycorr[images]'")
+    require_pillow()
     from PIL import Image as pillow
     from PIL import ImageOps
 

@@ -92,8 +92,7 @@ def match(
         window = STEREO_WINDOW if stereo else FLOW_WINDOW
     if window % 2 == 0:
         raise click.UsageError(f"--window must be odd, got {window}")
-    if not environment.has("PIL"):
-        raise environment.Unavailable("images need Pillow: pip install 'cupycorr[images]'")
+    environment.require_pillow()
     for file in files:
         fields.refuse(file, stereo)
     if device == "cuda":

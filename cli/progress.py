@@ -8,17 +8,22 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+def bar(name: str, total: int) -> Iterator[Callable[..., None]]:
     """Show a progress bar on standard error if that is a terminal, and nothing otherwise.
 
-    Yields what is called with the amount done since the last call.
+    Yields what is called with the amount done since the last call, and with what it was done for if
+    that is to be shown.
     """
     if not sys.stderr.isatty():
-        yield lambda _: None
+        yield lambda *_: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(name, total=total)
-        yield lambda amount: progress.advance(task, amount)
+
+        def advance(amount: int, what: str = "") -> None:
+            progress.update(task, advance=amount, description=f"{name}: {what}" if what else name)
+
+        yield advance

@@ -482,6 +482,6 @@ def test_a_command_that_fails_prints_no_traceback():
 def test_progress_shows_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    with bench_module._progress("layer", 2) as advance:
-        advance("one")
+    with bench_module.progress.bar("layer", 2) as advance:
+        advance(1, "one")
     assert "layer" in capsys.readouterr().err
