@@ -64,16 +64,8 @@ def forward(
         If CuPy is missing, or torch was built for another kind of GPU; otherwise as
         `cuda_engine.forward`.
     """
-    engine = _engine()
-    with _on_stream_of(fmap1):
-        engine.forward(
-            *map(_array, (fmap1, fmap2, cost)),
-            geometry,
-            similarity=similarity,
-            divisor=divisor,
-            dtype=_dtype(fmap1),
-            allocate=_allocator(fmap1),
-        )
+    tensors = (fmap1, fmap2, cost)
+    _compute("forward", tensors, geometry, similarity=similarity, divisor=divisor)
 
 
 def tangent(
@@ -102,15 +94,7 @@ def tangent(
     RuntimeError
         As `forward`.
     """
-    engine = _engine()
-    with _on_stream_of(fmap1):
-        engine.tangent(
-            *map(_array, (fmap1, fmap2, tangent1, tangent2, cost)),
-            geometry,
-            divisor=divisor,
-            dtype=_dtype(fmap1),
-            allocate=_allocator(fmap1),
-        )
+    _compute("tangent", (fmap1, fmap2, tangent1, tangent2, cost), geometry, divisor=divisor)
 
 
 def backward(
@@ -142,18 +126,17 @@ def backward(
     RuntimeError
         As `forward`.
     """
-    engine = _engine()
-    with _on_stream_of(fmap1):
-        grads = (None if g is None else _array(g) for g in (grad_fmap1, grad_fmap2))
-        engine.backward(
-            *map(_array, (grad_cost, fmap1, fmap2)),
-            *grads,
-            geometry,
-            similarity=similarity,
-            divisor=divisor,
-            dtype=_dtype(fmap1),
-            allocate=_allocator(fmap1),
-        )
+    tensors = (grad_cost, fmap1, fmap2, grad_fmap1, grad_fmap2)
+    _compute("backward", tensors, geometry, similarity=similarity, divisor=divisor)
+
+
+def _compute(function: str, tensors: tuple[Any, ...], geometry: Geometry, **options: Any) -> None:
+    """Call a function of the CUDA engine on tensors, of which but the first may be missing."""
+    engine, like = _engine(), tensors[0]
+    with _on_stream_of(like):
+        arrays = [None if tensor is None else _array(tensor) for tensor in tensors]
+        options |= {"dtype": _dtype(like), "allocate": _allocator(like)}
+        getattr(engine, function)(*arrays, geometry, **options)
 
 
 def _engine() -> Any:
