@@ -8,16 +8,7 @@ import torch
 from torch import Tensor
 
 from cupycorr.api import correlate
-from cupycorr.geometry import Geometry, IntOrPair
-
-_PARAMETERS = (
-    "kernel_size",
-    "patch_size",
-    "stride",
-    "padding",
-    "dilation",
-    "dilation_patch",
-)
+from cupycorr.geometry import Axis, Geometry, IntOrPair
 
 
 class SpatialCorrelationSampler(torch.nn.Module):
@@ -94,7 +85,8 @@ class SpatialCorrelationSampler(torch.nn.Module):
         """Take over a pickled module, spatial-correlation-sampler's as well."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "geometry" not in state:
-            self.geometry = Geometry(*(state[name] for name in _PARAMETERS))
+            fields = {name: state[name] for name in Axis._fields if name in state}
+            self.geometry = Geometry(**fields)
 
     def extra_repr(self) -> str:
         """Return the parameters that differ from their defaults."""
