@@ -348,7 +348,7 @@ def _framed(
         last += (geometry.kernel_size[a] - 1) * geometry.dilation[a]
         least = geometry.first_displacement[a]
         most = least + (geometry.patch_size[a] - 1) * geometry.dilation_patch[a]
-        margins.append(max(0, -first - min(0, least), last + max(0, most) - shape[2 + a]) + 1)
+        margins.append(max(0, -first - min(0, least), last + max(0, most) - shape[2 + a] + 1))
     y, x = margins
     framed = [np.pad(array, ((0, 0), (0, 0), (y, y), (x, x))) for array in maps]
     padding = geometry.padding[0] - y, geometry.padding[1] - x
