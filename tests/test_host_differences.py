@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_host
 from cases import CASES
-from host import DEVICES, ORDERS, SM_75, SM_80, SM_90
+from host import DEVICES, SM_75, SM_80, SM_90
 from test_host import GRADIENT_TILES, LAYERS, MIXED, PRODUCT_TILES, TILED, force, most  # noqa: F401
 
 from cupycorr import verify
@@ -72,17 +72,7 @@ def test_layers_of_networks_are_exact(case, device):
 @BOTH_COPIES
 @SOME
 def test_the_order_of_threads_changes_no_bit(case, device):
-    shape, geometry = TILED[case]
-    rng = np.random.default_rng(0)
-    shapes = geometry.cost_shape(shape), shape, shape
-    grad, *maps = (rng.standard_normal(size).astype(np.float32) for size in shapes)
-    got = []
-    for order in ORDERS:
-        one = engine(DEVICES[device], order=order)
-        cost = one.forward(*maps, geometry, "float32", False)
-        got.append((cost, *one.vjp(grad, *maps, geometry, "float32", False)))
-    differences = test_host.differences(got[0], got[1]) + test_host.differences(got[0], got[2])
-    assert not any(differences)
+    assert not any(test_host.differences_of_orders(DEVICES[device], *TILED[case], "l1"))
 
 
 @pytest.mark.parametrize("mode", ["trace"])
