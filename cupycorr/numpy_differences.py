@@ -373,17 +373,18 @@ def _add_terms(
     if not count:
         return
     upstream = volume[:, patch, both].swapaxes(0, 1)
-    firsts = maps[0][None, :, _pixels(y, both), start]
-    seconds = _displaced(maps[1][:, _pixels(y, both, dy)], all_columns[0], all_dx.step, count)
+    image1, image2 = _pixels(y, both), _pixels(y, both, dy)
+    firsts = maps[0][None, :, image1, start]
+    seconds = _displaced(maps[1][:, image2], all_columns[0], all_dx.step, count)
     for q, rows, across in _blocks((*upstream.shape, maps[0].shape[3])):
         signs = _sign(firsts[:, :, rows, across], seconds[q, :, rows, across], scratch)
         terms = _channels_last(scratch, "terms", signs.shape, volume.dtype)
         np.multiply(signs, upstream[q, :, rows, across, None], out=terms)
         if grads[0] is not None:
-            grads[0][:, _pixels(y, both), start][:, rows, across] += np.add.reduce(terms, axis=0)
+            grads[0][:, image1, start][:, rows, across] += np.add.reduce(terms, axis=0)
         if grads[1] is not None:
             for columns2, term in zip(all_columns[q], terms, strict=True):
-                grads[1][:, _pixels(y, both, dy), columns2][:, rows, across] -= term
+                grads[1][:, image2, columns2][:, rows, across] -= term
 
 
 # Blocks, and where they lie.
