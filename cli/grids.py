@@ -39,7 +39,7 @@ def cut(array: npt.NDArray[Any], rows: range, columns: range) -> npt.NDArray[Any
     return array.take(y, -2).take(x, -1)
 
 
-def around(part: slice, reach: int) -> range:
+def around(part: slice | range, reach: int) -> range:
     """Return the rows of a strip and ``reach`` more on either side."""
     return range(part.start - reach, part.stop + reach)
 

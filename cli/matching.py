@@ -285,8 +285,7 @@ def features(image: Image, rows: range, columns: range) -> Floats:
     compared by H. Hirschmüller and D. Scharstein ("Evaluation of stereo matching costs on images
     with radiometric differences", PAMI 31(9), 2009) the best overall.
     """
-    block = cut(image, *(range(r.start - CENSUS_RADIUS, r.stop + CENSUS_RADIUS)
-                         for r in (rows, columns)))  # fmt: skip
+    block = cut(image, *(around(part, CENSUS_RADIUS) for part in (rows, columns)))
     centre, *neighbours = (
         block[CENSUS_RADIUS + y :, CENSUS_RADIUS + x :][: len(rows), : len(columns)]
         for y, x in [(0, 0), *CENSUS]
