@@ -149,7 +149,7 @@ _OPTIONS: Parameters = {"normalize": False, "similarity": "product"}
 
 
 def _read_cupycorr(normalize: bool, similarity: str, **geometry: Any) -> Setting:
-    if similarity not in _SIMILARITIES.values():
+    if similarity not in SIMILARITIES.values():
         raise ValueError(f"similarity must be 'product' or 'l1', got {similarity!r}")
     return Setting(Geometry(**geometry), normalize, similarity)
 
@@ -204,7 +204,8 @@ _CAFFE: Parameters = {
     "stride_2": 1,
     "correlation_type": "multiply",
 }
-_SIMILARITIES = {"multiply": "product", "subtract": "l1"}
+SIMILARITIES = {"multiply": "product", "subtract": "l1"}
+"""What is summed, by Caffe's correlation_type."""
 
 
 def _read_nvidia(kernel_size: Any, **others: Any) -> Setting:
@@ -246,11 +247,11 @@ def _read_caffe(
         geometry = Geometry.from_correlation1d(*layer, single_direction)
     if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-    if correlation_type not in _SIMILARITIES:
+    if correlation_type not in SIMILARITIES:
         raise ValueError(
             f"correlation_type must be 'multiply' or 'subtract', got {correlation_type!r}"
         )
-    return Setting(geometry, True, _SIMILARITIES[correlation_type], flat=True)
+    return Setting(geometry, True, SIMILARITIES[correlation_type], flat=True)
 
 
 def _write_caffe(setting: Setting) -> Parameters:

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from cupycorr.compat.channels import correlate_channels
 from cupycorr.geometry import Geometry
-
-_SIMILARITIES = {"multiply": "product", "subtract": "l1"}
+from cupycorr.vocabularies import SIMILARITIES
 
 
 class Correlation(torch.nn.Module):
@@ -149,8 +148,8 @@ def _checked(kernel_size: int, do_abs: bool, correlation_type: str) -> str:
             f"do_abs must be False, got {do_abs!r}: the Caffe layer does not use it; take absolute "
             "values of the result with .abs()"
         )
-    if correlation_type.lower() not in _SIMILARITIES:
+    if correlation_type.lower() not in SIMILARITIES:
         raise ValueError(
             f"correlation_type must be 'multiply' or 'subtract', got {correlation_type!r}"
         )
-    return _SIMILARITIES[correlation_type.lower()]
+    return SIMILARITIES[correlation_type.lower()]

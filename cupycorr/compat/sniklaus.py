@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cupycorr.compat.channels import correlate_channels
-from cupycorr.geometry import Geometry
+from cupycorr.vocabularies import read
 
 # What the two maps have been called.
 _SPELLINGS = {
@@ -72,7 +72,9 @@ class ModuleCorrelation(torch.nn.Module):
 
 def _correlation(tenOne: Any, tenTwo: Any, intStride: int | None = None) -> Any:
     if intStride is None:
-        geometry = Geometry(patch_size=9)
+        setting = read("pytorch-pwc", {})
     else:
-        geometry = Geometry(patch_size=7, stride=intStride, dilation_patch=intStride)
-    return correlate_channels(tenOne, tenTwo, geometry, normalize=True, names=("tenOne", "tenTwo"))
+        setting = read("pytorch-liteflownet", {"intStride": intStride})
+    return correlate_channels(
+        tenOne, tenTwo, setting.geometry, normalize=setting.normalize, names=("tenOne", "tenTwo")
+    )
