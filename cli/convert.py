@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import click
 
-from cupycorr import vocabularies
-from cupycorr.vocabularies import REQUIRED, VOCABULARIES, Inexpressible, Setting
+from cupycorr.compat import vocabularies
+from cupycorr.compat.vocabularies import REQUIRED, VOCABULARIES, Inexpressible, Setting
 
 from .options import IntOrPairType
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import cupycorr
 from cupycorr import api
-from cupycorr.cuda_model import LANES
+from cupycorr.cuda.cost import LANES
 
+from .bench.measure import Implementation, Timing
 from .environment import Unavailable
-from .measure import Implementation, Timing
 from .options import Problem
 
 LEAD_SECONDS = 1e-3
@@ -118,7 +118,7 @@ def kernels(problem: Problem, dtype: str) -> list[dict[str, Any]]:
     RuntimeError
         If one does not compile, or cannot be launched.
     """
-    from cupycorr import cuda_engine
+    from cupycorr.cuda import engine as cuda_engine
 
     if 0 in problem.shape:
         return []  # nothing will be launched

@@ -13,7 +13,7 @@ from cupycorr.geometry import Geometry
 
 if TYPE_CHECKING:
     from cupycorr import compat
-    from cupycorr.torch_module import SpatialCorrelationSampler
+    from cupycorr.modules import SpatialCorrelationSampler
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "SpatialCorrelationSampler":
-        from cupycorr.torch_module import SpatialCorrelationSampler
+        from cupycorr.modules import SpatialCorrelationSampler
 
         return SpatialCorrelationSampler
     if name == "compat":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cupycorr import numpy_engine
+from cupycorr.cpu import engine as numpy_engine
 from cupycorr.geometry import Geometry, IntOrPair
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
@@ -201,7 +201,7 @@ def correlate(
     _check_similarity(similarity)
     library = _library(names, (fmap1, fmap2))
     if library == "torch":
-        from cupycorr import torch_ops
+        from cupycorr.torch import operators as torch_ops
 
         fmap1, fmap2 = torch_ops.autocast(fmap1, fmap2)
         _check(names, (fmap1, fmap2), geometry)
@@ -228,7 +228,7 @@ def cupy_cost(
     """Compute the cost volume of checked CuPy arrays; see `cuda_engine.forward`."""
     import cupy
 
-    from cupycorr import cuda_engine
+    from cupycorr.cuda import engine as cuda_engine
 
     with fmap1.device:
         cost = cupy.empty(geometry.cost_shape(fmap1.shape), fmap1.dtype)
@@ -252,7 +252,7 @@ def cupy_gradients(
     """Compute the gradients of checked CuPy arrays; see `cuda_engine.backward`."""
     import cupy
 
-    from cupycorr import cuda_engine
+    from cupycorr.cuda import engine as cuda_engine
 
     with fmap1.device:
         grad1, grad2 = (cupy.empty(fmap1.shape, fmap1.dtype) if n else None for n in needs)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from cupycorr.compat.channels import correlate_channels
+from cupycorr.compat.vocabularies import SIMILARITIES
 from cupycorr.geometry import Geometry
-from cupycorr.vocabularies import SIMILARITIES
 
 
 class Correlation(torch.nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cupycorr.compat.channels import correlate_channels
-from cupycorr.vocabularies import read
+from cupycorr.compat.vocabularies import read
 
 # What the two maps have been called.
 _SPELLINGS = {

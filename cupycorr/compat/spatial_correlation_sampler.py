@@ -1,7 +1,7 @@
 """What spatial-correlation-sampler's package offers, for programs that import it by its name."""
 
 from cupycorr.api import spatial_correlation_sample
-from cupycorr.torch_module import SpatialCorrelationSampler
+from cupycorr.modules import SpatialCorrelationSampler
 
 __all__ = [
     "SpatialCorrelationSampler",

@@ -1,0 +1,3 @@
+"""``cupycorr bench``: how long the cost volume and its gradients take."""
+
+from .command import bench as bench

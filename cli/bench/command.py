@@ -1,0 +1,299 @@
+"""``cupycorr bench``: how long the cost volume and its gradients take."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+import cupycorr
+
+from .. import cuda, environment, progress
+from ..options import (
+    DTYPES,
+    Problem,
+    Sizes,
+    device_argument,
+    engine_option,
+    problem_options,
+    refuse_engines,
+)
+from ..presets import PRESETS, chosen_problems, preset_option
+from . import features, measure, report
+from .peers import ITEMSIZE, PEERS, missing
+
+NO_PEER_ON_CUDA = "runs on torch tensors, which bench does not measure on cuda"
+
+
+@click.command(short_help="Measure the time of forward and backward.")
+@device_argument
+@problem_options(PRESETS["default"])
+@click.option("-d", "--dtype", type=click.Choice(list(DTYPES)), default="float", show_default=True)
+@click.option(
+    "--scale",
+    type=click.Choice(list(report.SCALES)),
+    default="us",
+    show_default=True,
+    help="Unit of the times.",
+)
+@click.option(
+    "-r",
+    "--runs",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Runs per implementation.",
+)
+@click.option(
+    "--max-seconds",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Stop an implementation early after so much time, but not before 3 runs.",
+)
+@preset_option
+@click.option(
+    "--images",
+    nargs=2,
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="A B",
+    help="Filter two image files into feature maps, and measure on these; one pair unless -b is "
+    "given.",
+)
+@click.option(
+    "--downscale",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Pixels of the images per position of the feature maps.",
+)
+@engine_option(
+    "What cupycorr computes on, repeatable: arrays of numpy or tensors of torch on cpu; arrays of "
+    "cupy on cuda, plain: by the plain kernels alone.  [default: all that is there, but not plain]"
+)
+@click.option(
+    "--against",
+    "against",
+    multiple=True,
+    type=click.Choice([*PEERS, "all"]),
+    help="Another implementation to measure in turns with cupycorr; repeatable.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads of every implementation on cpu.  [default: the usable cores]",
+)
+@click.option("--cold", is_flag=True, help="On cuda, empty the L2 cache before each run.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Write parameters, machine and the seconds of every run.",
+)
+def bench(
+    device: str,
+    sizes: Sizes,
+    dtype: str,
+    scale: str,
+    runs: int,
+    max_seconds: float,
+    presets: tuple[str, ...],
+    images: tuple[str, str] | None,
+    downscale: int,
+    engines: tuple[str, ...],
+    against: tuple[str, ...],
+    threads: int | None,
+    cold: bool,
+    json_file: Path | None,
+) -> None:
+    """Measure forward and backward, on random maps or on those of two images.
+
+    Backward is timed on its own and computes both gradients. Before anything is timed, its
+    results are compared with those of cupycorr on NumPy arrays, to the bit, on maps of -1, 0 and
+    1; what differs is reported and not timed. All implementations run in turns, on as many threads.
+    On cuda the device's own time counts, by events on the current stream.
+
+    Exits with 1 if cupycorr itself fails, and with 2 if the options are wrong or something is
+    missing.
+    """
+    refuse_engines(device, engines)
+    if device == "cuda" and "torch" in engines:
+        raise click.UsageError("bench cuda measures arrays of cupy, got --engine torch")
+    _refuse_options(device, threads, cold)
+    if device == "cuda":
+        environment.require_cuda()
+    kind = DTYPES[dtype]
+    problems = chosen_problems(sizes, presets)
+    implementations, absent = _implementations(device, engines, against, kind, sizes.similarity)
+    pair = None if images is None else features.load_pair(*images)
+    if pair is not None:
+        problems = [_on_images(problem, pair, downscale, sizes) for problem in problems]
+    for problem in problems:
+        _refuse_too_large(problem, kind)
+        if device == "cuda":
+            cuda.refuse_too_large(problem, ITEMSIZE[kind], cold)
+    count = environment.usable_cores() if threads is None else threads
+    torch_too = any(one.library == "torch" for one in implementations)
+    with measure.threads(count, torch_too):
+        document: dict[str, Any] = {
+            "cupycorr": cupycorr.__version__,
+            "machine": environment.machine(),
+            "device": device,
+            "dtype": kind,
+            "runs": runs,
+            "max_seconds": max_seconds,
+            "input": "random" if images is None else {"images": images, "downscale": downscale},
+            "problems": [],
+        }
+        if device == "cuda":
+            document |= {"cuda": cuda.device(), "cold": cold}
+            stopwatch: measure.Stopwatch = cuda.Stopwatch(cold)
+        else:
+            gemm = {"size": measure.GEMM_SIZE, "seconds": measure.gemm_seconds(kind)}
+            document |= {"threads": count, "gemm": gemm}
+            stopwatch = measure.by_clock
+        report.heading(document)
+        for problem in problems:
+            maps = (
+                measure.random_maps(problem.shape, kind)
+                if pair is None
+                else _image_maps(problem, pair, downscale)
+            )
+            able, unable = _split(implementations, problem, kind)
+            tiled = any(one.name == "cupycorr cupy" for one in able)
+            kernels = _kernels(problem, kind) if tiled else []
+            with progress.bar(problem.name, len(able) * (runs + 1)) as advance:
+                outcomes = measure.compare(
+                    able, problem, maps, kind, runs=runs, max_seconds=max_seconds,
+                    advance=partial(advance, 1), stopwatch=stopwatch,
+                )  # fmt: skip
+            entry = report.entry(problem, kind, [*outcomes, *unable, *absent])
+            if device == "cuda":
+                entry["kernels"] = kernels
+            document["problems"].append(entry)
+            report.show(document, entry, scale)
+    if json_file is not None:
+        json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if report.own_failure(document):
+        raise click.exceptions.Exit(1)
+
+
+def _refuse_options(device: str, threads: int | None, cold: bool) -> None:
+    """Refuse options that say nothing about a device."""
+    if device == "cuda" and threads is not None:
+        raise click.UsageError("--threads is for cpu, got cuda")
+    if device == "cpu" and cold:
+        raise click.UsageError("--cold is for cuda, got cpu")
+
+
+def _kernels(problem: Problem, dtype: str) -> list[dict[str, Any]]:
+    try:
+        return cuda.kernels(problem, dtype)
+    except RuntimeError:
+        return []  # what is wrong will be met again, and reported, when results are compared
+
+
+def _implementations(
+    device: str,
+    engines: tuple[str, ...],
+    against: tuple[str, ...],
+    dtype: str,
+    similarity: str,
+) -> tuple[list[measure.Implementation], list[measure.Outcome]]:
+    """Return what can be measured here, and why the rest of what was asked for cannot.
+
+    Raises
+    ------
+    environment.Unavailable
+        If something that was asked for by name is missing.
+    """
+    no_bfloat16 = (
+        "bfloat16 needs ml_dtypes, not installed"
+        if dtype == "bfloat16" and not environment.has("ml_dtypes")
+        else None
+    )
+    if device == "cuda":
+        candidates = [(cuda.implementation(name, similarity), True, no_bfloat16)
+                      for name in dict.fromkeys(engines or ("cupy",))]  # fmt: skip
+    else:
+        no_torch = None if environment.has("torch") else "needs torch, not installed"
+        candidates = [(measure.ours(name, similarity), name in engines, obstacle)
+                      for name, obstacle in (("numpy", no_bfloat16), ("torch", no_torch))
+                      if name in engines or not engines]  # fmt: skip
+    candidates += [
+        (
+            measure.Implementation(name, "torch", peer.summing(similarity)),
+            name in against,
+            NO_PEER_ON_CUDA if device == "cuda" else missing(peer, similarity),
+        )
+        for name, peer in PEERS.items()
+        if name in against or "all" in against
+    ]
+    present, absent = [], []
+    for one, asked, obstacle in candidates:
+        if obstacle is None:
+            present.append(one)
+        elif asked:
+            raise environment.Unavailable(f"{one.name} {obstacle}")
+        elif one.name != "cupycorr torch":
+            absent.append(measure.Outcome(one.name, "skipped", obstacle))
+    return present, absent
+
+
+def _split(
+    implementations: list[measure.Implementation], problem: Problem, dtype: str
+) -> tuple[list[measure.Implementation], list[measure.Outcome]]:
+    """Separate what covers this problem from what does not."""
+    able, unable = [], []
+    for one in implementations:
+        peer = PEERS.get(one.name)
+        obstacle = peer and peer.obstacle(problem.shape, problem.geometry, dtype)
+        if obstacle:
+            unable.append(measure.Outcome(one.name, "skipped", obstacle))
+        else:
+            able.append(one)
+    return able, unable
+
+
+def _refuse_too_large(problem: Problem, dtype: str) -> None:
+    """Refuse what does not fit into memory before it takes the machine down."""
+    maps, cost = prod(problem.shape), prod(problem.geometry.cost_shape(problem.shape))
+    # At most at once: two libraries' maps, gradients and results, and the float originals.
+    needed = (6 * maps + 3 * cost) * (ITEMSIZE[dtype] + max(4, ITEMSIZE[dtype]))
+    available = environment.available_memory()
+    if needed > available:
+        raise environment.Unavailable(
+            f"{problem.name}: maps {problem.shape} and a cost volume of "
+            f"{problem.geometry.cost_shape(problem.shape)} need about {needed / 1e9:.1f} GB, "
+            f"got {available / 1e9:.1f} GB of free memory"
+        )
+
+
+Pair = tuple[features.Image, features.Image]
+
+
+def _on_images(problem: Problem, images: Pair, downscale: int, sizes: Sizes) -> Problem:
+    """Give a problem the size of the images' feature maps."""
+    height, width = (size // downscale for size in images[0].shape)
+    batch = problem.shape[0] if "batch_size" in sizes.given else 1
+    shape = (batch, problem.shape[1], height, width)
+    try:
+        problem.geometry.cost_shape(shape)
+    except ValueError as error:
+        raise click.UsageError(f"{problem.name}: {error}") from None
+    return problem._replace(shape=shape)
+
+
+def _image_maps(
+    problem: Problem, images: Pair, downscale: int
+) -> tuple[measure.Array, measure.Array]:
+    """Return the feature maps of the images, as often as the batch is large."""
+    one, two = features.feature_maps(*images, problem.shape[1], downscale)
+    batch = problem.shape[0]
+    return np.repeat(one, batch, 0), np.repeat(two, batch, 0)

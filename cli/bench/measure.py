@@ -1,0 +1,336 @@
+"""Time and memory of implementations, measured side by side on the same maps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from math import prod, sqrt
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cupycorr import Geometry, correlation, correlation_vjp, verify
+
+from ..options import Problem
+from .memory import peak
+
+Array = npt.NDArray[Any]
+PASSES = ("forward", "backward")
+GEMM_SIZE = 2048
+LEAST_RUNS = 3
+
+
+class Implementation(NamedTuple):
+    """What is measured.
+
+    correlate : (fmap1, fmap2, geometry) -> cost, on arrays of the library
+    vjp : (grad_cost, fmap1, fmap2, geometry) -> (grad_fmap1, grad_fmap2), or None for autograd's
+    """
+
+    name: str
+    library: str
+    correlate: Callable[[Any, Any, Geometry], Any]
+    vjp: Callable[[Any, Any, Any, Geometry], tuple[Any, Any]] | None = None
+
+
+class Timing(NamedTuple):
+    """The seconds of one run, and on a CUDA device those that launching it took Python."""
+
+    seconds: float
+    host_seconds: float | None = None
+
+
+Stopwatch = Callable[[Callable[[], Any]], tuple[Timing, Any]]
+
+
+class Measured(NamedTuple):
+    """Of one pass: the time of each run, and the peak of memory beyond inputs and outputs."""
+
+    timings: list[Timing]
+    extra_bytes: int
+
+    @property
+    def seconds(self) -> list[float]:
+        """The seconds of each run."""
+        return [timing.seconds for timing in self.timings]
+
+    @property
+    def host_seconds(self) -> list[float]:
+        """The seconds until each run was launched; none on the CPU."""
+        return [t.host_seconds for t in self.timings if t.host_seconds is not None]
+
+    @property
+    def least(self) -> float:
+        """The shortest run."""
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        """The median run."""
+        return median(self.seconds)
+
+    @property
+    def mean(self) -> float:
+        """The mean of all runs."""
+        return fmean(self.seconds)
+
+
+class Outcome(NamedTuple):
+    """What became of one implementation: passes if timed, else why not."""
+
+    name: str
+    status: str
+    reason: str = ""
+    passes: dict[str, Measured] | None = None
+
+
+class _Maps(NamedTuple):
+    fmap1: Any
+    fmap2: Any
+    grad_cost: Any
+
+
+def ours(library: str, similarity: str) -> Implementation:
+    """Return this package on NumPy arrays or on torch tensors."""
+    vjp = partial(correlation_vjp, similarity=similarity) if library == "numpy" else None
+    correlate = partial(correlation, similarity=similarity)
+    return Implementation(f"cupycorr {library}", library, correlate, vjp)
+
+
+@contextlib.contextmanager
+def threads(count: int, torch_too: bool) -> Iterator[None]:
+    """Hold BLAS, OpenMP and torch to so many threads."""
+    import threadpoolctl
+
+    if torch_too:
+        # Its profiler, which `extra memory` is read from, reports each start and stop otherwise.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+    try:
+        with threadpoolctl.threadpool_limits(count):
+            yield
+    finally:
+        if torch_too:
+            torch.set_num_threads(before)
+
+
+def gemm_seconds(dtype: str, runs: int = 5) -> list[float]:
+    """Time dense square products by NumPy; in float32 for the 16-bit dtypes."""
+    kind = np.float64 if dtype == "float64" else np.float32
+    one, two = np.random.default_rng(0).standard_normal((2, GEMM_SIZE, GEMM_SIZE)).astype(kind)
+    product = np.empty_like(one)
+    np.matmul(one, two, out=product)
+    timings = [by_clock(lambda: np.matmul(one, two, out=product))[0] for _ in range(runs)]
+    return [timing.seconds for timing in timings]
+
+
+def random_maps(shape: tuple[int, ...], dtype: str) -> tuple[Array, Array]:
+    """Return normally distributed maps, float32 unless the dtype is float64."""
+    kind = np.float64 if dtype == "float64" else np.float32
+    generator = np.random.default_rng(0)
+    return generator.standard_normal(shape, kind), generator.standard_normal(shape, kind)
+
+
+def compare(
+    implementations: list[Implementation],
+    problem: Problem,
+    maps: tuple[Array, Array],
+    dtype: str,
+    *,
+    runs: int,
+    max_seconds: float,
+    advance: Callable[[str], None],
+    stopwatch: Stopwatch | None = None,
+) -> list[Outcome]:
+    """Check implementations against this package, then time them in turns.
+
+    Parameters
+    ----------
+    implementations : list of Implementation
+        What is measured.
+    problem : Problem
+        Shape and geometry.
+    maps : (array (N, C, H, W), array (N, C, H, W))
+        The maps that are timed; values of this dtype's kind.
+    dtype : {"float16", "bfloat16", "float32", "float64"}
+        What is computed in.
+    runs : int
+        Rounds; in each, every implementation runs forward and backward once.
+    max_seconds : float
+        An implementation that has used so much time stops after at least three rounds.
+    advance : (name) -> None
+        Called after each step of a name.
+    stopwatch : call -> (Timing, result), optional
+        What measures the time of a call; by default `by_clock`.
+    """
+    stopwatch = by_clock if stopwatch is None else stopwatch
+    geometry = problem.geometry
+    generator = np.random.default_rng(1)
+    grad = generator.standard_normal(geometry.cost_shape(problem.shape), np.float32)
+    outcomes: dict[str, Outcome] = {}
+    reference = _reference(problem, dtype)
+    arrays: dict[str, _Maps] = {}
+    for library in dict.fromkeys(one.library for one in implementations):
+        arrays[library] = _maps((*maps, grad), library, dtype)
+    memory: dict[str, tuple[int, int]] = {}
+    for one in implementations:
+        try:
+            error = _mistake(one, problem, dtype, *reference)
+            if error is None:
+                memory[one.name] = _extra_memory(one, arrays[one.library], geometry)
+            else:
+                outcomes[one.name] = Outcome(one.name, "wrong", error)
+        except (RuntimeError, TypeError, ValueError, MemoryError) as failure:
+            text = " ".join(str(failure).split())
+            outcomes[one.name] = Outcome(
+                one.name, "failed", f"{type(failure).__name__}: {text[:200]}"
+            )
+        advance(one.name)
+    del reference
+    timings = _rounds(
+        [one for one in implementations if one.name in memory], arrays, geometry, stopwatch,
+        runs=runs, max_seconds=max_seconds, advance=advance,
+    )  # fmt: skip
+    for name, extra in memory.items():
+        passes = {p: Measured(timings[name][i], extra[i]) for i, p in enumerate(PASSES)}
+        outcomes[name] = Outcome(name, "timed", passes=passes)
+    return [outcomes[one.name] for one in implementations]
+
+
+def _rounds(
+    implementations: list[Implementation],
+    arrays: dict[str, _Maps],
+    geometry: Geometry,
+    stopwatch: Stopwatch,
+    *,
+    runs: int,
+    max_seconds: float,
+    advance: Callable[[str], None],
+) -> dict[str, tuple[list[Timing], list[Timing]]]:
+    """Run everything once per round, so that what else the machine does meets all alike.
+
+    Everything has run before, for its results and for its memory, and here once more, because
+    CuPy's pool does not yet hold the memory of the results: that is the warm-up.
+    """
+    timings: dict[str, tuple[list[Timing], list[Timing]]] = {}
+    for one in implementations:
+        timings[one.name] = [], []
+        if one.library == "cupy":
+            _round(one, arrays[one.library], geometry, stopwatch)
+    for _ in range(runs):
+        for one in implementations:
+            forward, backward = timings[one.name]
+            used = sum(timing.seconds for timing in (*forward, *backward))
+            if len(forward) >= LEAST_RUNS and used >= max_seconds:
+                continue
+            taken = _round(one, arrays[one.library], geometry, stopwatch)
+            forward.append(taken[0])
+            backward.append(taken[1])
+            advance(one.name)
+    return timings
+
+
+def _round(
+    one: Implementation, maps: _Maps, geometry: Geometry, stopwatch: Stopwatch
+) -> tuple[Timing, Timing]:
+    forward, cost = stopwatch(lambda: one.correlate(maps.fmap1, maps.fmap2, geometry))
+    backward, _ = stopwatch(lambda: _gradients(one, maps, geometry, cost))
+    return forward, backward
+
+
+def _gradients(one: Implementation, maps: _Maps, geometry: Geometry, cost: Any) -> tuple[Any, Any]:
+    """Compute both gradients; torch's graph comes from the forward pass."""
+    if one.vjp is not None:
+        return one.vjp(maps.grad_cost, maps.fmap1, maps.fmap2, geometry)
+    import torch
+
+    grad1, grad2 = torch.autograd.grad(cost, (maps.fmap1, maps.fmap2), maps.grad_cost)
+    return grad1, grad2
+
+
+def _reference(problem: Problem, dtype: str) -> tuple[list[Array], list[Array]]:
+    """Return maps on which every sum is exact in the dtype, and this package's results.
+
+    Values are -1, 0 and 1, and so few are not 0 that absolute values add up to about 64, partial
+    sums that every dtype holds exactly in every order (bfloat16 up to 256).
+    """
+    _, shape, geometry, similarity = problem
+    generator = np.random.default_rng(2)
+    terms = max(shape[1], prod(geometry.patch_size)) * geometry.window_taps
+    share = 64 / max(1, terms)
+    chance = min(2 / 3, sqrt(share) if similarity == "product" else share / 2)
+    kind = np.float64 if dtype == "float64" else np.float32
+    exact = []
+    for size in (shape, shape, geometry.cost_shape(shape)):
+        uniform = generator.random(size, np.float32)
+        values = (uniform < chance).astype(kind)
+        values[uniform < chance / 2] = -1
+        exact.append(values)
+    cost = correlation(exact[0], exact[1], geometry, similarity=similarity)
+    grads = correlation_vjp(exact[2], exact[0], exact[1], geometry, similarity=similarity)
+    return exact, [cost, *grads]
+
+
+def _mistake(
+    one: Implementation, problem: Problem, dtype: str, exact: list[Array], want: list[Array]
+) -> str | None:
+    """Describe the first result that is not equal to this package's, or return None."""
+    maps = _maps(exact, one.library, dtype)
+    cost = one.correlate(maps.fmap1, maps.fmap2, problem.geometry)
+    got = (cost, *_gradients(one, maps, problem.geometry, cost))
+    for name, result, wanted in zip(("cost", "grad_fmap1", "grad_fmap2"), got, want, strict=True):
+        error = verify.difference(_widened(result, wanted.dtype), wanted)
+        if error is not None:
+            return f"{name}: {error}"
+    return None
+
+
+def _maps(values: Sequence[Array], library: str, dtype: str) -> _Maps:
+    """Bring values into a library's arrays of a dtype; torch's maps want gradients."""
+    if library == "numpy":
+        if dtype == "bfloat16":
+            import ml_dtypes
+
+            return _Maps(*(array.astype(ml_dtypes.bfloat16) for array in values))
+        return _Maps(*(array.astype(dtype) for array in values))
+    if library == "cupy":
+        import cupy
+
+        return _Maps(*map(cupy.asarray, _maps(values, "numpy", dtype)))
+    import torch
+
+    kind = getattr(torch, dtype)
+    tensors = [torch.from_numpy(array).to(kind, copy=True) for array in values]
+    return _Maps(tensors[0].requires_grad_(), tensors[1].requires_grad_(), tensors[2])
+
+
+def _widened(result: Any, kind: np.dtype[Any]) -> Array:
+    """Return a result of any library as a NumPy array of a kind that holds its values."""
+    if hasattr(result, "detach"):
+        result = result.detach().double().numpy()
+    elif not isinstance(result, np.ndarray):
+        result = result.get()  # CuPy's; synchronises
+    array: Array = result.astype(kind)
+    return array
+
+
+def by_clock(call: Callable[[], Any]) -> tuple[Timing, Any]:
+    """Time a call by the wall clock; return its result too."""
+    start = time.perf_counter()
+    result = call()
+    return Timing(time.perf_counter() - start), result
+
+
+def _extra_memory(one: Implementation, maps: _Maps, geometry: Geometry) -> tuple[int, int]:
+    """Return the peaks of both passes beyond inputs and outputs, in bytes."""
+    forward, cost = peak(lambda: one.correlate(maps.fmap1, maps.fmap2, geometry), one.library)
+    backward, grads = peak(lambda: _gradients(one, maps, geometry, cost), one.library)
+    return max(0, forward - cost.nbytes), max(0, backward - sum(g.nbytes for g in grads))

@@ -1,0 +1,275 @@
+"""Other ways to compute a cost volume on torch tensors, to measure this package against.
+
+The three written here are what people use in plain torch: slices of a padded map, one product per
+displacement; ``unfold``, all displacements copied side by side; and the products of all pairs of
+positions, of which the wanted ones are gathered. Each covers every geometry, and sums the windows
+after the channels as this package does. The fourth is a compiled extension, if it is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from math import gcd, prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cupycorr import Geometry
+from cupycorr.geometry import Pair
+
+from ..environment import available_memory, has
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Combination = Callable[["Tensor", "Tensor"], "Tensor"]
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+class Peer(NamedTuple):
+    """Another implementation.
+
+    correlate : (fmap1, fmap2, geometry) -> cost, on torch tensors
+    obstacle : (shape, geometry, dtype name) -> why it cannot compute this, or None
+    differences : like correlate, of absolute differences, or None
+    """
+
+    name: str
+    module: str
+    correlate: Callable[[Any, Any, Geometry], Any]
+    obstacle: Callable[[tuple[int, int, int, int], Geometry, str], str | None]
+    differences: Callable[[Any, Any, Geometry], Any] | None = None
+
+    def summing(self, similarity: str) -> Callable[[Any, Any, Geometry], Any]:
+        """Return what computes a similarity, as far as it can."""
+        return self.differences or self.correlate if similarity == "l1" else self.correlate
+
+
+class _Lattice(NamedTuple):
+    """One axis: lattice positions in the first map and, per displacement, in the second."""
+
+    step: int
+    span: int
+    start: int
+    shift: int
+    displacements: int
+    spacing: int
+    taps: tuple[slice, ...]
+
+    @property
+    def size(self) -> int:
+        return (self.span - 1) // self.step + 1
+
+    def padding1(self, pixels: int) -> Pair:
+        return max(0, -self.start), max(0, self.start + self.span - pixels)
+
+    def padding2(self, pixels: int) -> Pair:
+        start = self.start + self.shift
+        stop = start + self.span + (self.displacements - 1) * self.spacing
+        return max(0, -start), max(0, stop - pixels)
+
+    def slice1(self) -> slice:
+        first = max(0, self.start)
+        return slice(first, first + self.span, self.step)
+
+    def slice2(self, displacement: int) -> slice:
+        first = max(0, self.start + self.shift) + displacement * self.spacing
+        return slice(first, first + self.span, self.step)
+
+    def all2(self) -> slice:
+        first = max(0, self.start + self.shift)
+        return slice(first, first + self.span + (self.displacements - 1) * self.spacing)
+
+
+def _times(one: Tensor, two: Tensor) -> Tensor:
+    return one * two
+
+
+def _apart(one: Tensor, two: Tensor) -> Tensor:
+    return (one - two).abs()
+
+
+def slices(
+    fmap1: Tensor, fmap2: Tensor, geometry: Geometry, combine: Combination = _times
+) -> Tensor:
+    """Combine and sum over the channels once per displacement."""
+    import torch
+
+    y, x = _lattices(fmap1.shape, geometry)
+    base, padded = _padded(fmap1, fmap2, y, x)
+    sums = [
+        combine(base, padded[:, :, y.slice2(p), x.slice2(q)]).sum(1)
+        for p in range(y.displacements)
+        for q in range(x.displacements)
+    ]
+    return _windows(torch.stack(sums, 1), y, x)
+
+
+def unfold(
+    fmap1: Tensor, fmap2: Tensor, geometry: Geometry, combine: Combination = _times
+) -> Tensor:
+    """Lay out all displacements of the second map, then combine and sum over the channels."""
+    from torch.nn import functional
+
+    y, x = _lattices(fmap1.shape, geometry)
+    base, padded = _padded(fmap1, fmap2, y, x)
+    columns = functional.unfold(
+        padded[:, :, y.all2(), x.all2()],
+        kernel_size=geometry.patch_size,
+        dilation=geometry.dilation_patch,
+        stride=(y.step, x.step),
+    )
+    displaced = columns.view(*base.shape[:2], -1, y.size * x.size)
+    return _windows(combine(base.flatten(2).unsqueeze(2), displaced).sum(1), y, x)
+
+
+def all_pairs(fmap1: Tensor, fmap2: Tensor, geometry: Geometry) -> Tensor:
+    """Multiply all positions with all positions, and gather the displacements."""
+    import torch
+
+    y, x = _lattices(fmap1.shape, geometry)
+    base, _ = _padded(fmap1, fmap2, y, x)
+    height, width = fmap2.shape[2:]
+    pairs = base.flatten(2).transpose(1, 2) @ fmap2.flatten(2)
+    targets, inside = [], []
+    for axis, size in ((y, height), (x, width)):
+        positions = axis.start + axis.shift + axis.step * torch.arange(axis.size)[:, None]
+        positions = positions + axis.spacing * torch.arange(axis.displacements)
+        inside.append((positions >= 0) & (positions < size))
+        targets.append(positions.clamp(0, size - 1))
+    # Axes: lattice y, lattice x, displacement y, displacement x.
+    index = targets[0][:, None, :, None] * width + targets[1][None, :, None, :]
+    within = inside[0][:, None, :, None] & inside[1][None, :, None, :]
+    count = y.size * x.size
+    index, within = index.reshape(1, count, -1), within.reshape(1, count, -1)
+    products = pairs.gather(2, index.expand(len(base), -1, -1)) * within
+    return _windows(products.transpose(1, 2), y, x)
+
+
+def sampler(fmap1: Tensor, fmap2: Tensor, geometry: Geometry) -> Tensor:
+    """Call spatial-correlation-sampler."""
+    from spatial_correlation_sampler import spatial_correlation_sample
+
+    cost: Tensor = spatial_correlation_sample(
+        fmap1,
+        fmap2,
+        kernel_size=geometry.kernel_size,
+        patch_size=geometry.patch_size,
+        stride=geometry.stride,
+        padding=geometry.padding,
+        dilation=geometry.dilation,
+        dilation_patch=geometry.dilation_patch,
+    )
+    return cost
+
+
+def _lattices(shape: tuple[int, ...], geometry: Geometry) -> tuple[_Lattice, _Lattice]:
+    """Lay out both axes: with a window, positions gcd(stride, dilation) apart hold every tap."""
+    lattices = []
+    for axis, size in ((geometry.y, shape[2]), (geometry.x, shape[3])):
+        step = gcd(axis.stride, axis.dilation) if axis.kernel_size > 1 else axis.stride
+        reach = (axis.output_size(size) - 1) * axis.stride
+        taps = tuple(
+            slice(tap * axis.dilation // step, (tap * axis.dilation + reach) // step + 1,
+                  axis.stride // step)
+            for tap in range(axis.kernel_size)
+        )  # fmt: skip
+        lattices.append(
+            _Lattice(
+                step=step,
+                span=reach + axis.window_extent,
+                start=-axis.padding,
+                shift=axis.first_displacement,
+                displacements=axis.patch_size,
+                spacing=axis.dilation_patch,
+                taps=taps,
+            )
+        )
+    return lattices[0], lattices[1]
+
+
+def _padded(fmap1: Tensor, fmap2: Tensor, y: _Lattice, x: _Lattice) -> tuple[Tensor, Tensor]:
+    """Return the first map's lattice positions, and the second map with room to be displaced."""
+    from torch.nn import functional
+
+    height, width = fmap1.shape[2:]
+    one = functional.pad(fmap1, (*x.padding1(width), *y.padding1(height)))
+    two = functional.pad(fmap2, (*x.padding2(width), *y.padding2(height)))
+    return one[:, :, y.slice1(), x.slice1()], two
+
+
+def _windows(products: Tensor, y: _Lattice, x: _Lattice) -> Tensor:
+    """Sum the windows, rows then columns, of (N, displacements, positions on the lattice)."""
+    patch = (y.displacements, x.displacements)
+    volume = products.reshape(products.shape[0], *patch, y.size, x.size)
+    rows = sum(volume[..., tap, :] for tap in y.taps[1:]) + volume[..., y.taps[0], :]
+    cost: Tensor = sum(rows[..., tap] for tap in x.taps[1:]) + rows[..., x.taps[0]]
+    return cost.contiguous()
+
+
+def _never(shape: tuple[int, int, int, int], geometry: Geometry, dtype: str) -> str | None:
+    if 0 in shape[:2]:
+        return "covers no empty batch and no empty channels"
+    return None
+
+
+def _unfold_obstacle(
+    shape: tuple[int, int, int, int], geometry: Geometry, dtype: str
+) -> str | None:
+    y, x = _lattices(shape, geometry)
+    entries = prod(shape[:2]) * prod(geometry.patch_size) * y.size * x.size
+    # The copies, their products, and the gradients of both.
+    return _never(shape, geometry, dtype) or _too_large(4 * entries * ITEMSIZE[dtype])
+
+
+def _all_pairs_obstacle(
+    shape: tuple[int, int, int, int], geometry: Geometry, dtype: str
+) -> str | None:
+    y, x = _lattices(shape, geometry)
+    entries = shape[0] * y.size * x.size * shape[2] * shape[3]
+    # The products and their gradient, once more as a copy.
+    return _never(shape, geometry, dtype) or _too_large(3 * entries * ITEMSIZE[dtype])
+
+
+def _sampler_obstacle(
+    shape: tuple[int, int, int, int], geometry: Geometry, dtype: str
+) -> str | None:
+    if dtype in ("float16", "bfloat16"):
+        # Version 0.5 throws inside a parallel region there, which ends the process.
+        return f"does not compute in {dtype} on the CPU"
+    centred = Geometry(
+        patch_size=geometry.patch_size, dilation_patch=geometry.dilation_patch
+    ).first_displacement
+    if geometry.first_displacement != centred:
+        return "has only centred patches"
+    return None
+
+
+def _too_large(needed: int) -> str | None:
+    available = available_memory()
+    if needed <= available // 2:
+        return None
+    return f"needs {needed / 1e9:.1f} GB, more than half of the {available / 1e9:.1f} GB free"
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer(
+            "spatial-correlation-sampler", "spatial_correlation_sampler", sampler,
+            _sampler_obstacle,
+        ),
+        Peer("torch-slices", "torch", slices, _never, partial(slices, combine=_apart)),
+        Peer(
+            "torch-unfold", "torch", unfold, _unfold_obstacle, partial(unfold, combine=_apart)
+        ),
+        Peer("torch-all-pairs", "torch", all_pairs, _all_pairs_obstacle),
+    )
+}  # fmt: skip
+
+
+def missing(peer: Peer, similarity: str) -> str | None:
+    """Return what a peer lacks: what must be installed, or the similarity; or None."""
+    if similarity == "l1" and peer.differences is None:
+        return "has products only"
+    absent = [name for name in dict.fromkeys(("torch", peer.module)) if not has(name)]
+    return f"needs {' and '.join(absent)}, not installed" if absent else None

@@ -1,0 +1,153 @@
+"""``cupycorr match``: where the pixels of one image are seen in another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import numpy as np
+
+import cupycorr
+from cupycorr import Geometry
+
+from .. import environment, progress
+from ..bench import features
+from . import fields, search
+from .grids import Floats
+
+FLOW_WINDOW, STEREO_WINDOW = 9, 7
+"""Of the sizes tried on photographs the best: one search for stereo needs less support."""
+
+
+@click.command(short_help="Match two images: optical flow, or disparities.")
+@click.argument("image_a", metavar="A", type=click.Path(exists=True, dir_okay=False))
+@click.argument("image_b", metavar="B", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--out",
+    "files",
+    required=True,
+    multiple=True,
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="What to write, by its suffix: .npy, .flo for flow, .pfm for disparities, or a picture's; "
+    "repeatable.",
+)
+@click.option("--stereo", is_flag=True, help="A and B are the left and right view, rectified.")
+@click.option(
+    "--max-displacement",
+    "reach",
+    type=click.IntRange(1, 4096),
+    default=64,
+    show_default=True,
+    metavar="PIXELS",
+    help="How far to search: along each axis, or for stereo from 0 to the left.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(1, 101),
+    metavar="PIXELS",
+    help="Size of the square whose costs are summed, odd.  "
+    f"[default: {FLOW_WINDOW}, or {STEREO_WINDOW} for stereo]",
+)
+@click.option(
+    "--full",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="PIXELS",
+    help="Length of the fullest colour in pictures.  [default: such that 99 % are shorter]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where to compute the cost volumes; results are the same.",
+)
+@click.option("--legend", is_flag=True, help="Show in pictures what the colours mean.")
+def match(
+    image_a: str,
+    image_b: str,
+    files: tuple[Path, ...],
+    stereo: bool,
+    reach: int,
+    window: int | None,
+    full: float | None,
+    device: str,
+    legend: bool,
+) -> None:
+    """Find where each pixel of image A is seen in image B, by their cost volume.
+
+    Both images become maps of the census transform, 24 comparisons of each pixel with neighbours.
+    Their cost volume, summed over a window, is largest where they look alike; a parabola through
+    the largest value gives fractions of pixels. Flow is searched at a reduced size first and then
+    corrected at twice the size, and so on; disparities are all tried. Pixels that do not lead back
+    from B to A within a pixel, or of whose neighbours most disagree, have no match.
+
+    In .flo and .npy (float32, H x W x 2) a flow is (dx, dy) for each pixel: what A shows at (x, y)
+    is at (x + dx, y + dy) in B. A disparity (.npy: H x W) says how far to the left B shows it. No
+    match is NaN, in .flo 1e10, in .pfm infinity, and in pictures black. A picture of a flow tells
+    the direction by hue (right is red, down yellow, left cyan) and the length by saturation; one of
+    disparities goes from dark blue, 0, to yellow.
+
+    Exits with 2 if the options are wrong, or something is missing or cannot be read or written.
+    """
+    if window is None:
+        window = STEREO_WINDOW if stereo else FLOW_WINDOW
+    if window % 2 == 0:
+        raise click.UsageError(f"--window must be odd, got {window}")
+    environment.require_pillow()
+    for file in files:
+        fields.refuse(file, stereo)
+    if device == "cuda":
+        environment.require_cuda()
+    one, two = features.load(image_a), features.load(image_b)
+    if one.shape != two.shape:
+        sizes = f"{_size(one.shape)} and {_size(two.shape)}"
+        raise click.UsageError(f"A and B must have equal sizes, got {sizes} pixels")
+    steps = search.stereo_steps if stereo else search.flow_steps
+    plan = steps(one.shape, reach, window)
+    _refuse_too_large(one.shape, plan)
+    costs = search.count_costs(one.shape, plan)
+    with progress.bar("match", costs) as advance:
+        correlate = _on_cuda if device == "cuda" else cupycorr.correlation
+        field = search.match(one, two, plan, advance, correlate)
+    del one, two
+    lengths = fields.lengths(field)
+    _describe(lengths, "disparities" if stereo else "lengths")
+    if full is None:
+        full = fields.full_range(lengths)
+    for file in files:
+        fields.write(file, field, stereo=stereo, full=full, legend=legend)
+        picture = file.suffix.lower() not in fields.ARRAYS
+        click.echo(f"{file}, fullest colour {full:.2f} pixels" if picture else file)
+
+
+def _describe(lengths: Floats, what: str) -> None:
+    """Print how many pixels have a match, and how far away those are."""
+    known = lengths[~np.isnan(lengths)]
+    click.echo(f"{_size(lengths.shape)} pixels, {100 * known.size / lengths.size:.1f} % matched")
+    if known.size:
+        low, middle, high = np.quantile(known, (0, 0.5, 1))
+        click.echo(f"{what} {low:.2f} to {high:.2f} pixels, median {middle:.2f}")
+
+
+def _on_cuda(fmap1: Floats, fmap2: Floats, geometry: Geometry) -> Floats:
+    """Compute the cost volume of NumPy arrays on the current CUDA device."""
+    import cupy
+
+    cost = cupycorr.correlation(cupy.asarray(fmap1), cupy.asarray(fmap2), geometry)
+    result: Floats = cost.get()  # synchronises
+    return result
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]} x {shape[0]}"
+
+
+def _refuse_too_large(shape: tuple[int, ...], plan: search.Plan) -> None:
+    """Refuse images that do not fit into memory before they take the machine down."""
+    needed, available = search.memory(shape, plan), environment.available_memory()
+    if needed > available:
+        raise environment.Unavailable(
+            f"matching {_size(shape)} pixels needs about {needed / 1e9:.1f} GB, "
+            f"got {available / 1e9:.1f} GB of free memory"
+        )

@@ -1,0 +1,1 @@
+"""The NumPy engine: it computes on the CPU, and is the oracle of the kernels."""

@@ -1,0 +1,507 @@
+"""Plan the CUDA launches of a cost volume: which kernels, their constants, and their grids.
+
+Pure arithmetic: nothing here needs a device, CuPy or a compiler. What a layer owns becomes a
+constant of the kernel, what an image owns an argument; the sources in ``kernels/`` say what each
+means. Every launch is checked against the limits of the device that it is planned for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+from cupycorr.cuda import tiles as cuda_tiles
+from cupycorr.cuda.cost import Constants, Device, elements_per_load, size_class
+from cupycorr.geometry import Axis, Geometry
+
+Shape = tuple[int, ...]
+
+ELEMENTS = {"float16": "Half", "bfloat16": "Bfloat16", "float32": "float", "float64": "double"}
+THREADS = 256  # of a block of the plain and window kernels
+MOST_ELEMENTS = 2**31 - 1  # that a 32-bit index reaches
+WORKSPACE_BYTES = 256 << 20  # of the volume of window sums, unless one sample needs more
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel."""
+
+    source: str
+    """The file in ``kernels/``."""
+    kernel: str
+    """The function in it."""
+    constants: Constants
+    """Types (given by name) and numbers that are compiled in."""
+    blocks: int
+    threads: int
+    shared_bytes: int
+    """Dynamic shared memory of a block."""
+    arrays: tuple[str, ...]
+    """The arrays that it is given, by name, the one that it writes last."""
+    sizes: tuple[int, ...]
+    """The fields of its ``Sizes``, 32-bit integers."""
+    scaled: bool = True
+    """Whether it multiplies by the caller's scale, or by 1."""
+
+
+class Plan(NamedTuple):
+    """The launches that compute a result, in order."""
+
+    launches: tuple[Launch, ...]
+    volume: Shape | None
+    """Shape of the workspace "volume", of accumulators, if there is one."""
+
+
+def accumulator(dtype: str) -> str:
+    """Return the dtype that sums are kept in."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def samples_at_once(geometry: Geometry, shape: Shape, dtype: str) -> int:
+    """Return how many samples to plan for at a time, so that the workspace stays bounded."""
+    if geometry.window_taps == 1 or not _tiles_apply(geometry, shape):
+        return shape[0]
+    word_bytes = 16 // elements_per_load(dtype)
+    bytes_per_sample = prod(_volume_shape(geometry, shape)[1:]) * word_bytes
+    return max(1, min(shape[0], WORKSPACE_BYTES // bytes_per_sample))
+
+
+@lru_cache(maxsize=512)
+def forward(
+    geometry: Geometry,
+    shape: Shape,
+    dtype: str,
+    device: Device,
+    *,
+    aligned: bool = True,
+    plain: bool = False,
+    similarity: str = "product",
+) -> Plan:
+    """Plan the cost volume ("cost") of two maps ("fmap1", "fmap2").
+
+    Parameters
+    ----------
+    geometry : Geometry
+        What is compared.
+    shape : (N, C, H, W)
+        Of the maps; not empty.
+    dtype : {"float16", "bfloat16", "float32", "float64"}
+        Of maps and cost.
+    device : Device
+        Where it will run.
+    aligned : bool, default True
+        Whether all arrays begin at multiples of 16 bytes.
+    plain : bool, default False
+        Use the plain kernels only.
+    similarity : {"product", "l1"}, default "product"
+        What is summed: products, or absolute differences of maps that are 0 outside.
+
+    Raises
+    ------
+    RuntimeError
+        If the device cannot launch it.
+    """
+    launch = None
+    if not plain and _tiles_apply(geometry, shape):
+        launch = _product(geometry, shape, dtype, device, aligned, similarity)
+    if launch is None:
+        arrays = ("fmap1", "fmap2", "cost")
+        launch = _plain("plain_cost", geometry, shape, dtype, arrays, similarity)
+        return _checked([launch], device)
+    if geometry.window_taps == 1:
+        return _checked([launch], device)
+    total = _window("window_sum", geometry, shape, dtype, ("volume", "cost"))
+    return _checked([launch, total], device, _volume_shape(geometry, shape))
+
+
+@lru_cache(maxsize=512)
+def backward(
+    geometry: Geometry,
+    shape: Shape,
+    dtype: str,
+    device: Device,
+    *,
+    needs: tuple[bool, bool] = (True, True),
+    aligned: bool = True,
+    plain: bool = False,
+    similarity: str = "product",
+) -> Plan:
+    """Plan the gradients ("grad_fmap1", "grad_fmap2") for an upstream gradient ("grad_cost").
+
+    ``needs`` tells which of them; the other parameters are those of `forward`.
+
+    Raises
+    ------
+    RuntimeError
+        If the device cannot launch it.
+    """
+    launches: list[Launch] = []
+    upstream = "grad_cost" if geometry.window_taps == 1 else "volume"
+    for which in (1, 2):
+        if not needs[which - 1]:
+            continue
+        operands = ("fmap1", "fmap2", f"grad_fmap{which}")
+        launch = None
+        if not plain and _tiles_apply(geometry, shape):
+            arrays = (upstream, *operands)
+            launch = _gradient(geometry, shape, dtype, device, aligned, which, arrays, similarity)
+        if launch is None:
+            arrays = ("grad_cost", *operands)
+            launch = _plain(f"plain_{arrays[-1]}", geometry, shape, dtype, arrays, similarity)
+        launches.append(launch)
+    if not any("volume" in launch.arrays for launch in launches):
+        return _checked(launches, device)
+    spread = _window("window_spread", geometry, shape, dtype, ("grad_cost", "volume"))
+    return _checked(
+        [spread._replace(scaled=False), *launches], device, _volume_shape(geometry, shape)
+    )
+
+
+@lru_cache(maxsize=512)
+def tangent(
+    geometry: Geometry, shape: Shape, dtype: str, device: Device, *, aligned: bool = True
+) -> Plan:
+    """Plan the derivative ("cost") of sums of absolute differences along tangents of the maps.
+
+    The tangents are "tangent1" and "tangent2"; the parameters are those of `forward`. (The
+    derivative of sums of products is a sum of two cost volumes.)
+
+    Raises
+    ------
+    RuntimeError
+        If the device cannot launch it.
+    """
+    arrays = ("fmap1", "fmap2", "tangent1", "tangent2", "cost")
+    return _checked([_plain("plain_tangent", geometry, shape, dtype, arrays, "l1")], device)
+
+
+def _tiles_apply(geometry: Geometry, shape: Shape) -> bool:
+    """Whether one dense lattice holds all taps, and 32-bit offsets reach all of a sample."""
+    outputs = geometry.output_size(*shape[2:])
+    axes = (geometry.y, geometry.x)
+    if any(axis.is_sparse(count) for axis, count in zip(axes, outputs, strict=True)):
+        return False
+    most = max(prod(shape[1:]), prod(_volume_shape(geometry, shape)[1:]))
+    reach = max(
+        size + abs(first) + patch * step + window
+        for size, first, patch, step, window in zip(
+            shape[2:],
+            geometry.first_displacement,
+            geometry.patch_size,
+            geometry.dilation_patch,
+            geometry.window_extent,
+            strict=True,
+        )
+    )
+    return most + reach * shape[3] < MOST_ELEMENTS // 2
+
+
+def _volume_shape(geometry: Geometry, shape: Shape) -> Shape:
+    """Return the shape of the products on the lattice: that of the cost, if windows are one tap."""
+    samples, *patch, height, width = geometry.cost_shape(shape)
+    return (samples, *patch, geometry.y.lattice_size(height), geometry.x.lattice_size(width))
+
+
+def _differences(similarity: str) -> Constants:
+    return (("differences", similarity == "l1"),)
+
+
+def _types(dtype: str, **more: str) -> Constants:
+    names = {"element": dtype, "accumulator": accumulator(dtype), **more}
+    return tuple((name, ELEMENTS[kind]) for name, kind in names.items())
+
+
+def _pairs(**pairs: tuple[int, int]) -> Constants:
+    return tuple(
+        (f"{name}_{axis}", value)
+        for name, pair in pairs.items()
+        for axis, value in zip("yx", pair, strict=True)
+    )
+
+
+def _index(elements: int) -> Constants:
+    # The last block may compute offsets beyond the end before it finds out.
+    return (("index", "int" if elements < MOST_ELEMENTS - 2 * THREADS else "long long"),)
+
+
+def _plain(
+    kernel: str,
+    geometry: Geometry,
+    shape: Shape,
+    dtype: str,
+    arrays: tuple[str, ...],
+    similarity: str,
+) -> Launch:
+    cost_shape = geometry.cost_shape(shape)
+    outputs = prod(cost_shape if arrays[-1] == "cost" else shape)
+    fields = (
+        geometry.kernel_size,
+        geometry.patch_size,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.dilation_patch,
+        geometry.first_displacement,
+    )
+    return Launch(
+        "plain.cu",
+        kernel,
+        (
+            *_types(dtype),
+            *_index(max(prod(shape), prod(cost_shape))),
+            *_differences(similarity),
+            ("threads", THREADS),
+        ),
+        -(-outputs // THREADS),
+        THREADS,
+        0,
+        arrays,
+        (*shape, *cost_shape[3:], *(value for pair in fields for value in pair)),
+    )
+
+
+def _window(
+    kernel: str, geometry: Geometry, shape: Shape, dtype: str, arrays: tuple[str, ...]
+) -> Launch:
+    """Plan the sum over taps, or its adjoint."""
+    cost_shape, volume_shape = geometry.cost_shape(shape), _volume_shape(geometry, shape)
+    axes = geometry.y, geometry.x
+    constants = _pairs(
+        kernel=geometry.kernel_size,
+        stride=_pair(axis.stride // axis.lattice_step for axis in axes),
+        dilation=_pair(axis.dilation // axis.lattice_step for axis in axes),
+    )
+    output = volume_shape if arrays[-1] == "volume" else cost_shape
+    samples, patch_y, patch_x, *cost_size = cost_shape
+    return Launch(
+        "window.cu",
+        kernel,
+        (
+            *_types(dtype),
+            *_index(max(prod(cost_shape), prod(volume_shape))),
+            ("threads", THREADS),
+            *constants,
+        ),
+        -(-prod(output) // THREADS),
+        THREADS,
+        0,
+        arrays,
+        (samples, patch_y * patch_x, *cost_size, *volume_shape[3:]),
+    )
+
+
+def _product(
+    geometry: Geometry, shape: Shape, dtype: str, device: Device, aligned: bool, similarity: str
+) -> Launch | None:
+    """Plan the tiled product volume; None where no tile fits the device."""
+    samples, channels, _, width = shape
+    volume_shape = _volume_shape(geometry, shape)
+    lattice_height, lattice_width = volume_shape[3:]
+    axes = geometry.y, geometry.x
+    # Inside a class of the lattice a position advances by as many columns as there are classes of
+    # displacements.
+    (phases_y, advance_y), (phases_x, advance_x) = (axis.classes for axis in axes)
+    result = dtype if geometry.window_taps == 1 else accumulator(dtype)
+    origin = _pair(-axis.padding for axis in axes)
+    first = geometry.first_displacement
+
+    # Loads of several elements need neighbouring columns and aligned rows.
+    wide = elements_per_load(dtype)
+    asynchronous = device.copies_asynchronously and dtype == accumulator(dtype)
+    vector = lead = 0
+    if aligned and width % wide == 0 and origin[1] % wide == 0 and geometry.x.lattice_step == 1:
+        if phases_x == 1:
+            vector, lead = wide, first[1] % wide
+        elif not asynchronous and wide % phases_x == 0 and first[1] % wide == 0:
+            vector = wide
+    tile = cuda_tiles.product_tile(
+        cuda_tiles.Product(
+            samples=size_class(samples * phases_y),
+            channels=size_class(channels),
+            rows=size_class(-(-lattice_height // phases_y)),
+            columns=size_class(-(-lattice_width // phases_x)),
+            patch=geometry.patch_size,
+            step_x=geometry.x.lattice_step,
+            phases_x=phases_x,
+            advance=(advance_y, advance_x),
+            accumulator=accumulator(dtype),
+            vector=max(1, vector),
+            lead=lead,
+            asynchronous=asynchronous,
+            differences=similarity == "l1",
+        ),
+        device,
+    )
+    if tile is None:
+        return None
+    blocks_x = -(-lattice_width // (phases_x * tile.groups * tile.positions))
+    strips = -(-lattice_height // phases_y) * tile.strips_per_row
+    blocks_y = -(-strips // tile.strips)
+    full_lines = aligned and lattice_width % wide == 0
+    return Launch(
+        "product.cu",
+        "product_cost",
+        (
+            *_types(dtype, result=result),
+            *_differences(similarity),
+            *_pairs(
+                patch=geometry.patch_size,
+                step=_pair(axis.lattice_step for axis in axes),
+                spacing=geometry.dilation_patch,
+                phases=(phases_y, phases_x),
+                advance=(advance_y, advance_x),
+            ),
+            *tile.constants,
+            ("result_vector", wide if full_lines else 1),
+        ),
+        samples * phases_y * blocks_y * blocks_x,
+        tile.threads,
+        tile.shared_bytes,
+        ("fmap1", "fmap2", "cost" if geometry.window_taps == 1 else "volume"),
+        (*shape[1:], lattice_height, lattice_width, *origin, *first, blocks_y, blocks_x),
+        scaled=geometry.window_taps == 1,
+    )
+
+
+def _gradient(
+    geometry: Geometry,
+    shape: Shape,
+    dtype: str,
+    device: Device,
+    aligned: bool,
+    which: int,
+    arrays: tuple[str, ...],
+    similarity: str,
+) -> Launch | None:
+    """Plan the tiled gradient with respect to one map; None where none applies."""
+    samples, channels, height, width = shape
+    lattice = _volume_shape(geometry, shape)[3:]
+    targets = [
+        _targets(axis, size, which)
+        for axis, size in zip((geometry.y, geometry.x), (height, width), strict=True)
+    ]
+    y, x = targets
+    if which == 2 and x.step != geometry.x.lattice_step:
+        return None  # sources would lie between the lattice's columns
+    upstream = dtype if geometry.window_taps == 1 else accumulator(dtype)
+
+    wide = elements_per_load(dtype)
+    asynchronous = device.copies_asynchronously and dtype == accumulator(dtype)
+    upstream_asynchronous = device.copies_asynchronously and upstream == accumulator(dtype)
+    neighbours = aligned and width % wide == 0 and x.step == 1 and x.advance == 1
+    whole = which == 1 or (x.shift % wide == 0 and lattice[1] % wide == 0)
+    vector = 1
+    if neighbours and whole and (x.target + x.first) % wide == 0:
+        vector = wide if x.phases == 1 or (not asynchronous and wide % x.phases == 0) else 1
+    tile = cuda_tiles.gradient_tile(
+        cuda_tiles.Gradient(
+            samples=size_class(samples * y.phases),
+            channels=size_class(channels),
+            rows=size_class(-(-y.number // y.phases)),
+            columns=size_class(-(-x.number // x.phases)),
+            patch=geometry.patch_size,
+            step=(y.step, x.step),
+            phases_x=x.phases,
+            advance=(y.advance, x.advance),
+            accumulator=accumulator(dtype),
+            vector=vector,
+            asynchronous=asynchronous,
+            upstream_asynchronous=upstream_asynchronous,
+            differences=similarity == "l1",
+        ),
+        device,
+    )
+    if tile is None:
+        return None
+    blocks_c = -(-channels // (tile.channel_groups * tile.channels))
+    blocks_x = -(-x.number // (x.phases * tile.groups * tile.positions))
+    blocks_y = -(-y.number // (y.phases * tile.rows))
+    return Launch(
+        "product_adjoint.cu",
+        "product_gradient",
+        (
+            *_types(dtype, upstream=upstream),
+            *_differences(similarity),
+            ("which", which),
+            *_pairs(
+                patch=geometry.patch_size,
+                step=(y.step, x.step),
+                lattice=(geometry.y.lattice_step, geometry.x.lattice_step),
+                spacing=geometry.dilation_patch,
+                phases=(y.phases, x.phases),
+                advance=(y.advance, x.advance),
+            ),
+            *tile.constants,
+            ("result_vector", wide if neighbours and x.target == 0 else 1),
+        ),
+        samples * y.phases * blocks_y * blocks_x * blocks_c,
+        tile.threads,
+        tile.shared_bytes,
+        arrays,
+        (
+            *shape[1:],
+            *lattice,
+            -geometry.padding[0],
+            -geometry.padding[1],
+            *(value for field in ("target", "number", "shift", "first")
+              for value in (getattr(y, field), getattr(x, field))),
+            blocks_y,
+            blocks_x,
+            blocks_c,
+        ),
+    )  # fmt: skip
+
+
+class _Targets(NamedTuple):
+    """The positions along one axis of a map that a gradient is computed for."""
+
+    step: int
+    """Pixels between them."""
+    target: int
+    """Pixel of the first."""
+    number: int
+    phases: int
+    advance: int
+    first: int
+    """Pixels from a target to its first source."""
+    shift: int
+    """Lattice index of the first target (map 1), or of its first source (map 2)."""
+
+
+def _targets(axis: Axis, size: int, which: int) -> _Targets:
+    """Return the targets that cover an axis of ``size`` pixels of map ``which``."""
+    step, spacing = axis.lattice_step, axis.dilation_patch
+    last = axis.first_displacement + (axis.patch_size - 1) * spacing
+    origin, first = -axis.padding, axis.first_displacement
+    phases, advance = axis.classes
+    if which == 2:  # all positions that the patch reaches
+        origin, first = origin + axis.first_displacement, -last
+        step, advance = step // advance, 1
+    target = origin % step
+    number = max(1, -(-(size - target) // step))
+    # Where sources of map 2 lie between lattice rows, the kernel looks each of them up.
+    source = target if which == 1 else target + first
+    shift = (source + axis.padding) // axis.lattice_step
+    return _Targets(step, target, number, phases, advance, first, shift)
+
+
+def _pair(values: Iterable[int]) -> tuple[int, int]:
+    y, x = values
+    return y, x
+
+
+def _checked(launches: list[Launch], device: Device, volume: Shape | None = None) -> Plan:
+    """Refuse what the device cannot launch."""
+    for launch in launches:
+        limits = (
+            ("blocks", launch.blocks, 2**31 - 1),
+            ("threads per block", launch.threads, 1024),
+            ("bytes of shared memory per block", launch.shared_bytes, device.shared_bytes),
+        )
+        for what, wanted, most in limits:
+            if wanted > most:
+                raise RuntimeError(
+                    f"{launch.kernel} must have at most {most} {what} on this device, got {wanted}"
+                )
+    return Plan(tuple(launches), volume)

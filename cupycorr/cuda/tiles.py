@@ -1,0 +1,361 @@
+"""Choose the tiles of the CUDA product kernels: the fastest by `cuda_model` that fit the device.
+
+The search sees the sizes of an image only to three binary digits (`cuda_model.size_class`), so that
+images of about one size share one compiled kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import product
+from math import ceil, inf
+from operator import itemgetter
+from typing import NamedTuple
+
+from cupycorr.cuda.cost import (
+    Block,
+    Constants,
+    Device,
+    bytes_of_rows,
+    copies_of_thread,
+    cycles,
+    displacements_of_thread,
+    elements_per_load,
+    odd_units,
+    powers_of_two,
+    resident,
+    round_up,
+)
+
+MOST_THREADS = 256  # of a block: of larger ones too many threads wait at a barrier
+MOST_REGISTERS = 255  # of a thread
+MOST_SLOTS = 8  # for source rows of a gradient
+LEAST_BUSY = 0.8  # share of a block's threads that have outputs
+# Instructions that take the place of a multiply-add where absolute differences are summed: two
+# additions; and for their gradients two comparisons besides.
+ADDITIONS, COMPARISONS = 2, 2
+DIFFERENCES = 8  # that a thread holds until they are added
+
+
+class Product(NamedTuple):
+    """What the tile of a product volume depends on. Sizes are size classes."""
+
+    samples: int
+    """Samples times row phases."""
+    channels: int
+    rows: int
+    """Lattice rows of a phase."""
+    columns: int
+    """Lattice columns of a phase."""
+    patch: tuple[int, int]
+    step_x: int
+    """Pixels between neighbouring columns."""
+    phases_x: int
+    advance: tuple[int, int]
+    accumulator: str
+    vector: int
+    lead: int
+    asynchronous: bool
+    differences: bool
+    """Whether absolute differences are summed, not products."""
+
+
+class Gradient(NamedTuple):
+    """What the tile of a gradient depends on. Sizes are size classes, of the targets."""
+
+    samples: int
+    channels: int
+    rows: int
+    columns: int
+    patch: tuple[int, int]
+    step: tuple[int, int]
+    """Pixels between targets."""
+    phases_x: int
+    advance: tuple[int, int]
+    accumulator: str
+    vector: int
+    asynchronous: bool
+    upstream_asynchronous: bool
+    differences: bool
+
+
+class ProductTile(NamedTuple):
+    """The tile of product.cu."""
+
+    constants: Constants
+    positions: int
+    groups: int
+    strips: int
+    strips_per_row: int
+    threads: int
+    shared_bytes: int
+
+
+class GradientTile(NamedTuple):
+    """The tile of product_adjoint.cu."""
+
+    constants: Constants
+    positions: int
+    groups: int
+    rows: int
+    channels: int
+    channel_groups: int
+    threads: int
+    shared_bytes: int
+
+
+@lru_cache(maxsize=512)
+def product_tile(problem: Product, device: Device) -> ProductTile | None:
+    """Return the tile of the product volume that the model finds fastest; None if none fits."""
+    fitting = (found for found in _product_tiles(problem, device) if found[0] < inf)
+    return min(fitting, key=itemgetter(0), default=(inf, None))[1]
+
+
+@lru_cache(maxsize=512)
+def gradient_tile(problem: Gradient, device: Device) -> GradientTile | None:
+    """Return the tile of the gradient that the model finds fastest; None if none fits."""
+    fitting = (found for found in _gradient_tiles(problem, device) if found[0] < inf)
+    return min(fitting, key=itemgetter(0), default=(inf, None))[1]
+
+
+class _Columns(NamedTuple):
+    """What threads and blocks of product.cu own along x."""
+
+    positions: int
+    """Of a thread."""
+    displacements: int
+    """Of a thread."""
+    window: int
+    """Words of the second map that a thread reads for a channel, rounded up to whole loads."""
+    groups: int
+    lanes: int
+    """Threads along x."""
+    staged1: int
+    """Columns of a phase of the first map."""
+    staged2: int
+    pitch1: int
+    pitch2: int
+
+
+def _product_tiles(problem: Product, device: Device) -> Iterator[tuple[float, ProductTile]]:
+    """Yield the tiles that fit, each with the cycles that the model gives it."""
+    load = elements_per_load(problem.accumulator)
+    for positions, channel_groups in product((8, 4, 2), (1, 2, 4, 8)):
+        if positions % load:
+            continue
+        for groups in powers_of_two(-(-problem.columns // positions)):
+            columns = _columns(problem, positions, groups, load)
+            for strips in range(1, MOST_THREADS // (columns.lanes * channel_groups) + 1):
+                yield from _tiles_of_strips(problem, device, columns, strips, channel_groups)
+
+
+def _columns(problem: Product, positions: int, groups: int, load: int) -> _Columns:
+    patch, advance = problem.patch[1], problem.advance[1]
+    displacements = displacements_of_thread(patch, load)
+    window = round_up(problem.lead + advance * (positions - 1) + displacements, load)
+    staged = groups * positions
+    staged2 = problem.lead + advance * (staged - 1) + patch
+    last = advance * positions * (groups - 1) + round_up(patch, displacements) - displacements
+    return _Columns(
+        positions, displacements, window, groups, problem.phases_x * groups, staged, staged2,
+        odd_units(staged, load), odd_units(max(staged2, last + window), load),
+    )  # fmt: skip
+
+
+def _tiles_of_strips(
+    problem: Product, device: Device, own: _Columns, strips: int, channel_groups: int
+) -> Iterator[tuple[float, ProductTile]]:
+    """Yield the tiles of so many strips and channel groups; they differ in the channels staged."""
+    load = elements_per_load(problem.accumulator)
+    word_bytes = 16 // load
+    busy = own.lanes * strips * channel_groups
+    threads = round_up(busy, 32)
+    if busy < LEAST_BUSY * threads:
+        return
+    q_groups = -(-problem.patch[1] // own.displacements)
+    row_strips = problem.patch[0] * q_groups
+    rows1, rows2 = _staged_rows(strips, row_strips, q_groups, problem.patch[0], problem.advance[0])
+    words = problem.phases_x * (rows1 * own.pitch1 + rows2 * own.pitch2)
+    copies = sum(
+        copies_of_thread(rows, problem.phases_x * columns, problem.vector, threads)
+        for rows, columns in ((rows1, own.staged1), (rows2, own.staged2))
+    )
+    line = channel_groups * strips * (own.lanes * own.positions + load)
+    sums, operands = own.positions * own.displacements, own.positions + own.window
+    blocks = problem.samples * -(-problem.rows * row_strips // strips)
+    blocks *= -(-problem.columns // own.staged1)
+    bytes_moved = bytes_of_rows(
+        strips * own.displacements, problem.phases_x * own.staged1, word_bytes
+    ) + problem.channels * sum(
+        bytes_of_rows(rows, problem.phases_x * columns, word_bytes, problem.step_x)
+        for rows, columns in ((rows1, own.staged1), (rows2, own.staged2))
+    )
+    buffers = 2 if problem.asynchronous else 1
+    for chunk in (8, 4, 2, 1):
+        if chunk % channel_groups or chunk > problem.channels:
+            continue
+        shared_bytes = max(buffers * chunk * words, line) * word_bytes
+        registers = (sums + operands) * word_bytes // 4 + 12 + 3 * copies + 2 * chunk
+        registers += DIFFERENCES * word_bytes // 4 if problem.differences else 0
+        ahead = True
+        if not problem.asynchronous:
+            staged = chunk * copies * problem.vector * word_bytes // 4
+            ahead = registers + staged <= MOST_REGISTERS
+            # Else operands and words on their way take turns in the same registers.
+            shared = 0 if ahead else operands * word_bytes // 4
+            registers = max(registers, registers - shared + staged)
+        if registers > MOST_REGISTERS or shared_bytes > device.shared_bytes:
+            continue
+        fetching = 35 + chunk * copies * (4 + (not problem.asynchronous) * problem.vector)
+        rounds = -(-problem.channels // chunk)
+        block = Block(
+            threads,
+            registers,
+            shared_bytes,
+            rounds,
+            multiply_adds=problem.channels * sums * own.lanes * strips
+            * (ADDITIONS if problem.differences else 1),
+            # Neighbouring strips share the words of the first map.
+            wavefronts=problem.channels * own.lanes * strips / 32
+            * (2 * own.positions + 5 * own.window) / load,
+            instructions=problem.channels * own.lanes * strips * (operands // load + 10)
+            + threads * rounds * fetching
+            + sums * busy * 10,
+            words=problem.channels * copies * threads * problem.vector,
+            bytes=bytes_moved,
+            ahead=ahead,
+        )  # fmt: skip
+        constants = {
+            "positions": own.positions, "displacements": own.displacements, "groups": own.groups,
+            "strips": strips, "channel_groups": channel_groups, "chunk": chunk,
+            "vector": problem.vector, "lead": problem.lead,
+            "rows1": rows1, "rows2": rows2, "pitch1": own.pitch1, "pitch2": own.pitch2,
+            "asynchronous": problem.asynchronous, "ahead": ahead, "buffers": buffers,
+            "threads": threads, "shared_words": shared_bytes // word_bytes,
+            "resident": resident(block, device) if problem.differences else 1,
+        }  # fmt: skip
+        tile = ProductTile(
+            tuple(constants.items()), own.positions, own.groups, strips, row_strips,
+            threads, shared_bytes,
+        )  # fmt: skip
+        yield cycles(block, blocks, problem.accumulator, device), tile
+
+
+def _staged_rows(
+    strips: int, row_strips: int, q_groups: int, patch_y: int, advance_y: int
+) -> tuple[int, int]:
+    """Return how many rows of the two maps a block of product.cu stages."""
+    if strips < row_strips and row_strips % strips == 0 and strips % q_groups == 0:
+        return 1, strips // q_groups
+    whole = strips % row_strips == 0  # then a block begins with a row
+    rows1 = strips // row_strips if whole else -(-(strips - 1) // row_strips) + 1
+    return rows1, advance_y * (rows1 - 1) + patch_y
+
+
+def _gradient_tiles(problem: Gradient, device: Device) -> Iterator[tuple[float, GradientTile]]:
+    """Yield the tiles that fit, each with the cycles that the model gives it."""
+    positions = elements_per_load(problem.accumulator)
+    for channels, channel_groups in product((16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 32)):
+        if channels * channel_groups >= 2 * problem.channels:
+            continue
+        most_groups = -(-problem.columns // positions)
+        for groups, rows in product(powers_of_two(most_groups), (1, 2, 4, 8)):
+            if rows >= 2 * problem.rows:
+                continue
+            found = _gradient_of(problem, device, channels, channel_groups, groups, rows)
+            if found:
+                yield found
+
+
+def _gradient_of(
+    problem: Gradient, device: Device, channels: int, channel_groups: int, groups: int, rows: int
+) -> tuple[float, GradientTile] | None:
+    """Return the tile of these sizes and its cycles, if it fits."""
+    positions = load = elements_per_load(problem.accumulator)
+    word_bytes = 16 // load
+    (patch_y, patch_x), (advance_y, advance_x) = problem.patch, problem.advance
+    columns, lanes = groups * positions, problem.phases_x * groups
+    busy = lanes * rows * channel_groups
+    threads = round_up(busy, 32)
+    if busy < LEAST_BUSY * threads or threads > MOST_THREADS:
+        return None
+
+    # Shared memory: G of every row, and a slot for every row of the source that a step needs.
+    some_asynchronous = problem.asynchronous or problem.upstream_asynchronous
+    buffers = 2 if some_asynchronous else 1
+    source_rows = advance_y * (rows - 1) + patch_y
+    slots = -(-source_rows // patch_y)
+    pitch_g = odd_units(columns, load)
+    pitch_rows = odd_units(patch_x * problem.phases_x * pitch_g, load)
+    pitch_s = odd_units(advance_x * (columns - 1) + round_up(patch_x, load), load)
+    block_channels = channels * channel_groups
+    words = rows * pitch_rows + slots * block_channels * problem.phases_x * pitch_s
+    line = channel_groups * rows * (lanes * positions + load)
+    shared_bytes = max(buffers * words, line) * word_bytes
+
+    # Registers; the compiler holds no more of G and of windows than there is room for.
+    source_columns = problem.phases_x * (advance_x * (columns - 1) + patch_x)
+    source_copies = copies_of_thread(block_channels, source_columns, problem.vector, threads)
+    g_copies = rows * copies_of_thread(patch_x, problem.phases_x * columns, 1, threads)
+    staged = 0 if problem.asynchronous else slots * source_copies * problem.vector
+    staged += 0 if problem.upstream_asynchronous else g_copies
+    staged = staged * word_bytes // 4
+    registers = channels * positions * word_bytes // 4 * (2 if problem.differences else 1) + 90
+    registers += 2 * g_copies + ceil(1.3 * slots * source_copies)
+    ahead = some_asynchronous or registers + staged <= MOST_REGISTERS
+    registers = max(registers, registers - (0 if ahead else 60) + staged)
+    if registers > MOST_REGISTERS or shared_bytes > device.shared_bytes or slots > MOST_SLOTS:
+        return None
+
+    displacements = displacements_of_thread(patch_x, load)
+    window = round_up(advance_x * (positions - 1) + displacements, load)
+    g_loads = patch_x * positions // load
+    window_loads = channels * -(-patch_x // displacements) * window // load
+    copies = patch_y * g_copies + source_rows * source_copies
+    bytes_moved = (
+        bytes_of_rows(patch_y * rows * patch_x, problem.phases_x * columns, word_bytes)
+        + bytes_of_rows(block_channels * source_rows, source_columns, word_bytes, problem.step[1])
+        + bytes_of_rows(
+            block_channels * rows * problem.step[0],
+            problem.phases_x * columns * problem.step[1],
+            word_bytes,
+        )
+    )
+    terms = patch_y * busy * channels * positions * patch_x
+    block = Block(
+        threads,
+        registers,
+        shared_bytes,
+        rounds=patch_y,
+        multiply_adds=terms * (ADDITIONS if problem.differences else 1),
+        # Threads of several rows share the words of the source; those of G lie farther apart.
+        wavefronts=patch_y
+        * busy
+        / 32
+        * ((6 if rows > 4 else 4) * g_loads + (2 if rows > 1 else 4) * window_loads),
+        instructions=patch_y * (busy * (g_loads + window_loads) + threads * (100 + 30 * rows))
+        + threads * copies * 5
+        + busy * channels * positions * 10
+        + terms * (COMPARISONS if problem.differences else 0),
+        words=threads * (patch_y * g_copies + source_rows * source_copies * problem.vector),
+        bytes=bytes_moved,
+        ahead=ahead,
+    )
+    blocks = problem.samples * -(-problem.rows // rows) * -(-problem.columns // columns)
+    blocks *= -(-problem.channels // block_channels)
+    constants = {
+        "positions": positions, "channels": channels, "displacements": displacements,
+        "groups": groups, "rows": rows, "channel_groups": channel_groups,
+        "vector": problem.vector,
+        "pitch_g": pitch_g, "pitch_rows": pitch_rows, "pitch_s": pitch_s,
+        "asynchronous": problem.asynchronous,
+        "upstream_asynchronous": problem.upstream_asynchronous,
+        "ahead": ahead, "buffers": buffers, "threads": threads,
+        "shared_words": shared_bytes // word_bytes,
+    }  # fmt: skip
+    tile = GradientTile(
+        tuple(constants.items()), positions, groups, rows, channels, channel_groups, threads,
+        shared_bytes,
+    )  # fmt: skip
+    return cycles(block, blocks, problem.accumulator, device), tile

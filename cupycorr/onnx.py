@@ -1,0 +1,391 @@
+"""The cost volume in ONNX's standard operators, for torch's exporters.
+
+An exported model needs neither cupycorr nor a custom operator where it runs. Its cost volume is
+one batched matrix product, however many displacements there are, of the maps cut into tiles::
+
+    fmap1 (N, groups, tile_y * tile_x, C)      lattice positions of one residue class
+    fmap2 (N, groups, C, reach_y * reach_x)    all positions that these meet
+
+A group's product holds, for each position of a tile, the terms of every displacement beside those
+of pairs that do not meet. An index, the sum of a vertical and a horizontal part, picks the terms of
+the cost volume. One more pixel, and one more group that holds it alone, give the zeros of terms
+outside the maps. Windows are summed tap by tap, last.
+
+Sizes that a model leaves open are computed when it runs, by the same formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from onnxscript import evaluator, ir
+from onnxscript import opset18 as op
+from torch.onnx.symbolic_helper import parse_args
+
+import cupycorr.torch.operators  # noqa: F401 - defines the operators
+from cupycorr.geometry import Axis, Geometry
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return what cupycorr's operator is in ONNX, for ``torch.onnx.export(..., dynamo=True)``.
+
+    Returns
+    -------
+    dict
+        The argument ``custom_translation_table``; entries for other operators may be added.
+
+    Notes
+    -----
+    Operators are those of opset 18. Sums are accumulated in float32, in float64 for float64 maps,
+    and rounded once, as everywhere in cupycorr. There is no translation of the gradients.
+    """
+    return {torch.ops.cupycorr.cost.default: _cost}
+
+
+def register_symbolic() -> None:
+    """Teach ``torch.onnx.export(..., dynamo=False)`` cupycorr's operator, from now on.
+
+    That is torch's older exporter, of TorchScript traces, for runtimes that need an opset below 18:
+    ``opset_version`` may be 16 or more. Calling this again changes nothing.
+
+    Notes
+    -----
+    As for `translation_table`. Sizes stay open that ``dynamic_axes`` names.
+    """
+    torch.onnx.register_custom_op_symbolic(  # type: ignore[attr-defined]
+        "cupycorr::cost", _traced_cost, OLDEST_OPSET
+    )
+
+
+OLDEST_OPSET = 16
+"""The first that has all operators that are used here, for all dtypes."""
+
+
+def _cost(fmap1: Any, fmap2: Any, *arguments: Any) -> Any:
+    """Translate ``cupycorr::cost`` of an exported program."""
+    return _translate(fmap1, fmap2, fmap1.shape, fmap1.dtype.bitwidth, arguments)
+
+
+@parse_args("v", "v", "is", "is", "is", "is", "is", "is", "is", "b")
+def _traced_cost(
+    graph: Any,
+    fmap1: Any,
+    fmap2: Any,
+    kernel_size: list[int],
+    patch_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    dilation_patch: list[int],
+    first_displacement: list[int],
+    normalize: bool,
+) -> Any:
+    """Translate ``cupycorr::cost`` of a TorchScript trace."""
+    known = fmap1.type()
+    shape, bits = known.varyingSizes() or [None] * 4, known.dtype().itemsize * 8
+    fields = kernel_size, patch_size, stride, padding, dilation, dilation_patch, first_displacement
+    with evaluator.default_as(_Recorder(graph)):  # type: ignore[arg-type]
+        return _translate(fmap1, fmap2, shape, bits, (*fields, normalize))
+
+
+class _Recorder:
+    """Adds the operators that are called to a TorchScript graph."""
+
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+
+    def eval_op(self, called: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+        # The graph knows an attribute's type by the end of its name.
+        typed: dict[str, Any] = {}
+        for name, value in attributes.items():
+            if isinstance(value, str):
+                typed[f"{name}_s"] = value
+            elif isinstance(value, ir.TensorProtocol):
+                typed[f"{name}_t"] = torch.from_numpy(value.numpy())
+            else:
+                typed[f"{name}_i"] = value
+        return self._graph.op(called.name, *inputs, **typed)
+
+
+def _translate(
+    fmap1: Any, fmap2: Any, shape: Sequence[Any], bits: int, arguments: Sequence[Any]
+) -> Any:
+    """Return the cost volume of two maps of a shape, partly open, and a dtype of so many bits."""
+    *fields, normalize = arguments
+    geometry = Geometry(*map(tuple, fields))
+    _, channels, height, width = (_size(fmap1, dim, size) for dim, size in enumerate(shape))
+    wide = bits > 16
+    one, two = (fmap if wide else op.Cast(fmap, to=_FLOAT) for fmap in (fmap1, fmap2))
+    tile = _tile(geometry, channels, height, width)
+    y = _Tiles.of(geometry.y, height, tile[0])
+    x = _Tiles.of(geometry.x, width, tile[1])
+    pixels = height * width
+    read1 = _numbers(y.read1, x.read1, height, width, y.tile * x.tile)
+    read2 = _numbers(y.read2, x.read2, height, width, y.reach * x.reach)
+    one, two = _pixels(one, channels, pixels), _pixels(two, channels, pixels)
+    tiles = op.Gather(op.Transpose(one, perm=[0, 2, 1]), read1, axis=1)
+    if bits == 64:
+        # onnxruntime 1.23 would fuse what is below to an operator that it has for float32 only.
+        met = op.Transpose(op.Gather(two, read2, axis=2), perm=[0, 2, 1, 3])
+    else:
+        met = op.Gather(op.Transpose(two, perm=[0, 2, 1]), read2, axis=1)
+        met = op.Transpose(met, perm=[0, 1, 3, 2])
+    products = op.MatMul(tiles, met)
+    cost = _pick(products, y, x)
+    cost = _sum_window(cost, geometry.y, height, dim=3)
+    cost = _sum_window(cost, geometry.x, width, dim=4)
+    if normalize:
+        cost = op.Div(cost, op.CastLike(_value(_divisor(geometry, channels)), cost))
+    return cost if wide else op.CastLike(cost, fmap1)
+
+
+_FLOAT = 1
+"""ONNX's number for float32."""
+
+
+class _Tiles(NamedTuple):
+    """How one axis is read in tiles; arrays of integers, known or open (`_Open`)."""
+
+    tile: int
+    reach: int
+    groups: Any
+    read1: Any
+    """(groups, tile): positions in the first map."""
+    read2: Any
+    """(groups, reach): positions in the second map."""
+    group: Any
+    """(patch, lattice): which group holds a displacement at a lattice position."""
+    row: Any
+    """(1, lattice): where in its tile a lattice position is."""
+    column: Any
+    """(patch, lattice): where among the positions that the tile meets its partner is."""
+    inside: Any
+    """(patch, lattice): whether both positions exist."""
+
+    @classmethod
+    def of(cls, axis: Axis, size: Any, tile: int) -> _Tiles:
+        """Split an axis into residue classes, as `Axis.lattices` does, and these into tiles."""
+        step, spacing = axis.lattice_step, axis.dilation_patch
+        lattice_classes, patch_classes = axis.classes
+        period = step * lattice_classes
+        reach = _reach(axis, tile)
+        count = axis.lattice_size(axis.output_size(size))
+        tiles = (count + (lattice_classes * tile - 1)) // (lattice_classes * tile)
+        groups = tiles * (lattice_classes * patch_classes)
+
+        # Groups are numbered by tile, class of positions and class of displacements.
+        number = _range(groups)[:, None]
+        residue = number // patch_classes % lattice_classes
+        first = number // (lattice_classes * patch_classes) * (tile * period) + residue * step
+        first = first - axis.padding
+        second = first + number % patch_classes * spacing + axis.first_displacement
+
+        lattice, patch = _range(count)[None, :], np.arange(axis.patch_size)[:, None]
+        position = lattice * step - axis.padding
+        partner = position + (patch * spacing + axis.first_displacement)
+        place = lattice // lattice_classes
+        residue = place // tile * lattice_classes + lattice % lattice_classes
+        return cls(
+            tile,
+            reach,
+            groups,
+            read1=first + np.arange(tile) * period,
+            read2=second + np.arange(reach) * period,
+            group=residue * patch_classes + patch % patch_classes,
+            row=place % tile,
+            column=place % tile + patch // patch_classes,
+            inside=_inside(position, size) & _inside(partner, size),
+        )
+
+
+def _reach(axis: Axis, tile: int) -> int:
+    """Return how many positions of one class those of a tile meet."""
+    return tile + -(-axis.patch_size // axis.classes[1]) - 1
+
+
+def _tile(geometry: Geometry, channels: Any, height: Any, width: Any) -> tuple[int, int]:
+    """Choose the tile that costs least; where sizes are open, for a large map."""
+
+    def padded(axis: Axis, size: Any, tile: int) -> float:
+        if not isinstance(size, int):
+            return 1.0
+        count = axis.lattice_size(axis.output_size(size))
+        whole = tile * axis.classes[0]
+        return -(-count // whole) * whole / count
+
+    def cost(tile: tuple[int, int]) -> float:
+        y, x = tile
+        depth = channels if isinstance(channels, int) else 128
+        met, positions = _reach(geometry.y, y) * _reach(geometry.x, x), y * x
+        waste = padded(geometry.y, height, y) * padded(geometry.x, width, x)
+        # Per position: products, reading what is multiplied, and the call of a product.
+        return waste * (depth * met * (1 + _READ / positions) + _CALL / positions)
+
+    return min(product(_TILES, _TILES), key=cost)
+
+
+_TILES = (1, 2, 4, 8, 16, 32, 64)
+# In multiply-adds of a matrix product, as onnxruntime on a CPU was measured.
+_READ = 40
+_CALL = 10000
+
+
+def _pixels(fmap: Any, channels: Any, pixels: Any) -> Any:
+    """Return a map as (N, C, pixels + 1), where the last pixel is zero."""
+    if _is(0, channels):
+        # onnxruntime leaves a product over no channels uninitialised.
+        fmap, channels = op.Pad(fmap, _value(np.array([0, 0, 0, 0, 0, 1, 0, 0]))), 1
+    flat = op.Reshape(fmap, _shape(-1, channels, pixels))
+    return op.Pad(flat, _value(np.array([0, 0, 0, 0, 0, 1])))
+
+
+def _numbers(y: Any, x: Any, height: Any, width: Any, count: int) -> Any:
+    """Return the number of each pixel of all groups, and of the zero one: (groups + 1, count)."""
+    y, x = y[:, None, :, None], x[None, :, None, :]
+    outside = height * width
+    numbers = _where(_inside(y, height) & _inside(x, width), y * width + x, outside)
+    if isinstance(numbers, _Open):
+        flat = op.Reshape(numbers.value, _shape(-1, count))
+        return op.Pad(flat, _value(np.array([0, 0, 1, 0])), _value(outside))
+    return _value(np.pad(numbers.reshape(-1, count), ((0, 1), (0, 0)), constant_values=outside))
+
+
+def _pick(products: Any, y: _Tiles, x: _Tiles) -> Any:
+    """Order the groups' products as product volume, (N, PH, PW, positions, positions)."""
+    rows, columns = y.tile * x.tile, y.reach * x.reach
+    zero = y.groups * x.groups * (rows * columns)
+    products = op.Reshape(products, _shape(-1, zero + rows * columns))
+    part_y = (y.group * x.groups * rows + y.row * x.tile) * columns + y.column * x.reach
+    part_x = (x.group * rows + x.row) * columns + x.column
+    # Not computed here: the index is as large as the cost volume of one sample.
+    index = op.Where(
+        op.And(_value(y.inside[:, None, :, None]), _value(x.inside[None, :, None, :])),
+        op.Add(_value(part_y[:, None, :, None]), _value(part_x[None, :, None, :])),
+        _value(zero),
+    )
+    return op.Gather(products, index, axis=1)
+
+
+def _sum_window(volume: Any, axis: Axis, size: Any, dim: int) -> Any:
+    """Sum the window's taps along one axis of a product volume."""
+    if axis.kernel_size == 1:
+        return volume
+    outputs = axis.output_size(size)
+    step = axis.stride // axis.lattice_step
+    first = axis.dilation // axis.lattice_step
+    taps = (
+        op.Slice(
+            volume,
+            _shape(tap * first),
+            _shape((outputs - 1) * step + (tap * first + 1)),
+            _shape(dim),
+            _shape(step),
+        )
+        for tap in range(axis.kernel_size)
+    )
+    return op.Sum(*taps)
+
+
+def _divisor(geometry: Geometry, channels: Any) -> Any:
+    if isinstance(channels, int):
+        return geometry.divisor(channels, True)
+    return channels * geometry.window_taps
+
+
+# Integers that are known when a model is exported, or open until it runs.
+
+
+class _Open:
+    """Integers, or truth values, that a model computes; ``value`` says how."""
+
+    __array_ufunc__ = None  # so that NumPy leaves operators with arrays to this class
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __add__(self, other: Any) -> _Open:
+        return self if _is(0, other) else _Open(op.Add(self.value, _value(other)))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> _Open:
+        return self if _is(0, other) else _Open(op.Sub(self.value, _value(other)))
+
+    def __mul__(self, other: Any) -> _Open:
+        return self if _is(1, other) else _Open(op.Mul(self.value, _value(other)))
+
+    __rmul__ = __mul__
+
+    def __mod__(self, divisor: int) -> Any:
+        return 0 if _is(1, divisor) else _Open(op.Mod(self.value, _value(divisor)))
+
+    def __floordiv__(self, divisor: int) -> _Open:
+        # ONNX's Div rounds towards zero.
+        multiple = self if _is(1, divisor) else self - self % divisor
+        return self if _is(1, divisor) else _Open(op.Div(multiple.value, _value(divisor)))
+
+    def __ge__(self, other: Any) -> _Open:
+        return _Open(op.GreaterOrEqual(self.value, _value(other)))
+
+    def __lt__(self, other: Any) -> _Open:
+        return _Open(op.Less(self.value, _value(other)))
+
+    def __gt__(self, other: Any) -> _Open:
+        return _Open(op.Greater(self.value, _value(other)))
+
+    def __and__(self, other: Any) -> _Open:
+        return _Open(op.And(self.value, _value(other)))
+
+    __rand__ = __and__
+
+    def __getitem__(self, axes: tuple[slice | None, ...]) -> _Open:
+        new = [dim for dim, axis in enumerate(axes) if axis is None]
+        return _Open(op.Unsqueeze(self.value, _value(np.array(new))))
+
+
+def _is(number: int, operand: Any) -> bool:
+    """Tell whether an operand changes nothing: a known number, or an array of it alone."""
+    known = isinstance(operand, (int, np.ndarray)) and np.size(operand) == 1
+    return bool(known and np.all(operand == number))
+
+
+def _size(fmap: Any, dim: int, size: Any) -> Any:
+    """Return a map's size, open unless it was fixed."""
+    if isinstance(size, int):
+        return size
+    return _Open(op.Squeeze(op.Shape(fmap, start=dim, end=dim + 1)))
+
+
+def _range(count: Any) -> Any:
+    if isinstance(count, _Open):
+        return _Open(op.Range(_value(0), count.value, _value(1)))
+    return np.arange(count)
+
+
+def _inside(position: Any, size: Any) -> Any:
+    return (position >= 0) & (position < size)
+
+
+def _where(condition: Any, yes: Any, no: Any) -> Any:
+    if any(isinstance(operand, _Open) for operand in (condition, yes, no)):
+        return _Open(op.Where(_value(condition), _value(yes), _value(no)))
+    return np.where(condition, yes, no)
+
+
+def _value(integers: Any) -> Any:
+    """Return integers as a value of the graph."""
+    if isinstance(integers, _Open):
+        return integers.value
+    constant: Any = ir.tensor(np.asarray(integers))
+    return op.Constant(value=constant)
+
+
+def _shape(*sizes: Any) -> Any:
+    """Return sizes as one array; Reshape finds out what -1 is, also if that is zero."""
+    if not any(isinstance(size, _Open) for size in sizes):
+        return _value(np.array(sizes))
+    return op.Concat(*(op.Reshape(_value(size), _value(np.array([1]))) for size in sizes), axis=0)

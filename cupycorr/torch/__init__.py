@@ -1,0 +1,1 @@
+"""torch: operators, their derivatives, and the memory of tensors."""

@@ -1,0 +1,284 @@
+"""Networks of the package ptlflow, with cupycorr in place of the cost volumes they come with.
+
+    python -m venv ptl
+    ptl/bin/python -m pip install torch torchvision ptlflow==0.4.2 '.[torch]'
+    ptl/bin/python examples/ptlflow_networks.py
+
+ptlflow's networks take their cost volumes from spatial-correlation-sampler where it is installed,
+and else from plain torch, which samples the second map once per displacement. Here each of them
+runs with plain torch and with cupycorr, with the same random weights, on the same images, each way
+in a process of its own. ``--ways spatial-correlation-sampler`` times that as well.
+
+Every cost volume that a network asks cupycorr for, and its gradients, are held to slices of maps in
+float64, within what `cupycorr.verify` allows float32 to round. Whole networks, their flows and the
+gradients of all weights by the flows' mean square, are held to plain torch as well: in float64 they
+may differ by as much as float32 does, 2**29 times less, and in float32 flows may be off by at most
+twice what they are with plain torch. This needs networks that are continuous. Some zero warped
+features wherever a warped map of ones is below 1, which rounding makes it anywhere; these are known
+by flows that leap with plain torch when images change in float64's last bits, and of them only the
+cost volumes are judged.
+
+Times are of single runs, the ways in turns, with as many threads each. ``--clock cpu`` counts the
+processor's time instead, for a machine that others use; with one thread, as others wait spinning.
+The script prints a table in Markdown, of medians with minima in brackets, and fails if results
+differ by more than that.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from multiprocessing import get_context
+from statistics import median
+from typing import NamedTuple
+from unittest import mock
+
+PLAIN, OURS, COMPILED = "plain torch", "cupycorr", "spatial-correlation-sampler"
+CLIENTS = (
+    "flownetc", "flownetcs", "flownetcss", "flownet2", "pwcnet", "pwcnet_nodc", "irr_pwcnet",
+    "irr_pwcnet_irr", "liteflownet", "liteflownet2", "liteflownet2_pseudoreg", "liteflownet3",
+    "liteflownet3_pseudoreg", "liteflownet3s", "liteflownet3s_pseudoreg", "hd3", "hd3_ctxt",
+    "maskflownet", "maskflownet_s", "scopeflow", "starflow", "fastflownet", "neuflow",
+)  # fmt: skip
+"""All that use the package; some others import it and go ways of their own."""
+TWICE, FLOAT64, NUDGE, LEAP = 2, 2.0**-29, 2.0**-50, 2.0**-20
+DTYPES = ("float32", "float64")
+FLOAT32_ONLY = ("neuflow",)
+SAMPLES = 10**6
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class Results(NamedTuple):
+    """Arrays in float64, of a run in one dtype; every nth gradient where there are millions."""
+
+    flow: object
+    gradients: object
+
+
+class Worker:
+    """The networks, one at a time, with one way to compute cost volumes, which imports decide.
+
+    way : PLAIN, OURS or COMPILED
+    threads : int, how many torch is to use
+    clock : str, key of CLOCKS
+    """
+
+    def __init__(self, way, threads, clock):
+        warnings.filterwarnings("ignore")
+        if way == PLAIN:
+            sys.modules["spatial_correlation_sampler"] = None  # as if it were not installed
+        elif way == OURS:
+            from cupycorr.compat import stand_in_for
+
+            stand_in_for("spatial_correlation_sampler")
+        import ptlflow
+        import torch
+
+        torch.set_num_threads(threads)
+        self.ptlflow, self.torch, self.clock = ptlflow, torch, CLOCKS[clock]
+
+    def load(self, name, size):
+        """Make a network, and images of a moving texture; return the sum of the weights."""
+        torch = self.torch
+        torch.manual_seed(0)
+        self.net = self.ptlflow.get_model(name).eval()
+        texture = torch.rand(1, 3, *(side // 4 for side in size))
+        image = torch.nn.functional.interpolate(texture, size, mode="bicubic").clamp(0, 1)
+        self.images = torch.stack([image, image.roll((2, -3), (2, 3))], 1)
+        return sum(parameter.double().sum().item() for parameter in self.net.parameters())
+
+    def results(self, dtypes):
+        """Return results in each of some dtypes."""
+        found = [self._results(getattr(self.torch, dtype)) for dtype in dtypes]
+        self.torch.set_default_dtype(self.torch.float32)
+        self.net, self.images = self.net.float(), self.images.float()
+        return found
+
+    def nudged(self):
+        """Return the flow in float64 for images that differ in the last bits."""
+        images, self.images = self.images, self.images.double() * (1 + NUDGE)
+        flow = self._results(self.torch.float64).flow
+        self.torch.set_default_dtype(self.torch.float32)
+        self.net, self.images = self.net.float(), images
+        return flow
+
+    def volumes(self):
+        """Return of each cost volume that the network asks cupycorr for what is wrong, or None."""
+        from cupycorr.cpu import engine as numpy_engine
+
+        def forward(fmap1, fmap2, cost, geometry, **options):
+            asked.append((fmap1.copy(), fmap2.copy(), geometry))
+            compute(fmap1, fmap2, cost, geometry, **options)
+
+        asked, compute = [], numpy_engine.forward
+        with mock.patch.object(numpy_engine, "forward", forward), self.torch.no_grad():
+            self.net({"images": self.images})
+        return [excess(*arguments) for arguments in asked]
+
+    def _results(self, dtype):
+        torch = self.torch
+        torch.set_default_dtype(dtype)  # of what networks make themselves, such as coordinates
+        self.net, self.images = self.net.to(dtype), self.images.to(dtype)
+        flow = self._step()
+        grads = [p.grad.flatten() for p in self.net.parameters() if p.grad is not None]
+        step = 1 + sum(map(len, grads)) // SAMPLES
+        return Results(
+            flow.detach().double().numpy(),
+            torch.cat([grad[::step] for grad in grads]).double().numpy(),
+        )
+
+    def _step(self):
+        self.net.zero_grad()
+        flow = self.net({"images": self.images})["flows"]
+        flow.square().mean().backward()
+        return flow
+
+    def seconds(self, training):
+        """Return how long a run takes: forward, or forward and backward."""
+        start = self.clock()
+        if training:
+            self._step()
+        else:
+            with self.torch.no_grad():
+                self.net({"images": self.images})
+        return self.clock() - start
+
+
+def excess(fmap1, fmap2, geometry):
+    """Compare a cost volume and its gradients with slices in float64; describe what is off."""
+    import torch
+    from cupycorr.cli.bench.peers import slices
+
+    from cupycorr import correlation, verify
+
+    generator = torch.Generator().manual_seed(0)
+    upstream = torch.randn(geometry.cost_shape(fmap1.shape), generator=generator)
+    tensors = (torch.from_numpy(fmap1), torch.from_numpy(fmap2), upstream)
+
+    def run(correlate, arguments):
+        maps = [tensor.clone().requires_grad_() for tensor in arguments[:2]]
+        cost = correlate(*maps, geometry)
+        results = cost.detach(), *torch.autograd.grad(cost, maps, arguments[2])
+        return [result.double().numpy() for result in results]
+
+    got = run(correlation, tensors)
+    doubles = [tensor.double() for tensor in tensors]
+    want, size = run(slices, doubles), run(slices, [tensor.abs() for tensor in doubles])
+    displacements = geometry.patch_size[0] * geometry.patch_size[1]
+    terms = (fmap1.shape[1], displacements, displacements)
+    found = (verify.excess(*each, "float32") for each in zip(got, want, size, terms, strict=True))
+    return next(filter(None, found), None)
+
+
+def serve(connection, *arguments):
+    """Answer calls of a worker's methods until there are no more."""
+    worker = Worker(*arguments)
+    try:
+        while True:
+            method, *arguments = connection.recv()
+            connection.send(getattr(worker, method)(*arguments))
+    except EOFError:
+        pass
+
+
+class Process:
+    """A worker in a process of its own."""
+
+    def __init__(self, *arguments):
+        context = get_context("spawn")
+        self._connection, other = context.Pipe()
+        context.Process(target=serve, args=(other, *arguments), daemon=True).start()
+        other.close()
+
+    def __call__(self, method, *arguments):
+        self._connection.send((method, *arguments))
+        return self._connection.recv()
+
+
+def distance(got, want):
+    """Return the length of the difference by that of what is wanted."""
+    difference = got - want
+    return float((difference @ difference / (want @ want)) ** 0.5)
+
+
+def judge(plain, ours, nudged=None):
+    """Return distances from plain torch in the finest dtype, and what is off; see above."""
+    shown, wrong = [], []
+    for kind in Results._fields:
+        want = getattr(plain[-1], kind).ravel()
+        first, *others = (
+            distance(getattr(result, kind).ravel(), want) for result in (plain[0], *ours)
+        )
+        shown += [first, others[0]]
+        limits = [TWICE * first if kind == "flow" else None, TWICE * FLOAT64 * first]
+        for dtype, error, limit in zip(DTYPES, others, limits, strict=False):
+            if limit is not None and not error <= limit:  # so that a NaN is off as well
+                wrong.append(f"{kind} in {dtype} off by {error:.1e}, allowed {limit:.1e}")
+    leaps = nudged is None or distance(nudged.ravel(), plain[-1].flow.ravel()) > LEAP * shown[0]
+    return shown, [] if leaps else wrong
+
+
+def turns(workers, runs, *call):
+    """Return each way's times in ms, of calls in turns, after one that does not count."""
+    for worker in workers.values():
+        worker(*call)
+    times = {way: [] for way in workers}
+    for _ in range(runs):
+        for way, worker in workers.items():
+            times[way].append(1e3 * worker(*call))
+    return times
+
+
+def row(name, workers, size, runs):
+    """Compare the ways for one network; return a row of the table, and what is wrong."""
+    weights = {worker("load", name, size) for worker in workers.values()}
+    if len(weights) != 1:
+        raise SystemExit(f"{name}'s weights must be the same in all processes, got {weights}")
+    volumes = workers[OURS]("volumes")
+    dtypes = DTYPES[:1] if name in FLOAT32_ONLY else DTYPES
+    nudged = None if name in FLOAT32_ONLY else workers[PLAIN]("nudged")
+    errors, wrong = judge(*(workers[way]("results", dtypes) for way in (PLAIN, OURS)), nudged)
+    wrong += [f"cost volume {n}: {what}" for n, what in enumerate(volumes) if what]
+    if not volumes:
+        wrong.append("asks for no cost volume")
+    cells = [name, str(len(volumes))]
+    for training in (False, True):
+        times = turns(workers, runs, "seconds", training)
+        cells += [f"{median(t):.0f} ({min(t):.0f})" for t in times.values()]
+        cells.append(f"{median(times[PLAIN]) / median(times[OURS]):.1f}")
+        slower = [way for way in times if min(times[way]) < min(times[OURS])]
+        if slower:
+            print(f"{name}: {' and '.join(slower)} took less time", file=sys.stderr)
+    cells += [f"{a:.1e} / {b:.1e}" for a, b in (errors[:2], errors[2:])]
+    return cells, wrong
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("networks", nargs="*", default=CLIENTS, metavar="network")
+    parser.add_argument("--size", nargs=2, type=int, default=(256, 320), metavar=("H", "W"))
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--ways", nargs="*", default=(), choices=[COMPILED], help="one more way")
+    options = parser.parse_args()
+    ways = [PLAIN, OURS, *options.ways]
+    workers = {way: Process(way, options.threads, options.clock) for way in ways}
+    head = ["network", "cost volumes"]
+    for what in ("forward", "training"):
+        head += [f"{what} ms, {way}" for way in ways] + ["times faster"]
+    head += ["error of flows, plain / cupycorr", "of gradients"]
+    print("|", " | ".join(head), "|")
+    print("|" + "---|" * len(head))
+    failed = False
+    for name in options.networks:
+        cells, wrong = row(name, workers, tuple(options.size), options.runs)
+        print("|", " | ".join(cells), "|", flush=True)
+        for what in wrong:
+            print(f"{name}: {what}", file=sys.stderr)
+        failed |= bool(wrong)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

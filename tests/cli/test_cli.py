@@ -1,0 +1,457 @@
+"""The command line: its options, what it prints and writes, and how it ends."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import CASES
+from command import installed, invoke
+from cupycorr.cli import bench as bench_command
+from cupycorr.cli import environment
+from cupycorr.cli import gradcheck as gradcheck_command
+from cupycorr.cli.bench import features, measure, memory, peers, report
+
+import cupycorr
+from cupycorr import Geometry, verify
+from cupycorr.cpu import engine as numpy_engine
+
+bench_module = sys.modules["cupycorr.cli.bench.command"]
+SMALL = ["-b", "1", "-c", "3", "--height", "12", "-w", "11", "--engine", "numpy", "-r", "4"]
+SPECIFIED = {
+    "bench": {
+        "-b": 16, "--batch-size": 16, "-k": 3, "--kernel-size": 3, "--patch": 3,
+        "--patch_dilation": 2, "-c": 64, "--channel": 64, "--height": 100, "-w": 100,
+        "--width": 100, "-s": 2, "--stride": 2, "-p": 1, "--pad": 1, "--scale": "us", "-r": 100,
+        "--runs": 100, "--dilation": 2, "-d": "float", "--dtype": "float",
+    },
+    "gradcheck": {
+        "-b": 2, "-k": 3, "--patch": 3, "--patch_dilation": 2, "--patch-dilation": 2, "-c": 2,
+        "--height": 10, "-w": 10, "-s": 2, "-p": 1, "-d": 2, "--dilation": 2, "--batch-size": 2,
+        "--kernel-size": 3, "--channel": 2, "--width": 10, "--stride": 2, "--pad": 1,
+        "--dtype": ["float64"],
+    },
+}  # fmt: skip
+COMMANDS = {"bench": bench_command, "gradcheck": gradcheck_command}
+
+
+@pytest.fixture(autouse=True)
+def _quick_gemm(monkeypatch):
+    monkeypatch.setattr(measure, "gemm_seconds", lambda dtype: [0.5, 0.25])
+
+
+def measured(tmp_path, *words):
+    """Run ``bench cpu`` and return its output and its JSON document."""
+    file = tmp_path / "bench.json"
+    outcome = invoke("bench", "cpu", *words, "--json", file)
+    assert outcome.exit_code == 0, outcome.output
+    return outcome.stdout, json.loads(file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"), [(c, flag) for c, flags in SPECIFIED.items() for flag in flags]
+)
+def test_an_option_has_the_name_and_default_of_the_replaced_program(command, flag):
+    defaults = {name: option.default for option in COMMANDS[command].params for name in option.opts}
+    assert defaults[flag] == SPECIFIED[command][flag]
+
+
+def test_choices_are_those_of_the_replaced_program():
+    choices = {p.name: getattr(p.type, "choices", None) for p in bench_command.params}
+    assert list(choices["dtype"]) == ["half", "bfloat", "float", "double"]
+    assert list(choices["scale"]) == ["s", "ms", "us"]
+    assert list(choices["device"]) == ["cpu", "cuda"]
+
+
+def test_geometry_options_take_an_int_or_a_pair(tmp_path):
+    words = ["-k", "2,3", "--patch", "1,5", "-s", "3", "-p", "-1,1", "--dilation", "2,1"]
+    words += ["--first-displacement=0,-4"]
+    _, document = measured(tmp_path, *SMALL, *words)
+    assert document["problems"][0]["geometry"] == {
+        "kernel_size": [2, 3], "patch_size": [1, 5], "dilation_patch": [2, 2], "stride": [3, 3],
+        "padding": [-1, 1], "dilation": [2, 1], "first_displacement": [0, -4],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-k", "0"], "kernel_size must be at least 1, got 0"),
+        (["-k", "1,x"], "'1,x' is neither an int nor two ints"),
+        (["--patch", "1,2,3"], "neither an int nor two ints"),
+        (["-s", "2.5"], "neither an int nor two ints"),
+        (["--height", "2"], "the window must fit into the padded image"),
+        (["-b", "-1"], "-1 is not in the range"),
+    ],
+)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_bad_size_is_a_usage_error(command, words, message):
+    outcome = invoke(command, "cpu", *words)
+    assert outcome.exit_code == 2
+    assert message in outcome.stderr
+
+
+@pytest.mark.parametrize("similarity", ["product", "l1"])
+def test_gradcheck_passes_and_counts_its_checks(similarity):
+    options = ["--engine", "numpy", "--dtype", "all", "--similarity", similarity]
+    outcome = invoke("gradcheck", "cpu", *options)
+    *lines, count = outcome.stdout.splitlines()[1:]
+    assert outcome.exit_code == 0
+    assert all(line.startswith("ok ") for line in lines)
+    assert count == f"{len(lines)} passed, 0 failed"
+    for dtype in verify.PRECISION:
+        assert any(f"numpy {dtype}: adjoint identity" in line for line in lines) == (
+            dtype in ("float32", "float64")
+        )
+
+
+@pytest.mark.parametrize("similarity", ["product", "l1"])
+def test_gradcheck_of_torch_differentiates_numerically(similarity):
+    pytest.importorskip("torch")
+    words = ["-b", "1", "--height", "6", "-w", "5", "-k", "2", "--patch", "2"]
+    words += ["--similarity", similarity]
+    outcome = invoke("gradcheck", "cpu", "--engine", "torch", *words)
+    assert outcome.exit_code == 0, outcome.stdout
+    assert "ok      torch float64: torch.autograd.gradcheck " in outcome.stdout
+    assert "ok      torch float64: torch.autograd.gradgradcheck " in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "what"),
+    [("forward", 2, "cost"), ("backward", 3, "grad_fmap1"), ("backward", 4, "grad_fmap2")],
+)
+@pytest.mark.parametrize("similarity", ["product", "l1"])
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+def test_gradcheck_fails_on_a_planted_error(
+    monkeypatch, engine, similarity, function, argument, what
+):
+    if engine == "torch":
+        pytest.importorskip("torch")
+    right = getattr(numpy_engine, function)
+
+    def wrong(*args, **kwargs):
+        right(*args, **kwargs)
+        if args[argument] is not None:
+            args[argument][(0,) * args[argument].ndim] += 1
+
+    monkeypatch.setattr(numpy_engine, function, wrong)
+    options = ["--engine", engine, "--similarity", similarity, "--height", "6", "-w", "5"]
+    outcome = invoke("gradcheck", "cpu", *options)
+    assert outcome.exit_code == 1
+    for check in ("exact on integers", "round-off"):
+        assert f"FAILED  {engine} float64: {what} {check}" in outcome.stdout
+    assert re.fullmatch(r"\d+ passed, [1-9]\d* failed", outcome.stdout.splitlines()[-1])
+
+
+def test_tables_show_what_the_json_document_holds(tmp_path):
+    out, document = measured(tmp_path, *SMALL, "--scale", "ms")
+    (problem,) = document["problems"]
+    (one,) = problem["implementations"]
+    assert problem["multiply_adds"]["backward"] == 2 * problem["multiply_adds"]["forward"]
+    for name in ("forward", "backward"):
+        seconds = one[name]["seconds"]
+        assert len(seconds) == one[name]["runs"] == 4
+        assert one[name]["min"] == min(seconds)
+        assert one[name]["median"] == np.median(seconds)
+        assert one[name]["mean"] == pytest.approx(np.mean(seconds))
+        section = out.split(f"{name} ")[1]
+        row = next(line for line in section.splitlines() if line.startswith("cupycorr numpy"))
+        cells = row.removeprefix("cupycorr numpy").split()
+        shown = [report._number(1e3 * one[name][key]) for key in ("min", "median", "mean")]
+        rate = 2 * problem["multiply_adds"][name] / one[name]["median"]
+        share = rate / (2 * document["gemm"]["size"] ** 3 / min(document["gemm"]["seconds"]))
+        shown += ["4", f"{100 * share:.1f}%", report._number(one[name]["extra_bytes"] / 1e6)]
+        assert cells == [*shown, "1.00", "1.00"]
+
+
+def test_json_document_names_the_machine_and_the_parameters(tmp_path):
+    _, document = measured(tmp_path, *SMALL, "--threads", "1", "-d", "double")
+    machine = document["machine"]
+    assert document["threads"] == 1
+    assert document["dtype"] == "float64"
+    assert document["runs"] == 4
+    assert machine["libraries"]["numpy"] == np.__version__
+    assert machine["cores"] >= 1
+    assert machine["processor"]
+    assert document["problems"][0]["shape"] == [1, 3, 12, 11]
+
+
+def test_one_line_has_the_form_of_the_replaced_program(tmp_path):
+    out, _ = measured(tmp_path, *SMALL, "--scale", "ms")
+    number = r"\d+\.\d{3}"
+    form = rf"^cupycorr numpy  Forward: {number}/{number} ms \| Backward: {number}/{number} ms$"
+    assert re.search(form, out, re.MULTILINE)
+
+
+def test_lines_fit_into_100_columns(tmp_path):
+    pytest.importorskip("torch")
+    words = ["-b", "1", "-c", "3", "--height", "12", "-w", "11", "-r", "1", "--against", "all"]
+    out, document = measured(tmp_path, *words)
+    tables = out[out.index("forward ") : out.index("cupycorr numpy  Forward")]
+    assert max(map(len, tables.splitlines())) <= 100
+    assert len(document["problems"][0]["implementations"]) == 2 + len(peers.PEERS)
+
+
+def test_max_seconds_stops_after_three_runs(tmp_path):
+    _, document = measured(tmp_path, *SMALL, "-r", "50", "--max-seconds", "0")
+    assert document["problems"][0]["implementations"][0]["forward"]["runs"] == 3
+
+
+def test_presets_are_the_published_layers(tmp_path):
+    _, document = measured(tmp_path, *SMALL[-4:], "--preset", "pwc-l6", "-r", "1")
+    assert document["problems"][0]["shape"] == [8, 196, 8, 14]
+    flownetc = bench_module.PRESETS["flownetc"]
+    assert flownetc == {
+        "batch_size": 4, "channel": 256, "height": 48, "width": 64, "patch": 21,
+        "patch_dilation": 2,
+    }  # fmt: skip
+
+
+def test_options_override_a_preset_only_where_given(tmp_path):
+    words = ["--preset", "pwc-l6", "--preset", "k3-dense", "-b", "1", "-c", "2", "-r", "1"]
+    _, document = measured(tmp_path, *words, "--engine", "numpy")
+    first, second = document["problems"]
+    assert (first["name"], second["name"]) == ("pwc-l6", "k3-dense")
+    assert first["shape"] == [1, 2, 8, 14]
+    assert first["description"] == "Geometry(patch_size=9)"
+    assert second["description"] == "Geometry(kernel_size=3, patch_size=9, padding=1)"
+
+
+@pytest.mark.parametrize("preset", bench_module.PRESETS)
+def test_a_preset_fits_its_maps(preset):
+    sizes = bench_module.Sizes(dict.fromkeys(bench_module.PRESETS), frozenset())
+    problem = sizes.problem(preset, bench_module.PRESETS[preset])
+    assert min(problem.geometry.cost_shape(problem.shape)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "dtype", "similarity"),
+    [
+        (name, case, dtype, similarity)
+        for name, peer in peers.PEERS.items()
+        for case, (shape, geometry) in CASES.items()
+        for dtype in ("float64", "bfloat16")
+        for similarity in ("product", "l1")
+        if peer.obstacle(shape, geometry, dtype) is None
+        if similarity == "product" or peer.differences is not None
+    ],
+)
+def test_a_peer_agrees_with_ours_wherever_it_applies(name, case, dtype, similarity):
+    peer, (shape, geometry) = peers.PEERS[name], CASES[case]
+    missing = peers.missing(peer, similarity)
+    if missing is not None:
+        pytest.skip(missing)
+    problem = bench_module.Problem(case, shape, geometry, similarity)
+    one = measure.Implementation(name, "torch", peer.summing(similarity))
+    assert measure._mistake(one, problem, dtype, *measure._reference(problem, dtype)) is None
+
+
+@pytest.mark.parametrize("similarity", ["product", "l1"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_maps_of_the_comparison_have_sums_that_16_bits_hold(dtype, similarity):
+    problem = bench_module.Problem("", (1, 300, 20, 20), Geometry(3, 9, padding=1), similarity)
+    exact, results = measure._reference(problem, dtype)
+    for array in (*exact, *results):
+        assert np.abs(array).max() < 256
+        assert array.any()
+
+
+def test_bench_measures_absolute_differences_against_those_of_others(tmp_path):
+    pytest.importorskip("torch")
+    out, document = measured(tmp_path, *SMALL, "--similarity", "l1", "--against", "all")
+    (problem,) = document["problems"]
+    assert problem["similarity"] == "l1"
+    status = {one["name"]: one["status"] for one in problem["implementations"]}
+    assert status["cupycorr numpy"] == status["torch-slices"] == status["torch-unfold"] == "timed"
+    assert "torch-all-pairs: skipped: has products only" in out
+
+
+def test_a_wrong_peer_is_reported_and_not_timed(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+
+    def shifted(fmap1, fmap2, geometry):
+        return peers.slices(fmap1, fmap2, geometry).roll(1, -1)
+
+    peer = peers.PEERS["torch-slices"]._replace(correlate=shifted)
+    monkeypatch.setitem(peers.PEERS, "torch-slices", peer)
+    out, document = measured(tmp_path, *SMALL, "--against", "torch-slices")
+    assert re.search(r"^torch-slices: wrong: cost: \d+ of \d+ values differ", out, re.MULTILINE)
+    assert "torch-slices  Forward" not in out
+    assert document["problems"][0]["implementations"][1]["status"] == "wrong"
+
+
+def test_a_failing_peer_is_reported_and_the_rest_is_timed(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+
+    def failing(fmap1, fmap2, geometry):
+        raise RuntimeError("out of\nluck")
+
+    peer = peers.PEERS["torch-slices"]._replace(correlate=failing)
+    monkeypatch.setitem(peers.PEERS, "torch-slices", peer)
+    out, _ = measured(tmp_path, *SMALL, "--against", "torch-slices")
+    assert "torch-slices: failed: RuntimeError: out of luck" in out
+    assert "cupycorr numpy  Forward" in out
+
+
+def test_a_wrong_result_of_ours_makes_bench_exit_1(monkeypatch):
+    pytest.importorskip("torch")
+
+    right = measure.ours
+
+    def doubled(fmap1, fmap2, geometry):
+        return 2 * cupycorr.correlation(fmap1, fmap2, geometry)
+
+    monkeypatch.setattr(measure, "ours", lambda *asked: right(*asked)._replace(correlate=doubled))
+    outcome = invoke("bench", "cpu", *SMALL, "--engine", "torch")
+    assert outcome.exit_code == 1
+    assert "cupycorr torch: wrong: cost" in outcome.stdout
+
+
+def test_a_peer_that_needs_too_much_memory_is_skipped_with_the_reason(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(peers, "available_memory", lambda: 1000)
+    out, _ = measured(tmp_path, *SMALL, "--against", "torch-unfold", "--against", "torch-all-pairs")
+    assert re.search(r"^torch-unfold: skipped: needs .* GB", out, re.MULTILINE)
+    assert re.search(r"^torch-all-pairs: skipped: needs .* GB", out, re.MULTILINE)
+
+
+def test_a_problem_larger_than_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(environment, "available_memory", lambda: 1000)
+    outcome = invoke("bench", "cpu", *SMALL)
+    assert outcome.exit_code == 2
+    assert "GB of free memory" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bench", "cpu", *SMALL, "--against", "torch-slices"], "needs torch, not installed"),
+        (["bench", "cpu", "--engine", "torch"], "needs torch, not installed"),
+        (["bench", "cpu", "--engine", "numpy", "-d", "bfloat"], "needs ml_dtypes"),
+        (["gradcheck", "cpu", "--engine", "torch"], "needs torch"),
+        (["gradcheck", "cpu", "--dtype", "bfloat16"], "needs ml_dtypes"),
+    ],
+)
+def test_a_missing_library_that_was_asked_for_ends_the_command(monkeypatch, words, message):
+    monkeypatch.setattr(environment, "has", lambda module: False)
+    monkeypatch.setattr(peers, "has", lambda module: False)
+    outcome = invoke(*words)
+    assert outcome.exit_code == 2
+    assert message in outcome.stderr
+
+
+def test_all_peers_are_skipped_where_torch_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "has", lambda module: False)
+    monkeypatch.setattr(peers, "has", lambda module: False)
+    out, _ = measured(tmp_path, *SMALL[:-4], "-r", "1", "--against", "all")
+    assert "torch-slices: skipped: needs torch, not installed" in out
+    assert "cupycorr numpy  Forward" in out
+
+
+def test_images_become_the_maps_that_are_measured(tmp_path):
+    data = pytest.importorskip("skimage").data_dir
+    pair = [str(Path(data, f"motorcycle_{side}.png")) for side in ("left", "right")]
+    words = ["--preset", "stereo", "-c", "5", "--downscale", "8", "-r", "1", "--engine", "numpy"]
+    _, document = measured(tmp_path, "--images", *pair, *words)
+    (problem,) = document["problems"]
+    assert document["input"] == {"images": pair, "downscale": 8}
+    assert problem["shape"] == [1, 5, 500 // 8, 741 // 8]
+    assert problem["implementations"][0]["status"] == "timed"
+
+
+def test_feature_maps_of_the_stereo_pair_match_at_its_disparity():
+    data = pytest.importorskip("skimage").data_dir
+    pair = features.load_pair(*(Path(data, f"motorcycle_{s}.png") for s in ("left", "right")))
+    maps = features.feature_maps(*pair, 33, 4)
+    cost = cupycorr.correlation(*maps, Geometry(patch_size=(1, 41)))
+    displacements = cost[0, 0].argmax(0) - 20
+    # The right camera sees everything further left: of 41 displacements those from 1 to 16
+    # positions (its disparities are 7 to 61 pixels) must hold most of the best matches.
+    assert np.mean((displacements <= -1) & (displacements >= -16)) > 0.6
+
+
+def test_feature_maps_are_deterministic_and_normalized():
+    image = np.random.default_rng(0).random((40, 52), np.float32)
+    once, twice = features.feature_maps(image, image, 20, 4)
+    assert once.shape == (1, 20, 10, 13)
+    assert verify.difference(once, twice) is None
+    assert np.abs(once.mean((0, 2, 3))).max() < 1e-5
+    assert once.std((0, 2, 3)) == pytest.approx(1, rel=1e-5)
+
+
+def test_images_of_different_size_and_mode_are_cut_to_the_common_size(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGBA", (9, 6), (255, 0, 0, 9)).save(tmp_path / "a.png")
+    image.new("P", (7, 8)).save(tmp_path / "b.png")
+    one, two = features.load_pair(tmp_path / "a.png", tmp_path / "b.png")
+    assert one.shape == two.shape == (6, 7)
+    assert one.max() == pytest.approx(0.299 * 255, abs=1)
+
+
+def test_a_file_that_is_no_image_ends_the_command(tmp_path):
+    file = tmp_path / "no.png"
+    file.write_text("no image")
+    outcome = invoke("bench", "cpu", *SMALL, "--images", file, file)
+    assert outcome.exit_code == 2
+    assert "cannot read" in outcome.stderr
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_the_peak_of_memory_counts_what_is_held_at_once(library):
+    empty = np.empty
+    if library == "torch":
+        empty = pytest.importorskip("torch").empty
+
+    def call():
+        held = empty(4_000_000)  # 32 MB, or 16 MB in torch's default dtype
+        freed = empty(4_000_000)
+        del freed
+        return held, empty(2_000_000)
+
+    peak, kept = memory.peak(call, library)
+    held = 2 * kept[0].nbytes
+    assert held <= peak < held + 1_000_000
+
+
+def test_extra_memory_leaves_out_the_results():
+    geometry, maps = Geometry(patch_size=31), measure.random_maps((1, 1, 30, 40), "float32")
+    cost = np.ones(geometry.cost_shape(maps[0].shape), np.float32)
+    one = measure.ours("numpy", "product")._replace(correlate=lambda *_: cost.copy())
+    forward, _ = measure._extra_memory(one, measure._Maps(*maps, cost), geometry)
+    assert forward < cost.nbytes / 10
+
+
+def test_threads_are_limited_and_given_back():
+    torch = pytest.importorskip("torch")
+    import threadpoolctl
+
+    before = torch.get_num_threads()
+    with measure.threads(1, torch_too=True):
+        assert torch.get_num_threads() == 1
+        assert {pool["num_threads"] for pool in threadpoolctl.threadpool_info()} == {1}
+    assert torch.get_num_threads() == before
+
+
+def test_piped_output_is_plain_and_standard_error_silent():
+    outcome = installed("bench", "cpu", *SMALL[:-2], "-r", "1")
+    assert outcome.returncode == 0
+    assert outcome.stderr == ""
+    assert "\x1b" not in outcome.stdout
+    assert "cupycorr numpy  Forward: " in outcome.stdout
+
+
+def test_a_command_that_fails_prints_no_traceback():
+    outcome = installed("gradcheck", "cpu", "--height", "1")
+    assert outcome.returncode == 2
+    assert "Traceback" not in outcome.stderr
+    assert outcome.stderr.splitlines()[-1].startswith("Error: ")
+
+
+def test_progress_shows_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    with bench_module.progress.bar("layer", 2) as advance:
+        advance(1, "one")
+    assert "layer" in capsys.readouterr().err

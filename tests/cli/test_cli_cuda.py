@@ -1,0 +1,392 @@
+"""The command line on CUDA devices; what needs none runs everywhere."""
+
+import json
+import sys
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from command import invoke, main
+from cupycorr.cli import cuda, environment, options
+from cupycorr.cli.bench import measure, memory, report
+
+import cupycorr
+from cupycorr import Geometry, verify
+
+bench_module = sys.modules["cupycorr.cli.bench.command"]
+FINDINGS = {
+    "NVIDIA driver": environment.Finding("NVIDIA driver", False, "no library", "Install it."),
+    "CuPy": environment.Finding("CuPy", False, "not installed", "Get CuPy."),
+    "NVRTC": environment.Finding("NVRTC", False, "not found", "Get NVRTC."),
+    "GPU": environment.Finding("GPU", False, "no device", "Look for one."),
+}
+COMMANDS = {"bench": ["bench", "cuda"], "gradcheck": ["gradcheck", "cuda"], "warmup": ["warmup"]}
+SMALL = ["-b", "1", "-c", "3", "--height", "6", "-w", "5"]
+TIMED = ["bench", "cuda", *SMALL, "-r", "3", "--patch", "2"]
+A100 = {
+    "ClockRate": 1_410_000, "MultiProcessorCount": 108, "MemoryClockRate": 1_215_000,
+    "GlobalMemoryBusWidth": 5120, "SingleToDoublePrecisionPerfRatio": 2,
+}  # fmt: skip
+gpu = pytest.mark.gpu
+
+
+@pytest.fixture
+def _no_cuda(monkeypatch):
+    monkeypatch.setattr(environment, "cuda_findings", lambda: list(FINDINGS.values()))
+
+
+def planted(monkeypatch, function, argument):
+    """Let one value that a function of the engine writes be wrong."""
+    from cupycorr.cuda import engine as cuda_engine
+
+    right = getattr(cuda_engine, function)
+
+    def wrong(*args, **kwargs):
+        right(*args, **kwargs)
+        args[argument].ravel()[:1].set(np.full(1, 77, args[argument].dtype))
+
+    monkeypatch.setattr(cuda_engine, function, wrong)
+
+
+def measured(tmp_path, *words):
+    file = tmp_path / "bench.json"
+    outcome = invoke(*words, "--json", file)
+    assert outcome.exit_code == 0, outcome.output
+    return outcome.stdout, json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("missing", FINDINGS)
+def test_a_command_names_all_that_cuda_needs_and_remedies_what_is_missing(
+    monkeypatch, command, missing
+):
+    findings = [one._replace(found=one.name != missing) for one in FINDINGS.values()]
+    monkeypatch.setattr(environment, "cuda_findings", lambda: findings)
+    outcome = invoke(*COMMANDS[command])
+    assert outcome.exit_code == 2
+    for name, finding in FINDINGS.items():
+        state = "missing" if name == missing else "found  "
+        assert f"{state}  {name}: {finding.detail}" in outcome.stderr
+        assert (finding.remedy in outcome.stderr) == (name == missing)
+
+
+def test_cuda_is_not_refused_where_nothing_is_missing(monkeypatch):
+    findings = [one._replace(found=True) for one in FINDINGS.values()]
+    monkeypatch.setattr(environment, "cuda_findings", lambda: findings)
+    assert environment.require_cuda() is None
+
+
+def test_findings_are_looked_for_in_the_order_of_need():
+    assert [finding.name for finding in environment.cuda_findings()] == list(FINDINGS)
+
+
+def test_a_missing_library_is_a_finding_with_a_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(environment.ctypes, "CDLL", _not_loadable)
+    findings = environment.cuda_findings()
+    assert not any(finding.found for finding in findings)
+    assert all(finding.remedy for finding in findings[:3])
+
+
+def _not_loadable(name):
+    raise OSError(name)
+
+
+def test_nvrtc_is_what_cupy_loads(monkeypatch):
+    nvrtc = pytest.importorskip("cupy").cuda.nvrtc
+    monkeypatch.setattr(nvrtc, "getVersion", lambda: (12, 9))
+    assert environment._nvrtc(cupy_found=True) == ("NVRTC", True, "12.9", "")
+    monkeypatch.setattr(nvrtc, "getVersion", lambda: _not_loadable("no\nlibnvrtc"))
+    finding = environment._nvrtc(cupy_found=True)
+    assert not finding.found
+    assert "no libnvrtc" in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bench", "cpu", "--engine", "cupy"], "--engine on cpu must be numpy or torch, got cupy"),
+        (["gradcheck", "cpu", "--engine", "plain"], "must be numpy or torch, got plain"),
+        (["bench", "cuda", "--engine", "numpy"], "must be cupy or plain or torch, got numpy"),
+        (["gradcheck", "cuda", "--engine", "numpy"], "must be cupy or plain or torch, got numpy"),
+        (["bench", "cuda", "--engine", "torch"], "measures arrays of cupy, got --engine torch"),
+        (["bench", "cpu", "--cold"], "--cold is for cuda, got cpu"),
+        (["bench", "cuda", "--threads", "2"], "--threads is for cpu, got cuda"),
+    ],
+)
+@pytest.mark.usefixtures("_no_cuda")
+def test_options_that_a_device_does_not_have_are_refused_before_it_is_looked_for(words, message):
+    outcome = invoke(*words)
+    assert outcome.exit_code == 2
+    assert message in outcome.stderr
+
+
+def test_a_peer_that_was_asked_for_by_name_is_refused_and_one_of_all_is_skipped(monkeypatch):
+    arguments = {"device": "cuda", "engines": (), "dtype": "float32", "similarity": "product"}
+    with pytest.raises(environment.Unavailable, match=r"^torch-slices runs on torch tensors"):
+        bench_module._implementations(against=("torch-slices",), **arguments)
+    present, absent = bench_module._implementations(against=("all",), **arguments)
+    assert [one.name for one in present] == ["cupycorr cupy"]
+    assert [one.name for one in absent] == list(bench_module.PEERS)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["bench", "cuda", "-d", "bfloat"], ["gradcheck", "cuda", "--dtype", "bfloat16"]],
+)
+def test_bfloat16_arrays_need_ml_dtypes(monkeypatch, words):
+    monkeypatch.setattr(environment, "require_cuda", lambda: None)
+    monkeypatch.setattr(environment, "has", lambda module: False)
+    outcome = invoke(*words)
+    assert outcome.exit_code == 2
+    assert "needs ml_dtypes" in outcome.stderr
+
+
+def test_warmup_takes_the_sizes_and_presets_of_bench():
+    commands = {name: main.get_command(click.Context(main), name) for name in ("bench", "warmup")}
+    flags = {name: {p.name: p.opts for p in command.params} for name, command in commands.items()}
+    shared = [*options.SIZES, "presets"]
+    assert {name: flags["warmup"][name] for name in shared} == {
+        name: flags["bench"][name] for name in shared
+    }
+    assert flags["warmup"]["dtypes"] == flags["bench"]["dtype"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "capability", "peaks"),
+    [
+        ({}, 80, (108 * 64 * 1.41e9, 108 * 32 * 1.41e9, 1555.2e9)),
+        ({}, 90, (108 * 128 * 1.41e9, 108 * 64 * 1.41e9, 1555.2e9)),
+        ({"SingleToDoublePrecisionPerfRatio": 64}, 89,
+         (108 * 128 * 1.41e9, 108 * 2 * 1.41e9, 1555.2e9)),
+        ({}, 999, (None, None, 1555.2e9)),
+        ({"ClockRate": 0}, 80, (None, None, 1555.2e9)),
+        ({"MemoryClockRate": 0}, 80, (108 * 64 * 1.41e9, 108 * 32 * 1.41e9, None)),
+    ],
+)  # fmt: skip
+def test_peaks_are_computed_from_the_attributes(changes, capability, peaks):
+    assert cuda.peaks(A100 | changes, capability) == pytest.approx(peaks)
+
+
+def test_attributes_that_are_not_reported_leave_peaks_unknown():
+    assert cuda.peaks({"MultiProcessorCount": 1}, 80) == (None, None, None)
+
+
+def document(problem, outcomes, dtype="float32", **peaks):
+    """Return what `bench cuda` makes of outcomes."""
+    found = {"float32": 1e12, "float64": 5e11, "memory": 1e12} | peaks
+    entry = report.entry(problem, dtype, outcomes)
+    return {"device": "cuda", "dtype": dtype, "cuda": {"peaks": found}, "problems": [entry]}
+
+
+def cells(capsys, written, step):
+    """Print the table; return the cells of its only row for a pass."""
+    report.show(written, written["problems"][0], "us")
+    section = capsys.readouterr().out.split(f"{step} ")[1]
+    row = next(line for line in section.splitlines() if line.startswith("cupycorr cupy"))
+    return row.removeprefix("cupycorr cupy").split()
+
+
+@pytest.mark.parametrize(
+    ("step", "products", "moved"), [("forward", 120, 4 * 264), ("backward", 240, 4 * 504)]
+)
+def test_a_table_shows_medians_and_rates_against_the_peaks(capsys, step, products, moved):
+    # Maps of 120 elements, of which each is in one product, and a cost volume of 24.
+    problem = options.Problem("one", (2, 5, 3, 4), Geometry())
+    timings = [measure.Timing(s * 1e-9, s * 1e-6) for s in (1, 2, 6)]
+    one = measure.Outcome(
+        "cupycorr cupy", "timed",
+        passes={name: measure.Measured(timings, 3_000_000) for name in measure.PASSES},
+    )  # fmt: skip
+    shown = cells(capsys, document(problem, [one]), step)
+    assert shown == [
+        "0.001", "0.002", "0.003", "3",
+        report._number(products / 2), f"({products / 20:.0f}%)",
+        report._number(moved / 2), f"({moved / 20:.0f}%)",
+        "2", "3", "1.00",
+    ]  # fmt: skip
+    assert shown[5] == {"forward": "(6%)", "backward": "(12%)"}[step]
+    double = cells(capsys, document(problem, [one], "float64"), step)
+    assert double[5] == f"({products / 10:.0f}%)"
+    unknown = cells(capsys, document(problem, [one], float32=None, memory=None), step)
+    assert unknown[4:6] == [report._number(products / 2), report._number(moved / 2)]
+
+
+def test_the_document_holds_the_time_of_launching():
+    timings = [measure.Timing(2e-6, 3e-5), measure.Timing(4e-6, 5e-5)]
+    passes = {name: measure.Measured(timings, 0) for name in measure.PASSES}
+    written = report._implementation(measure.Outcome("cupycorr cupy", "timed", passes=passes))
+    assert written["forward"]["seconds"] == [2e-6, 4e-6]
+    assert written["forward"]["host_seconds"] == [3e-5, 5e-5]
+
+
+@gpu
+@pytest.mark.parametrize("dtype", verify.PRECISION)
+def test_gradcheck_passes_on_the_device(dtype):
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    outcome = invoke("gradcheck", "cuda", *SMALL, "--dtype", dtype)
+    *lines, count = outcome.stdout.splitlines()[2:]
+    assert outcome.exit_code == 0, outcome.output
+    assert all(line.startswith("ok ") for line in lines)
+    assert count == f"{len(lines)} passed, 0 failed"
+    for engine in ("cupy", "plain"):
+        assert f"ok      {engine} {dtype}: cost exact on integers (with the definition)" in lines
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("function", "argument", "what"),
+    [("forward", 2, "cost"), ("backward", 3, "grad_fmap1"), ("backward", 4, "grad_fmap2")],
+)
+@pytest.mark.parametrize("engine", ["cupy", "plain"])
+def test_gradcheck_fails_on_a_planted_error_on_the_device(
+    monkeypatch, engine, function, argument, what
+):
+    planted(monkeypatch, function, argument)
+    outcome = invoke("gradcheck", "cuda", "--engine", engine, *SMALL)
+    assert outcome.exit_code == 1
+    for check in ("exact on integers", "round-off"):
+        assert f"FAILED  {engine} float64: {what} {check}" in outcome.stdout
+    assert f"FAILED  {engine} float64: adjoint identity" in outcome.stdout
+
+
+@gpu
+def test_gradcheck_fails_where_a_kernel_cannot_be_launched(monkeypatch):
+    from cupycorr.cuda import engine as cuda_engine
+
+    def refused(*args, **kwargs):
+        raise RuntimeError("product_cost must have\nat most 1024 threads")
+
+    monkeypatch.setattr(cuda_engine, "forward", refused)
+    outcome = invoke("gradcheck", "cuda", "--engine", "plain", *SMALL)
+    assert outcome.exit_code == 1
+    assert "FAILED  plain float64: kernels (on the device): product_cost must" in outcome.stdout
+
+
+@gpu
+@pytest.mark.parametrize("cold", [False, True])
+def test_bench_times_forward_and_backward_on_the_device(tmp_path, cold):
+    words = ["--engine", "cupy", "--engine", "plain", "--against", "all"]
+    out, written = measured(tmp_path, *TIMED, *words, *(["--cold"] if cold else []))
+    assert written["device"] == "cuda"
+    assert written["cold"] is cold
+    assert written["cuda"]["multiprocessors"] >= 1
+    (problem,) = written["problems"]
+    assert {kernel["kernel"] for kernel in problem["kernels"]} >= {"product_cost", "window_sum"}
+    for one in problem["implementations"][:2]:
+        assert one["status"] == "timed", one
+        for step in measure.PASSES:
+            assert len(one[step]["seconds"]) == len(one[step]["host_seconds"]) == 3
+            assert one[step]["min"] == min(one[step]["seconds"]) > 0
+        assert f"{one['name']}  Forward: " in out
+    assert {one["status"] for one in problem["implementations"][2:]} == {"skipped"}
+    tables = out[out.index("forward ") : out.index("cupycorr cupy  Forward")]
+    assert max(map(len, tables.splitlines())) <= 100
+
+
+@gpu
+@pytest.mark.parametrize("dtype", ["half", "bfloat", "double"])
+def test_bench_takes_every_dtype_on_the_device(tmp_path, dtype):
+    pytest.importorskip("ml_dtypes")
+    _, written = measured(tmp_path, *TIMED, "-d", dtype)
+    assert written["problems"][0]["implementations"][0]["status"] == "timed"
+
+
+@gpu
+@pytest.mark.parametrize("empty", [["-b", "0"], ["-c", "0"]])
+def test_bench_takes_empty_maps_on_the_device(tmp_path, empty):
+    _, written = measured(tmp_path, *TIMED, *empty)
+    assert written["problems"][0]["kernels"] == []
+
+
+@gpu
+def test_a_wrong_result_on_the_device_is_reported_and_not_timed(monkeypatch):
+    planted(monkeypatch, "forward", 2)
+    outcome = invoke(*TIMED)
+    assert outcome.exit_code == 1
+    assert "cupycorr cupy: wrong: cost: 1 of " in outcome.stdout
+
+
+@gpu
+def test_images_become_the_maps_that_are_measured_on_the_device(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for name in "ab":
+        image.effect_noise((40, 24), 50).save(tmp_path / f"{name}.png")
+    words = ["--images", tmp_path / "a.png", tmp_path / "b.png", "--preset", "stereo"]
+    words += ["-c", "2", "--patch", "1,3", "-r", "1"]
+    _, written = measured(tmp_path, "bench", "cuda", *words)
+    (problem,) = written["problems"]
+    assert problem["shape"] == [1, 2, 6, 10]
+    assert problem["implementations"][0]["status"] == "timed"
+
+
+@gpu
+def test_a_problem_larger_than_the_devices_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(environment, "available_memory", lambda: 1 << 60)
+    outcome = invoke("bench", "cuda", "-b", "1000", "-c", "10000", "--height", "1000", "-w", "99")
+    assert outcome.exit_code == 2
+    assert "GB of free memory on the device" in outcome.stderr
+
+
+@gpu
+def test_cold_runs_overwrite_more_than_the_cache():
+    cupy = pytest.importorskip("cupy")
+    assert cuda._flushed_bytes() > cupy.cuda.Device().attributes["L2CacheSize"]
+
+
+@gpu
+def test_the_peak_of_the_devices_memory_counts_what_is_held_at_once():
+    cupy = pytest.importorskip("cupy")
+
+    def call():
+        held = cupy.empty(1_000_000, np.float32)
+        freed = cupy.empty(1_000_000, np.float32)
+        del freed
+        return held, cupy.empty(1_000_000, np.float32)
+
+    peak, kept = memory.peak(call, "cupy")
+    assert sum(one.nbytes for one in kept) <= peak < 9_000_000
+
+
+@gpu
+def test_warmup_prints_what_each_kernel_took_and_takes():
+    outcome = invoke("warmup", *SMALL, "-d", "float", "-d", "double")
+    assert outcome.exit_code == 0, outcome.output
+    for dtype in ("float32", "float64"):
+        rows = [line.split() for line in outcome.stdout.splitlines() if line.startswith(dtype)]
+        assert "product_cost" in [row[1] for row in rows]
+        for _, _, seconds, registers, spilled in rows:
+            assert float(seconds) >= 0
+            assert int(registers) > 0
+            assert int(spilled) >= 0
+
+
+@gpu
+def test_warmup_leaves_nothing_for_the_first_call_to_compile(monkeypatch):
+    cupy = pytest.importorskip("cupy")
+    from cupycorr.cuda import engine as cuda_engine
+
+    words = ["-b", "1", "-c", "3", "--height", "8", "-w", "9", "--patch", "2"]
+    assert invoke("warmup", *words).exit_code == 0
+    monkeypatch.setattr(cuda_engine, "_compile", lambda launch: pytest.fail(launch.kernel))
+    problem = options.Sizes(
+        {"batch_size": 1, "channel": 3, "height": 8, "width": 9, "patch": 2},
+        frozenset({"batch_size", "channel", "height", "width", "patch"}),
+    ).problem("", bench_module.PRESETS["default"])
+    maps = [cupy.asarray(np.ones(problem.shape, np.float32)) for _ in range(2)]
+    cost = cupycorr.correlation(*maps, problem.geometry)
+    cupycorr.correlation_vjp(cost, *maps, problem.geometry)
+
+
+@gpu
+def test_warmup_ends_with_the_compilers_message(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("product.cu must compile, got: expected a ';'")
+
+    monkeypatch.setattr(cuda, "kernels", broken)
+    outcome = CliRunner().invoke(main, ["warmup", *SMALL])
+    assert outcome.exit_code == 1
+    assert "default" not in outcome.stderr
+    assert "options, float32: product.cu must compile, got: expected a ';'" in outcome.stderr

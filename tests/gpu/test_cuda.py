@@ -1,0 +1,312 @@
+"""The CUDA engine on real CuPy arrays, on whatever CUDA device is there."""
+
+import definition
+import numpy as np
+import pytest
+from cases import CASES
+
+import cupycorr
+from cupycorr import Geometry, verify
+
+pytestmark = pytest.mark.gpu
+
+# Pass through every kernel, with windows, strides and phases.
+FEW = [
+    "FlowNetC",
+    "patch in one row",
+    "stride not dividing dilation_patch",
+    "everything differs per axis",
+    "window at the border",
+]
+PATCH = Geometry(patch_size=3)
+
+
+@pytest.fixture
+def cp():
+    return pytest.importorskip("cupy")
+
+
+def assert_passes(engine, shape, geometry, dtype):
+    failures = {
+        check.name: check.error
+        for check in verify.check(engine, shape, geometry, dtype)
+        if check.error
+    }
+    assert not failures
+
+
+def maps(rng, shape=(2, 3, 6, 8), dtype="float32"):
+    return [rng.integers(-2, 3, shape).astype(dtype) for _ in range(2)]
+
+
+def assert_same(got, want):
+    assert verify.difference(got.get().astype(np.float64), want.astype(np.float64)) is None
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_is_computed_right(name):
+    assert_passes(verify.cupy_engine(), *CASES[name], "float32")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_plain_kernels_compute_every_case_right(name):
+    assert_passes(verify.cupy_engine(plain=True), *CASES[name], "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("name", FEW)
+def test_every_dtype_is_computed_right(name, dtype):
+    assert_passes(verify.cupy_engine(), *CASES[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_the_plain_kernels_compute_every_dtype_right(dtype):
+    assert_passes(verify.cupy_engine(plain=True), *CASES[FEW[-1]], dtype)
+
+
+@pytest.mark.parametrize("name", ["FlowNetC", FEW[-1], "displacement beyond the map"])
+def test_absolute_differences_are_computed_right(name):
+    assert_passes(verify.cupy_engine("l1"), *CASES[name], "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_absolute_differences_are_computed_right_in_every_dtype(dtype):
+    assert_passes(verify.cupy_engine("l1"), *CASES[FEW[-2]], dtype)
+
+
+def test_the_plain_kernels_compute_absolute_differences_right():
+    assert_passes(verify.cupy_engine("l1", plain=True), *CASES[FEW[-2]], "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_the_tangent_of_absolute_differences_is_computed_right(cp, rng, dtype):
+    from cupycorr.cuda import engine as cuda_engine
+
+    shape, geometry = CASES[FEW[-2]]
+    arrays = rng.integers(-2, 3, (4, *shape)).astype(dtype)
+    tangent = cp.empty(geometry.cost_shape(shape), dtype)
+    cuda_engine.tangent(*map(cp.asarray, arrays), tangent, geometry)
+    assert_same(tangent, definition.differences_tangent(*arrays.astype(float), geometry))
+
+
+def test_the_tangent_of_no_channels_is_zero(cp):
+    from cupycorr.cuda import engine as cuda_engine
+
+    one = cp.empty((2, 0, 5, 6), cp.float32)
+    tangent = cp.ones(PATCH.cost_shape(one.shape), cp.float32)
+    cuda_engine.tangent(one, one, one, one, tangent, PATCH)
+    assert not tangent.get().any()
+
+
+def test_warming_up_compiles_what_absolute_differences_need(cp, rng, monkeypatch):
+    from cupycorr.cuda import engine as cuda_engine
+
+    one, two = map(cp.asarray, maps(rng))
+    geometry = Geometry(patch_size=(3, 2))
+    assert cuda_engine.warm_up(geometry, one.shape, "float32", similarity="l1")
+    monkeypatch.setattr(cuda_engine, "_compile", lambda launch: pytest.fail(launch.kernel))
+    cost = cupycorr.correlation(one, two, geometry, similarity="l1")
+    cupycorr.correlation_vjp(cost, one, two, geometry, similarity="l1")
+
+
+def test_results_are_contiguous_cupy_arrays_of_the_maps_dtype_and_device(cp, rng):
+    one, two = map(cp.asarray, maps(rng, dtype="float16"))
+    cost = cupycorr.spatial_correlation_sample(one, two, patch_size=3)
+    grads = cupycorr.correlation_vjp(cost, one, two, PATCH)
+    for array, shape in ((cost, (2, 3, 3, 6, 8)), (grads[0], one.shape), (grads[1], one.shape)):
+        assert isinstance(array, cp.ndarray)
+        assert (array.shape, array.dtype, array.device) == (shape, one.dtype, one.device)
+        assert array.flags.c_contiguous
+
+
+def test_arrays_of_any_strides_are_accepted(cp, rng):
+    one, two = maps(rng)
+    want = cupycorr.correlation(one, two, PATCH)
+    grad = np.float32(2)
+    strided = cp.asarray(one.transpose(3, 2, 1, 0).copy()).transpose(3, 2, 1, 0)
+    reversed_twice = cp.asarray(two[:, :, ::-1].copy())[:, :, ::-1]
+    assert_same(cupycorr.correlation(strided, reversed_twice, PATCH), want)
+    expanded = cp.broadcast_to(cp.asarray(grad), want.shape)
+    got = cupycorr.correlation_vjp(expanded, strided, reversed_twice, PATCH)
+    wanted = cupycorr.correlation_vjp(np.full(want.shape, grad), one, two, PATCH)
+    for a, b in zip(got, wanted, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_storage_may_begin_anywhere(cp, rng, dtype):
+    one, two = maps(rng, (2, 4, 8, 16), dtype)
+    shifted = []
+    for array in (one, two):
+        storage = cp.zeros(array.size + 1, dtype)
+        storage[1:] = cp.asarray(array).ravel()
+        shifted.append(storage[1:].reshape(array.shape))
+    assert shifted[0].data.ptr % 16 == shifted[0].itemsize
+    want = cupycorr.correlation(one, two, PATCH)
+    assert_same(cupycorr.correlation(*shifted, PATCH), want)
+    grads = cupycorr.correlation_vjp(cp.asarray(want), *shifted, PATCH)
+    for a, b in zip(grads, cupycorr.correlation_vjp(want, one, two, PATCH), strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+def test_only_the_gradients_that_are_needed_are_computed(cp, rng, needs):
+    one, two = map(cp.asarray, maps(rng))
+    cost = cupycorr.correlation(one, two, PATCH)
+    grads = cupycorr.correlation_vjp(cost, one, two, PATCH, needs=needs)
+    assert tuple(grad is not None for grad in grads) == needs
+
+
+def test_needs_may_be_an_iterator_of_two(cp, rng):
+    one, two = map(cp.asarray, maps(rng))
+    cost = cupycorr.correlation(one, two, PATCH)
+    grads = cupycorr.correlation_vjp(cost, one, two, PATCH, needs=iter((True, False)))
+    assert [grad is None for grad in grads] == [False, True]
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 6, 8), (2, 0, 6, 8)], ids=["no samples", "no channels"])
+def test_empty_maps_give_zeros(cp, shape):
+    one = cp.zeros(shape, cp.float32)
+    geometry = Geometry(3, 3, padding=1)
+    cost = cupycorr.correlation(one, one, geometry)
+    assert cost.shape == geometry.cost_shape(shape)
+    assert not cost.get().any()
+    assert cupycorr.correlation_vjp(cost, one, one, geometry)[0].shape == shape
+
+
+def test_a_batch_may_exceed_every_limit_of_a_grid_but_the_first(cp, rng):
+    one, two = maps(rng, (65537, 1, 2, 2))
+    assert_same(cupycorr.correlation(cp.asarray(one), cp.asarray(two), PATCH),
+                cupycorr.correlation(one, two, PATCH))  # fmt: skip
+
+
+def test_more_than_2_to_the_31_elements_are_indexed_right(cp):
+    if cp.cuda.runtime.memGetInfo()[0] < 8e9:
+        pytest.skip("needs 8 GB of free memory on the device")
+    from cupycorr.cuda import engine as cuda_engine
+
+    shape, step = (3, 1, 27000, 27000), 5000
+    fmap = cp.zeros(shape, cp.float16)
+    n, y, x = np.ogrid[:3, :6, :6]
+    values = n + y + x
+    fmap[:, 0, ::step, ::step] = cp.asarray(values, cp.float16)
+    geometry = Geometry(stride=step)
+    cost = cp.empty(geometry.cost_shape(shape), fmap.dtype)
+    for plain in (True, False):
+        cost.fill(0)
+        cuda_engine.forward(fmap, fmap, cost, geometry, plain=plain)
+        assert_same(cost[:, 0, 0], values**2.0)
+
+
+def test_work_is_queued_on_the_current_stream_of_the_arrays_device(cp, rng, monkeypatch):
+    from cupycorr.cuda import engine as cuda_engine
+
+    one, two = map(cp.asarray, maps(rng))
+    streams = []
+    function = cuda_engine._function
+
+    def spy(launch):
+        streams.append(cp.cuda.get_current_stream().ptr)
+        return function(launch)
+
+    monkeypatch.setattr(cuda_engine, "_function", spy)
+    with cp.cuda.Stream(non_blocking=True) as stream:
+        cost = cupycorr.correlation(one, two, PATCH)
+        stream.synchronize()
+    assert streams == [stream.ptr]
+    assert_same(cost, cupycorr.correlation(one.get(), two.get(), PATCH))
+
+
+def test_arrays_on_another_device_are_computed_there(cp, rng):
+    if cp.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two devices")
+    one, two = maps(rng)
+    with cp.cuda.Device(1):
+        there = cp.asarray(one), cp.asarray(two)
+    with cp.cuda.Device(0):
+        cost = cupycorr.correlation(*there, PATCH)
+        grads = cupycorr.correlation_vjp(cost, *there, PATCH)
+        assert cp.cuda.runtime.getDevice() == 0
+    assert {array.device.id for array in (cost, *grads)} == {1}
+    assert_same(cost, cupycorr.correlation(one, two, PATCH))
+
+
+def test_maps_on_two_devices_are_refused(cp, rng):
+    if cp.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two devices")
+    one, two = maps(rng)
+    with cp.cuda.Device(1):
+        there = cp.asarray(two)
+    with pytest.raises(ValueError, match="fmap1 and fmap2 must be on one device"):
+        cupycorr.correlation(cp.asarray(one), there, PATCH)
+
+
+def test_the_window_volume_is_computed_in_parts_of_the_batch(cp, rng, monkeypatch):
+    from cupycorr.cuda import plan as cuda_plan
+
+    geometry = Geometry(3, 3, padding=1)
+    one, two = maps(rng, (5, 2, 6, 7))
+    monkeypatch.setattr(cuda_plan, "WORKSPACE_BYTES", 2 * 9 * 8 * 9 * 4)
+    assert cuda_plan.samples_at_once(geometry, one.shape, "float32") == 2
+    want = cupycorr.correlation(one, two, geometry)
+    there = cp.asarray(one), cp.asarray(two)
+    assert_same(cupycorr.correlation(*there, geometry), want)
+    grads = cupycorr.correlation_vjp(cp.asarray(want), *there, geometry)
+    for a, b in zip(grads, cupycorr.correlation_vjp(want, one, two, geometry), strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("geometry", [
+    Geometry(patch_size=5), Geometry(patch_size=5, dilation_patch=2),
+    Geometry(3, 3, 2, 1, 2, 2), Geometry(patch_size=3, stride=3, padding=-2),
+], ids=repr)  # fmt: skip
+def test_what_is_not_finite_reaches_no_output_that_does_not_touch_it(cp, rng, geometry, value):
+    one, two = maps(rng, (1, 2, 11, 12))
+    one[0, 0, 0, 0] = one[0, 1, 6, 10] = two[0, 1, 10, 11] = two[0, 0, 4, 4] = value
+    with np.errstate(invalid="ignore"):
+        want = cupycorr.correlation(one, two, geometry)
+        grad = rng.integers(-2, 3, want.shape).astype(np.float32)
+        grad.flat[:: want.size // 7] = value
+        wanted = cupycorr.correlation_vjp(grad, one, two, geometry)
+    there = cp.asarray(one), cp.asarray(two)
+    got = cupycorr.correlation(*there, geometry)
+    grads = cupycorr.correlation_vjp(cp.asarray(grad), *there, geometry)
+    for a, b in ((got, want), (grads[0], wanted[0]), (grads[1], wanted[1])):
+        assert verify.difference(*(np.isfinite(x).astype(float) for x in (a.get(), b))) is None
+
+
+def test_an_image_of_about_the_same_size_compiles_nothing(cp, monkeypatch):
+    from cupycorr.cuda import engine as cuda_engine
+
+    def arrays(height):
+        return (cp.ones((1, 8, height, 64), cp.float32) for _ in range(2))
+
+    cupycorr.correlation(*arrays(57), PATCH)
+    monkeypatch.setattr(cuda_engine, "_compile", lambda launch: pytest.fail(launch.kernel))
+    cupycorr.correlation(*arrays(61), PATCH)
+
+
+def test_a_source_that_does_not_compile_is_one_clear_error(cp, monkeypatch):
+    from cupycorr.cuda import engine as cuda_engine
+
+    one = cp.ones((1, 1, 4, 4), cp.float32)
+    monkeypatch.setattr(cuda_engine, "source", lambda launch: "this is not CUDA C")
+    monkeypatch.setattr(cuda_engine, "_functions", {})
+    with pytest.raises(RuntimeError, match=r"product\.cu must compile for sm_\d+, got from NVRTC"):
+        cupycorr.correlation(one, one, PATCH)
+
+
+def test_threads_may_call_at_once(cp, rng):
+    from concurrent.futures import ThreadPoolExecutor
+
+    one, two = maps(rng)
+    geometries = [Geometry(patch_size=p) for p in (1, 2, 1, 2)] * 3
+
+    def call(geometry):
+        return cupycorr.correlation(cp.asarray(one), cp.asarray(two), geometry).get()
+
+    with ThreadPoolExecutor(4) as pool:
+        for geometry, got in zip(geometries, pool.map(call, geometries), strict=True):
+            want = cupycorr.correlation(one, two, geometry)
+            assert verify.difference(got.astype(float), want.astype(float)) is None

@@ -1,0 +1,223 @@
+"""Every kernel compiles for every GPU, keeps its values in registers, and can be launched.
+
+NVRTC needs no GPU. Nothing here says that a kernel computes what it must: the other tests do.
+"""
+
+import multiprocessing
+import re
+from concurrent.futures import ProcessPoolExecutor
+from importlib import resources
+from typing import NamedTuple
+
+import nvrtc
+import pytest
+from devices import DEVICES, LAYERS
+
+from cupycorr.cuda import plan as cuda_plan
+from cupycorr.cuda import sources as cuda_sources
+
+REASON = nvrtc.missing(*nvrtc.COMPILERS)
+pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+
+REGISTERS = 65536  # of a multiprocessor, on every GPU; a warp gets them by eight per thread
+MOST = 255  # registers of a thread
+# What a thread may use: in all, or beside its tile, which it must hold while it multiplies.
+IN_ALL = {"plain.cu": 96, "window.cu": 32}
+BESIDE_TILE = {"product.cu": 72, "product_adjoint.cu": 104}
+
+DTYPES = ("float32", "float16", "float64", "bfloat16")
+SOME = ("FlowNetC", "PWC-Net 6", "default", "stride 3")  # together they reach every kernel
+# Every dtype and layer on one GPU; on the others what differs from GPU to GPU.
+CASES = [
+    *(("A100", "float32", layer) for layer in LAYERS),
+    *(("A100", dtype, layer) for dtype in DTYPES[1:] for layer in (*SOME, "DispNetC")),
+    *((name, "float32", layer) for name in DEVICES for layer in SOME if name != "A100"),
+    *((name, "float16", layer) for name in DEVICES for layer in SOME[:3] if name != "A100"),
+    *((name, "float32", "FlowNetC", "l1") for name in DEVICES),
+    ("2070S", "float16", "default", "l1"),
+    *(("A100", dtype, "FlowNetC", "l1") for dtype in DTYPES[1:]),
+    ("A100", "float32", "stride 3", "l1"),
+    ("A100", "float32", "DispNetC", "l1"),
+]
+
+
+class Case(NamedTuple):
+    """A launch, and the compute capability of the GPU that it was planned for."""
+
+    launch: cuda_plan.Launch
+    capability: int
+
+
+def launches(device, dtype, layer, similarity="product"):
+    """Return the launches of a layer, forward and backward, tiled and plain, and the tangent."""
+    shape, geometry = LAYERS[layer]
+    plans = [
+        plan(geometry, shape, dtype, DEVICES[device], plain=plain, similarity=similarity)
+        for plan in (cuda_plan.forward, cuda_plan.backward)
+        for plain in ((False, True) if layer == "stride 3" else (False,))
+    ]
+    if similarity == "l1" and layer == "stride 3":
+        plans.append(cuda_plan.tangent(geometry, shape, dtype, DEVICES[device]))
+    return [launch for plan in plans for launch in plan.launches]
+
+
+def compiled(case):
+    return nvrtc.compile_kernel(
+        cuda_sources.source(case.launch), case.launch.kernel, case.capability
+    )
+
+
+@pytest.fixture(scope="module")
+def kernels(request):
+    """Compile in two processes, ahead of the tests, all that the selected ones ask for."""
+    wanted = [
+        item.callspec.params["case"]
+        for item in request.session.items
+        if item.function is test_kernels_keep_to_their_registers
+    ]
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        futures = {
+            case: [
+                (launch, pool.submit(compiled, Case(launch, DEVICES[case[0]].capability)))
+                for launch in launches(*case)
+            ]
+            for case in wanted
+            if DEVICES[case[0]].capability in nvrtc.capabilities()
+        }
+        yield futures
+        pool.shutdown(cancel_futures=True)
+
+
+def budget(launch):
+    """Return how many registers a thread of a launch may use."""
+    tile = dict(launch.constants)
+    if launch.source in IN_ALL:
+        return IN_ALL[launch.source]
+    if not tile["asynchronous"]:
+        return MOST  # it also holds what is on its way from global to shared memory
+    positions = tile["positions"]
+    displacements = min(tile["displacements"], tile["patch_x"])
+    window = tile.get("lead", 0) + tile["advance_x"] * (positions - 1) + displacements
+    others = positions if launch.source == "product.cu" else positions * tile["channels"]
+    if tile["differences"]:
+        if launch.source == "product.cu":  # all that its launch bounds leave
+            return min(MOST, REGISTERS // (tile["resident"] * launch.threads))
+        others *= 2  # the targets beside their sums
+    values = positions * displacements + others + window
+    words = 2 if tile["accumulator"] == "double" else 1
+    return min(MOST, values * words + BESIDE_TILE[launch.source])
+
+
+def complaints(launch, kernel, most):
+    """Return what is wrong with a compiled launch."""
+    found = []
+    if kernel.stack_bytes or kernel.spilled_bytes:
+        found.append(
+            f"{launch.kernel} must keep its values in registers, got {kernel.stack_bytes} bytes "
+            f"of local memory per thread, {kernel.spilled_bytes} bytes spilled"
+        )
+    if kernel.registers > most:
+        found.append(f"{launch.kernel} must use at most {most} registers, got {kernel.registers}")
+    of_block = launch.threads * -(-kernel.registers // 8) * 8
+    if of_block > REGISTERS:
+        found.append(
+            f"{launch.kernel} must fit into {REGISTERS} registers, got {of_block} of a block of "
+            f"{launch.threads} threads"
+        )
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_kernels_keep_to_their_registers(case, kernels):
+    device, *_ = case
+    if case not in kernels:
+        pytest.skip(f"NVRTC {nvrtc.version()} does not know sm_{DEVICES[device].capability}")
+    found = [
+        complaint
+        for launch, kernel in kernels[case]
+        for complaint in complaints(launch, kernel.result(), budget(launch))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_the_chosen_layers_reach_every_kernel():
+    planned = {
+        launch.kernel
+        for similarity in ("product", "l1")
+        for layer in SOME
+        for launch in launches("A100", "float32", layer, similarity)
+    }
+    folder = resources.files("cupycorr.kernels")
+    text = "".join(file.read_text() for file in folder.iterdir() if file.name.endswith(".cu"))
+    written = set(re.findall(r"__launch_bounds__\([^)]*\)\s+(\w+)\(", text))
+    assert written
+    assert planned == written
+
+
+# ---- planted errors
+
+
+@pytest.fixture(scope="module")
+def flownetc():
+    return launches("A100", "float32", "FlowNetC")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "planted"),
+    [
+        ("#pragma unroll\n", "#pragma unroll 1\n"),  # sums are indexed at run time
+        (
+            "__launch_bounds__(threads, resident)",
+            "__launch_bounds__(threads, 8)",
+        ),  # too few registers
+    ],
+    ids=["loops that stay loops", "eight blocks at once"],
+)
+def test_local_memory_is_found(text, planted, flownetc):
+    source = cuda_sources.source(flownetc)
+    assert text in source
+    kernel = nvrtc.compile_kernel(source.replace(text, planted), flownetc.kernel, 80)
+    (complaint,) = complaints(flownetc, kernel, MOST)
+    assert "of local memory per thread" in complaint
+
+
+def test_too_many_registers_are_found(flownetc):
+    kernel = nvrtc.Kernel(flownetc.kernel, 168, 0, 0, b"")
+    assert not complaints(flownetc._replace(threads=384), kernel, 168)
+    assert complaints(flownetc._replace(threads=384), kernel, 160)
+    assert complaints(flownetc._replace(threads=416), kernel, 168)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["device.cuh", "staging.cuh", "product.cu", "product_adjoint.cu", "plain.cu", "window.cu"],
+)
+def test_an_error_is_reported_with_its_file_and_line(name, monkeypatch):
+    launch = next(
+        launch
+        for launch in launches("A100", "float32", "default")
+        + launches("A100", "float32", "stride 3")
+        if launch.source == name or name.endswith(".cuh")
+    )
+    lines = cuda_sources._read(name).split("\n")
+    last_empty = max(number for number, line in enumerate(lines[:-1], start=1) if not line)
+    lines[last_empty - 1] = "#error planted"
+    read = cuda_sources._read
+    monkeypatch.setattr(
+        cuda_sources, "_read", lambda file: "\n".join(lines) if file == name else read(file)
+    )
+    with pytest.raises(nvrtc.CompileError, match=rf"{re.escape(name)}\({last_empty}\): .*planted"):
+        nvrtc.compile_kernel(cuda_sources.source(launch), launch.kernel, 80)
+
+
+@pytest.mark.parametrize(
+    ("file", "kernel"),
+    [
+        ("product.cu", "product_cost"),
+        ("product_adjoint.cu", "product_gradient"),
+        ("plain.cu", "plain_cost"),
+        ("window.cu", "window_sum"),
+    ],
+)
+def test_a_file_stands_alone_with_its_defaults(file, kernel):
+    assert nvrtc.compile_kernel(cuda_sources._paste(file, set()), kernel, 80).registers <= MOST

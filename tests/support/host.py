@@ -1,0 +1,391 @@
+"""Compile and run the CUDA kernels on the processor: the same sources, plans and arguments.
+
+`host_engine` is to `verify` what the CUDA engine is on a GPU. A launch's source (`cuda_sources`) is
+compiled by g++ together with hostcuda.h, and kept outside the checkout under a hash of all that it
+is made of. What runs is what a GPU runs, thread by thread; hostcuda.h lists which mistakes it sees.
+"""
+
+import ctypes
+import hashlib
+import math
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+from devices import DEVICES
+
+from cupycorr.cuda import plan as cuda_plan
+from cupycorr.cuda import sources as cuda_sources
+from cupycorr.verify import Engine
+
+COMPILER = "g++"
+HERE = Path(__file__).parent
+OPTIONS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+# What the compiler adds to a kernel: "run" finds vectors that are not aligned, "trace" calls a
+# function at every access, "sanitize" finds accesses outside of arrays and undefined behaviour.
+MODES = {
+    "run": ("-O1", "-fsanitize=alignment"),
+    "trace": ("-O1", "-fsanitize=thread", "-DHOST_TRACE"),
+    "sanitize": ("-O0", "-g1", "-fsanitize=address,undefined"),
+}
+# The runtime is told about it, too. It must not trace itself; and it leaves the frames of fibers
+# that have ended where a sanitizer of stacks would expect them to return.
+RUNTIME_MODES = {
+    "run": ("-O2",),
+    "trace": ("-O2", "-DHOST_TRACE"),
+    "sanitize": ("-O1", "-g1", "-fsanitize=address", "--param=asan-stack=0"),
+}
+ORDERS = ("ascending", "descending", "shuffled")  # of the threads of a block
+GUARD_BYTES = 4096  # before and behind every array; a multiple of any alignment
+ALIGNED_OFFSET = 16  # bytes from a multiple of 256 to the first element of aligned arrays
+POISON = 0xFF  # bytes of NaN in every dtype
+
+# One for each way that copies reach shared memory, and size of shared memory.
+SM_75 = DEVICES["2070S"]  # through registers
+SM_80 = DEVICES["A100"]  # asynchronously
+SM_90 = DEVICES["H100"]
+DEVICES = {f"sm_{device.capability}": device for device in (SM_75, SM_80, SM_90)}
+
+ACCESS = np.dtype(
+    {
+        "names": ("offset", "block", "round", "thread", "array", "bytes", "written"),
+        "formats": (np.int64, np.int32, np.int32, np.int16, np.int16, np.int16, np.int16),
+    }
+)
+LOGS = ("none", "arrays", "all")  # of accesses, that a trace keeps
+SHARED = -1  # the ``array`` of accesses to shared memory
+
+
+class HostError(Exception):
+    """A kernel did what it must not do."""
+
+
+class _Bytes(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_void_p), ("bytes", ctypes.c_size_t))
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("blocks", "threads", "shared_bytes", "order")),
+        ("argument_count", ctypes.c_int),
+        ("array_count", ctypes.c_int),
+        ("arguments", ctypes.POINTER(_Bytes)),
+        ("arrays", ctypes.POINTER(_Bytes)),
+        ("guard_bytes", ctypes.c_int),
+        ("log", ctypes.c_int),
+    )
+
+
+class Guarded:
+    """An array full of NaN, between guards.
+
+    A sanitizer keeps its own guards around an allocation; then there are none here. ``offset`` is
+    that of the first element from a multiple of 256 bytes, in bytes.
+    """
+
+    def __init__(self, shape, dtype, *, offset=0, guard_bytes=GUARD_BYTES):
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        self.bytes = np.full(guard_bytes + offset + size + guard_bytes + 255 * bool(guard_bytes),
+                             POISON, np.uint8)  # fmt: skip
+        start = guard_bytes + offset
+        if guard_bytes:
+            start += -(self.bytes.ctypes.data + guard_bytes) % 256
+        self.range = slice(start, start + size)
+        self.array = self.bytes[self.range].view(dtype).reshape(shape)
+
+    def check(self, name):
+        """Raise where a guard was written."""
+        for what, guard in (
+            ("before", self.bytes[: self.range.start]),
+            ("behind", self.bytes[self.range.stop :]),
+        ):
+            if (guard != POISON).any():
+                raise HostError(f"a write {what} {name}")
+
+
+def unavailable():
+    """Return why kernels cannot be compiled here, or None."""
+    return None if shutil.which(COMPILER) else f"needs {COMPILER}"
+
+
+def host_engine(
+    device,
+    *,
+    order="ascending",
+    plain=False,
+    aligned=True,
+    similarity="product",
+    mode="run",
+    patch=None,
+    planned=None,
+):
+    """Return the CUDA kernels, run on the processor, as an engine of `verify`.
+
+    Parameters
+    ----------
+    device : Device
+        What it is planned for.
+    order : {"ascending", "descending", "shuffled"}
+        Of the threads of a block, between any two barriers.
+    plain, aligned, similarity
+        As for `cuda_plan.forward`; without ``aligned`` arrays begin one element behind a
+        multiple of 256 bytes.
+    mode : {"run", "trace", "sanitize"}
+        What is watched, beside the results.
+    patch : (old, new), optional
+        A text of the sources, and what is put in its place where it occurs.
+    planned : function, optional
+        From a plan to the one that is run.
+    """
+    kind = {"plain": plain, "similarity": similarity}
+    how = {"aligned": aligned, "order": order, "mode": mode, "patch": patch, "planned": planned}
+
+    def forward(fmap1, fmap2, geometry, dtype, normalize):
+        inputs = {"fmap1": fmap1, "fmap2": fmap2}
+        outputs = {"cost": geometry.cost_shape(fmap1.shape)}
+        plan = partial(cuda_plan.forward, **kind)
+        return compute(plan, device, inputs, outputs, geometry, dtype, normalize, **how)["cost"]
+
+    def vjp(grad, fmap1, fmap2, geometry, dtype, normalize):
+        inputs = {"grad_cost": grad, "fmap1": fmap1, "fmap2": fmap2}
+        outputs = {"grad_fmap1": fmap1.shape, "grad_fmap2": fmap2.shape}
+        plan = partial(cuda_plan.backward, **kind)
+        results = compute(plan, device, inputs, outputs, geometry, dtype, normalize, **how)
+        return tuple(results.values())
+
+    return Engine(f"host {device.capability}", forward, vjp, similarity)
+
+
+def tangent(device, fmap1, fmap2, tangent1, tangent2, geometry, dtype, **how):
+    """Return the derivative of absolute differences along tangents; ``how`` as for `compute`."""
+    inputs = {"fmap1": fmap1, "fmap2": fmap2, "tangent1": tangent1, "tangent2": tangent2}
+    outputs = {"cost": geometry.cost_shape(fmap1.shape)}
+    return compute(cuda_plan.tangent, device, inputs, outputs, geometry, dtype, **how)["cost"]
+
+
+@np.errstate(invalid="ignore")  # NaN may be rounded to a narrower NaN
+def compute(
+    plan_function,
+    device,
+    inputs,
+    outputs,
+    geometry,
+    dtype,
+    normalize=False,
+    *,
+    aligned=True,
+    order="ascending",
+    mode="run",
+    patch=None,
+    planned=None,
+):
+    """Plan for arrays of some names, and for results of some names and shapes, and run that.
+
+    Arrays are float64, of whatever dtype is computed in; so are the results, by name. Options are
+    those of `host_engine`.
+    """
+    arrays = {}
+    shape = inputs["fmap1"].shape
+    for name, size in {**{n: a.shape for n, a in inputs.items()}, **outputs}.items():
+        arrays[name] = _guarded(size, dtype, aligned, mode)
+        if name in inputs:
+            arrays[name].array[...] = inputs[name]
+        elif 0 in shape:
+            arrays[name].array[...] = 0
+    divisor = geometry.divisor(shape[1], normalize)
+    at_once = cuda_plan.samples_at_once(geometry, shape, dtype)
+    for start in range(0, 0 if 0 in shape else shape[0], max(1, at_once)):
+        part = {name: whole.array[start : start + at_once] for name, whole in arrays.items()}
+        plan = plan_function(geometry, part["fmap1"].shape, dtype, device, aligned=aligned)
+        plan = plan if planned is None else planned(plan)
+        run_plan(plan, part, dtype, divisor, order=order, mode=mode, patch=patch)
+    for name, whole in arrays.items():
+        whole.check(name)
+        if name in inputs and not _same(whole.array, inputs[name].astype(whole.array.dtype)):
+            raise HostError(f"a write to {name}, which is only read")
+    return {name: arrays[name].array.astype(np.float64) for name in outputs}
+
+
+def launches(shape, geometry, dtype, device, *, plain=False, aligned=True, similarity="product"):
+    """Return the launches of forward and backward, as `host_engine` runs them."""
+    if 0 in shape:
+        return []
+    shape = (cuda_plan.samples_at_once(geometry, shape, dtype), *shape[1:])
+    options = {"plain": plain, "aligned": aligned, "similarity": similarity}
+    plans = (cuda_plan.forward, cuda_plan.backward)
+    return [
+        launch
+        for plan in plans
+        for launch in plan(geometry, shape, dtype, device, **options).launches
+    ]
+
+
+def run_plan(plan, arrays, dtype, divisor=1, *, order="ascending", mode="run", patch=None):
+    """Run a plan's launches as the CUDA engine does."""
+    wide = np.dtype(cuda_plan.accumulator(dtype))
+    volume = None
+    if plan.volume is not None:
+        volume = _guarded(plan.volume, str(wide), True, mode)
+        arrays = {**arrays, "volume": volume.array}
+    for launch in plan.launches:
+        scale = wide.type(1 / divisor if launch.scaled else 1)
+        run(build(launch, mode, patch), launch, arrays, scale, order=order)
+    if volume is not None:
+        volume.check("the volume")
+
+
+def run(library, launch, arrays, scale, *, order="ascending", log="none"):
+    """Run one launch; raises HostError with what went wrong.
+
+    With a library of mode "trace", ``log`` "arrays" returns all accesses to the arrays (numbered as
+    in ``launch.arrays``), and "all" those to shared memory, too: an array of ACCESS.
+    """
+    used = [arrays[name] for name in launch.arrays]
+    if not all(array.flags.c_contiguous for array in used):
+        raise ValueError("arrays must be contiguous")
+    values = [
+        *(np.array(array.ctypes.data, np.uintp) for array in used),
+        np.array(launch.sizes, np.int32),
+        np.array(scale),
+    ]
+    arguments = (_Bytes * len(values))(*((v.ctypes.data, v.nbytes) for v in values))
+    ranges = (_Bytes * len(used))(*((a.ctypes.data, a.nbytes) for a in used))
+    how = _Launch(
+        *(launch.blocks, launch.threads, launch.shared_bytes, ORDERS.index(order)),
+        *(len(values), len(used), arguments, ranges, GUARD_BYTES // 2, LOGS.index(log)),
+    )
+    function = getattr(library, f"launch_{launch.kernel}")
+    function.restype = ctypes.c_char_p
+    error = function(ctypes.byref(how))
+    if error is not None:
+        raise HostError(f"{launch.kernel}: {error.decode()}")
+    if log == "none":
+        return None
+    count = ctypes.c_int64()
+    library.traced_accesses.restype = ctypes.c_void_p
+    first = library.traced_accesses(ctypes.byref(count))
+    size = count.value * ACCESS.itemsize
+    return np.frombuffer((ctypes.c_char * size).from_address(first), ACCESS).copy()
+
+
+# ---- compiling
+
+
+def build(launch, mode="run", patch=None):
+    """Compile a launch's source, unless that was done before, and load it."""
+    return _load(compiled(launch, mode, patch))
+
+
+def compiled(launch, mode="run", patch=None):
+    """Return the path of a launch's library; wait for it if it is being compiled."""
+    future = _ahead.get((launch, mode, patch))
+    if future is None or future.cancel():
+        return _compiled(launch, mode, patch)
+    return future.result()
+
+
+@contextmanager
+def compiling_ahead(requests):
+    """Compile (launch, mode, patch) one after another, while the caller compiles and runs."""
+    with ThreadPoolExecutor(1) as pool:
+        futures = {request: pool.submit(_compiled, *request) for request in dict.fromkeys(requests)}
+        _ahead.update(futures)
+        try:
+            yield
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for request in futures:
+                _ahead.pop(request, None)
+
+
+_ahead = {}
+
+
+def translation_unit(launch, patch=None):
+    """Return the C++ source of a launch: that of its kernel, and how each kernel is called."""
+    text = cuda_sources.source(launch)
+    if patch is not None:
+        text = text.replace(*patch)
+    kernels = re.findall(r"__launch_bounds__\((\w+)[^)]*\)\s+(\w+)\(", text)
+    exports = [f"HOST_KERNEL({kernel}, {most})" for most, kernel in kernels]
+    return "\n".join(['#include "hostcuda.h"', text, '#line 1 "exports"', *exports, ""])
+
+
+def _compiled(launch, mode, patch):
+    source = translation_unit(launch, patch)
+    # Without the sanitizers' own libraries: what they would call is in the runtime.
+    libraries = ["-nodefaultlibs", "-lstdc++", "-lc"]
+    options = [*OPTIONS, *MODES[mode], "-shared", "-x", "c++", "-", "-x", "none"]
+    return _compile(source, [*options, str(_runtime(mode)), *libraries], ".so")
+
+
+@cache
+def _runtime(mode):
+    source = (HERE / "hostcuda.cpp").read_text()
+    return _compile(source, [*OPTIONS, *RUNTIME_MODES[mode], "-c", "-x", "c++", "-"], ".o")
+
+
+def _compile(source, options, suffix):
+    header = (HERE / "hostcuda.h").read_text()
+    parts = (_compiler_version(), *options, header, source)
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32] + suffix
+    path = _folder() / name
+    if not path.exists():
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=suffix, delete=False) as new:
+            pass
+        command = [COMPILER, "-pipe", f"-I{HERE}", *options, "-o", new.name]
+        done = subprocess.run(command, input=source, capture_output=True, text=True)
+        if done.returncode:
+            Path(new.name).unlink()
+            raise RuntimeError(f"{COMPILER} must compile the kernel, got:\n{done.stderr}")
+        os.replace(new.name, path)
+    return path
+
+
+@cache
+def _compiler_version():
+    command = [COMPILER, "--version"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@cache
+def _folder():
+    """Return the folder of compiled kernels: the user's own, and of this machine's uptime."""
+    folder = Path(tempfile.gettempdir(), f"cupycorr-host-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        folder = Path(tempfile.mkdtemp(prefix="cupycorr-host-"))
+    return folder
+
+
+@cache
+def _load(path):
+    return ctypes.CDLL(str(path))
+
+
+def storage(dtype):
+    """Return the NumPy dtype of a dtype's name."""
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(dtype)
+
+
+def _guarded(shape, dtype, aligned, mode):
+    kind = storage(dtype)
+    offset = ALIGNED_OFFSET if aligned else kind.itemsize
+    if mode == "sanitize":
+        return Guarded(shape, kind, offset=0 if aligned else offset, guard_bytes=0)
+    return Guarded(shape, kind, offset=offset)
+
+
+def _same(one, other):
+    return one.tobytes() == other.tobytes()

@@ -1,0 +1,391 @@
+"""Count what the tiled kernels do, and predict how long it takes them.
+
+What a plan fixes (tiles, blocks, accesses to memory) is counted exactly; registers and instructions
+are read off the machine code; times are those of the model that kernels/README.md describes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import ceil, prod
+from typing import NamedTuple
+
+import nvrtc
+from devices import DEVICES, LAYERS
+
+from cupycorr.cuda import sources as cuda_sources
+from cupycorr.cuda.cost import LATENCY, REGISTERS, RESERVED_BYTES, SECTOR_BYTES
+from cupycorr.cuda.plan import Launch
+from cupycorr.cuda.tiles import ADDITIONS
+
+WORD, LOAD = 4, 4  # bytes of a float32; of them in a 16-byte load
+DRAM_SHARE = 0.85  # of the data sheet's bandwidth that a kernel reaches
+
+
+class Figures(NamedTuple):
+    """Of a GPU, from its data sheet, but for level 2, which is an estimate."""
+
+    gigahertz: float
+    threads: int
+    """That a multiprocessor holds."""
+    dram: float
+    """Gigabytes per second."""
+    level2: float
+
+
+FIGURES = {
+    "2070S": Figures(1.77, 1024, 448, 1500),
+    "A100": Figures(1.41, 2048, 1555, 4500),
+    "4090": Figures(2.52, 1536, 1008, 4500),
+    "H100": Figures(1.755, 2048, 3350, 5500),
+    "5090": Figures(2.41, 1536, 1792, 6000),
+}
+
+
+class Counts(NamedTuple):
+    """What a block of a tiled kernel does, all of its rounds together."""
+
+    rounds: int
+    """How often it fills its buffers."""
+    useful: int
+    """Multiply-adds."""
+    executed: int
+    """Multiply-adds that idle lanes of working warps count in."""
+    loads: int
+    """16-byte loads of shared memory, of warps."""
+    strict: int
+    """Wavefronts of these loads, if only equal addresses within quarters of a warp are merged."""
+    merged: int
+    """Wavefronts, if halves of a warp are merged too where neighbouring lanes agree."""
+    staged: int
+    """Words copied to shared memory."""
+    results: int
+    """Words stored to global memory."""
+
+
+# ---- what a plan fixes
+
+
+def wavefronts(addresses: list[int | None]) -> tuple[int, int]:
+    """Return the wavefronts of a warp's 16-byte load, strict and merged; addresses in words."""
+
+    def passes(lanes):
+        banks = {}
+        for word in {word for word in lanes if word is not None}:
+            banks.setdefault(word // LOAD % 8, set()).add(word)
+        return max(map(len, banks.values()), default=0)
+
+    def pairs_agree(half, distance):
+        return all(
+            None in (half[i], half[i ^ distance]) or half[i] == half[i ^ distance]
+            for i in range(16)
+        )
+
+    strict = sum(passes(addresses[i : i + 8]) for i in range(0, 32, 8))
+    merged = 0
+    for half in (addresses[:16], addresses[16:]):
+        if pairs_agree(half, 1) or pairs_agree(half, 2):
+            merged += passes(half)
+        else:
+            merged += passes(half[:8]) + passes(half[8:])
+    return strict, merged
+
+
+class Tile:
+    """The constants of a tiled launch, as attributes, and what product.cu derives from them."""
+
+    def __init__(self, launch: Launch):
+        vars(self).update(launch.constants)
+        self.is_product = launch.source == "product.cu"
+        self.lead = getattr(self, "lead", 0)
+        self.lanes = self.phases_x * self.groups
+        self.columns = self.groups * self.positions
+        self.source_columns = self.lead + self.advance_x * (self.columns - 1) + self.patch_x
+        self.window = self.lead + self.advance_x * (self.positions - 1) + self.displacements
+        self.q_groups = ceil(self.patch_x / self.displacements)
+
+    def warps(self, address):
+        """Return, for every warp, the address of each lane."""
+        lanes = [address(thread) for thread in range(self.threads)]
+        return [lanes[i : i + 32] for i in range(0, self.threads, 32)]
+
+
+def _sum_of_wavefronts(warps, loads):
+    """Return the loads and wavefronts of warps that load ``loads`` times at such addresses."""
+    working = [warp for warp in warps if any(lane is not None for lane in warp)]
+    pairs = [wavefronts(warp) for warp in working]
+    return [loads * len(working), *(loads * sum(column) for column in zip(*pairs, strict=True))]
+
+
+def _add(*rows):
+    return [sum(column) for column in zip(*rows, strict=True)]
+
+
+def _product_accesses(tile, block_y):
+    """Return loads and wavefronts of one channel of each channel group, in product.cu."""
+    row_strips = tile.patch_y * tile.q_groups
+    strip0 = block_y * tile.strips
+    row0 = strip0 // row_strips
+    p0 = strip0 % row_strips // tile.q_groups if tile.rows1 == 1 else 0
+    words1 = tile.rows1 * tile.phases_x * tile.pitch1
+    channel_words = words1 + tile.rows2 * tile.phases_x * tile.pitch2
+
+    def place(thread):
+        channel_group, rest = divmod(thread, tile.lanes * tile.strips)
+        if channel_group >= tile.channel_groups:
+            return None
+        phase, group = divmod(rest % tile.lanes, tile.groups)
+        row, rest = divmod(strip0 + rest // tile.lanes, row_strips)
+        p, q_group = divmod(rest, tile.q_groups)
+        base = channel_group * channel_words
+        at1 = ((row - row0) * tile.phases_x + phase) * tile.pitch1 + group * tile.positions
+        row2 = tile.advance_y * (row - row0) + p - p0
+        at2 = (
+            (row2 * tile.phases_x + phase) * tile.pitch2
+            + tile.advance_x * tile.positions * group
+            + tile.displacements * q_group
+        )
+        return base + at1, base + words1 + at2
+
+    def address(which):
+        return lambda thread: None if place(thread) is None else place(thread)[which]
+
+    return _add(
+        _sum_of_wavefronts(tile.warps(address(0)), tile.positions // LOAD),
+        _sum_of_wavefronts(tile.warps(address(1)), ceil(tile.window / LOAD)),
+    )
+
+
+def _gradient_accesses(tile, step):
+    """Return loads and wavefronts of one step of product_adjoint.cu."""
+    block_channels = tile.channels * tile.channel_groups
+    g_words = tile.rows * tile.pitch_rows
+    source_words = block_channels * tile.phases_x * tile.pitch_s
+
+    def parts(thread):
+        rest, row = divmod(thread, tile.rows)
+        lane, channel_group = divmod(rest, tile.channel_groups)
+        return row, channel_group, *divmod(lane, tile.groups)
+
+    def slot(row):
+        source_row = tile.advance_y * row + (step - tile.advance_y * row) % tile.patch_y
+        return source_row // tile.patch_y
+
+    def g(thread):
+        row, _, phase, group = parts(thread)
+        if phase >= tile.phases_x:
+            return None
+        return row * tile.pitch_rows + phase * tile.pitch_g + group * tile.positions
+
+    def source(thread):
+        row, channel_group, phase, group = parts(thread)
+        if phase >= tile.phases_x:
+            return None
+        return (
+            g_words
+            + (channel_group * tile.phases_x + phase) * tile.pitch_s
+            + tile.advance_x * tile.positions * group
+            + slot(row) * source_words
+        )
+
+    span = tile.advance_x * (tile.positions - 1) + tile.patch_x
+    windows = [
+        sum(1 for k in range(0, tile.window, LOAD) if e0 + k < span)
+        for e0 in range(0, tile.patch_x, tile.displacements)
+    ]
+    return _add(
+        _sum_of_wavefronts(tile.warps(g), tile.patch_x * tile.positions // LOAD),
+        _sum_of_wavefronts(tile.warps(source), tile.channels * sum(windows)),
+    )
+
+
+def counts(launch: Launch, channels: int) -> Counts:
+    """Count what a block does for maps of so many channels."""
+    tile = Tile(launch)
+    sums = tile.positions * (tile.displacements if tile.is_product else tile.channels)
+    if tile.is_product:
+        rounds = ceil(channels / tile.chunk)
+        busy = tile.lanes * tile.strips
+        blocks_y = launch.sizes[-2]
+        some = [_product_accesses(tile, block) for block in range(min(blocks_y, 6))]
+        accesses = [
+            sum(one) * channels / tile.channel_groups / len(some) for one in zip(*some, strict=True)
+        ]
+        useful = channels * busy * tile.positions * tile.patch_x // tile.q_groups
+        warps = ceil(busy * tile.channel_groups / 32)
+        executed = channels // tile.channel_groups * warps * 32 * sums
+        staged = channels * tile.phases_x * (
+            tile.rows1 * tile.columns + tile.rows2 * tile.source_columns
+        )  # fmt: skip
+        results = busy * tile.positions * tile.patch_x // tile.q_groups
+    else:
+        rounds = tile.patch_y
+        busy = tile.lanes * tile.rows * tile.channel_groups
+        wraps = tile.advance_y * (tile.rows - 1)
+        # From step `wraps` on no row has wrapped around, and the steps are all alike.
+        differing = min(wraps, tile.patch_y - 1)
+        alike = tile.patch_y - differing
+        accesses = _add(
+            *(_gradient_accesses(tile, step) for step in range(differing)),
+            [alike * count for count in _gradient_accesses(tile, differing)],
+        )
+        useful = rounds * busy * sums * tile.patch_x
+        executed = rounds * ceil(busy / 32) * 32 * sums * tile.patch_x
+        block_channels = tile.channels * tile.channel_groups
+        staged = tile.phases_x * (
+            rounds * tile.rows * tile.patch_x * tile.columns
+            + (rounds + wraps) * block_channels * tile.source_columns
+        )
+        results = busy * sums
+    return Counts(rounds, useful, executed, *map(round, accesses), staged, results)
+
+
+@cache
+def touched(layer: str) -> dict[str, int]:
+    """Return the bytes that a layer must move, of each array: whole sectors, once."""
+    shape, geometry = LAYERS[layer]
+    samples, channels, *size = shape
+    cost = geometry.cost_shape(shape)
+    volume = (*cost[:3], geometry.y.lattice_size(cost[3]), geometry.x.lattice_size(cost[4]))
+    found = {"cost": prod(cost) * WORD, "volume": prod(volume) * WORD}
+    for name in ("fmap1", "fmap2"):
+        rows, columns = (
+            _pixels(axis, positions, end, name)
+            for axis, positions, end in zip((geometry.y, geometry.x), volume[3:], size, strict=True)
+        )
+        sectors = {column * WORD // SECTOR_BYTES for column in columns}
+        found[name] = samples * channels * len(rows) * len(sectors) * SECTOR_BYTES
+    found["map"] = prod(shape) * WORD
+    return found
+
+
+def _pixels(axis, positions, size, name):
+    """Return the pixels of an axis that are read."""
+    shifts = [0]
+    if name == "fmap2":
+        shifts = [axis.first_displacement + p * axis.dilation_patch for p in range(axis.patch_size)]
+    pixels = {
+        i * axis.lattice_step - axis.padding + shift for i in range(positions) for shift in shifts
+    }
+    return {pixel for pixel in pixels if 0 <= pixel < size}
+
+
+# ---- floors
+
+
+class Floor(NamedTuple):
+    """The least time of a layer's pass, in microseconds."""
+
+    arithmetic: float
+    memory: float
+    bytes: int
+    """That it moves if it moves each tensor once."""
+
+
+def products(layer: str) -> int:
+    """Return a layer's multiply-adds: of all displacements, outside of the maps too."""
+    return touched(layer)["volume"] // WORD * LAYERS[layer][0][1]
+
+
+def floor(layer: str, gpu: str, gradients: int) -> Floor:
+    """Return the floor of the forward pass (0 gradients), or of so many gradients."""
+    device, figures, arrays = DEVICES[gpu], FIGURES[gpu], touched(layer)
+    rate = device.multiprocessors * device.multiply_adds * figures.gigahertz * 1e3
+    moved = arrays["cost"] + arrays["fmap1"] + (gradients != 1) * arrays["fmap2"]
+    moved += gradients * arrays["map"]
+    arithmetic = max(1, gradients) * products(layer) / rate
+    return Floor(arithmetic, moved / (figures.dram * 1e3), moved)
+
+
+# ---- what the compiler made, and how long that takes
+
+
+class Machine(NamedTuple):
+    """Of a kernel's machine code."""
+
+    registers: int
+    share: float
+    """Of multiply-adds, or additions, among the instructions of the innermost loop."""
+    instructions: int
+    """That a thread issues in all rounds, in which all that the block needs is inside the image."""
+
+
+def machine(launch: Launch, channels: int, capability: int) -> Machine:
+    """Compile a tiled launch and read its loops."""
+    kernel = nvrtc.compile_kernel(cuda_sources.source(launch), launch.kernel, capability)
+    tile = Tile(launch)
+    work = _work(tile)
+    inner, outer = nvrtc.loops(kernel, work)
+    instructions = outer.total() * counts(launch, channels).rounds
+    if tile.is_product and inner is not outer:  # the inner loop is over channels
+        rounds = ceil(channels / tile.chunk)
+        instructions += inner.total() * (ceil(channels / tile.channel_groups) - rounds)
+    if not tile.is_product:
+        instructions -= _unused_slots(launch, capability, outer.total())
+    return Machine(kernel.registers, work(inner) / inner.total(), instructions)
+
+
+def _work(tile):
+    return nvrtc.additions if tile.differences else nvrtc.multiply_adds
+
+
+def _unused_slots(launch: Launch, capability: int, longest: int) -> int:
+    """Return the instructions of a gradient's steps for a last source row that they do not need.
+
+    What one takes is the difference to the same kernel with a slot less to fetch.
+    """
+    constants = dict(launch.constants)
+    patch = constants["patch_y"]
+    source_rows = constants["advance_y"] * (constants["rows"] - 1) + patch
+    slots = ceil(source_rows / patch)
+    unused = slots * patch - source_rows
+    if not unused:
+        return 0
+    source, loop = cuda_sources.source(launch), "slot < slots; ++slot) {"
+    assert source.count(loop) == 2, "fetch and land go through the slots"
+    shorter = source.replace(loop, "slot < slots - 1; ++slot) {")
+    kernel = nvrtc.compile_kernel(shorter, launch.kernel, capability)
+    _, outer = nvrtc.loops(kernel, _work(Tile(launch)))
+    return unused * (longest - outer.total())
+
+
+class Prediction(NamedTuple):
+    """The time of a launch, in microseconds, and what decides it."""
+
+    resident: int
+    """Blocks on a multiprocessor at a time."""
+    microseconds: float
+    bound: str
+
+
+def predict(launch: Launch, count: Counts, code: Machine, gpu: str, memory: float) -> Prediction:
+    """Predict a launch's time; ``memory`` is its floor."""
+    device, figures = DEVICES[gpu], FIGURES[gpu]
+    resident = min(
+        REGISTERS // (-(-code.registers // 8) * 8 * launch.threads),
+        device.shared_bytes_of_multiprocessor // (launch.shared_bytes + RESERVED_BYTES),
+        figures.threads // launch.threads,
+    )
+    most = ceil(launch.blocks / device.multiprocessors)
+    warps = min(resident, most) * launch.threads / 32
+    efficiency = min(0.92, 0.5 + 0.13 * warps / 4)
+    written = count.results / 32
+    operations = ADDITIONS if Tile(launch).differences else 1
+    busy = {
+        "arithmetic": count.executed * operations / device.multiply_adds,
+        "shared memory": (count.merged + count.staged / 32 + 2 * written)
+        * 128
+        / device.shared_rate,
+        "issue": (code.instructions * launch.threads / 32 + 10 * written) / 4,
+    }
+    bound = max(busy, key=busy.__getitem__)
+    waiting = LATENCY * (1 if Tile(launch).ahead else count.rounds) / min(resident, most)
+    cycles = most * (busy[bound] / efficiency + waiting)
+    level2 = launch.blocks * (count.staged + count.results) * WORD / figures.level2 / 1e3
+    times = {
+        bound: cycles / figures.gigahertz / 1e3,
+        "level 2": level2,
+        "memory": memory / DRAM_SHARE,
+    }
+    bound = max(times, key=times.__getitem__)
+    return Prediction(resident, times[bound], bound)

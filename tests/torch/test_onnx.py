@@ -1,0 +1,319 @@
+"""Models exported to ONNX compute in onnxruntime what the engine computes."""
+
+import io
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from cases import CASES
+
+import cupycorr
+from cupycorr import Geometry, verify
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from cupycorr import SpatialCorrelationSampler  # noqa: E402
+from cupycorr import onnx as onnx_export  # noqa: E402
+
+# What torch warns of while it exports is not about this package.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore::UserWarning",
+    "ignore::torch.jit.TracerWarning",
+)
+
+OPEN = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+# One for each way in which sizes that are left open enter.
+OPEN_CASES = (
+    "even patch, dilated",
+    "lattice of gcd 2",
+    "mixed padding",
+    "one-sided displacements",
+    "stride 6, dilation_patch 4",
+)
+
+
+class Costs(torch.nn.Module):
+    """The cost volumes of many pairs of maps, so that all cases take one export."""
+
+    def __init__(self, geometries, normalize=False):
+        super().__init__()
+        self.geometries = geometries
+        self.normalize = normalize
+
+    def forward(self, *maps):
+        pairs = zip(maps[::2], maps[1::2], self.geometries, strict=True)
+        return tuple(cupycorr.correlation(*p, normalize=self.normalize) for p in pairs)
+
+
+def export(model, maps, optimize=True, **options):
+    """Return a model's ONNX program."""
+    return torch.onnx.export(
+        model.eval(),
+        tuple(map(torch.from_numpy, maps)),
+        dynamo=True,
+        custom_translation_table=onnx_export.translation_table(),
+        verbose=False,
+        # torch's optimizer takes most of the time, and onnxruntime has its own.
+        optimize=optimize,
+        **options,
+    )
+
+
+def run(program, maps):
+    """Return what onnxruntime computes from a file with a program."""
+    file = io.BytesIO()
+    program.save(file)
+    return run_file(file, maps)
+
+
+def run_file(file, maps):
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    return session.run(None, dict(zip([i.name for i in session.get_inputs()], maps, strict=True)))
+
+
+def export_trace(model, maps, sizes=None, opset=20):
+    """Return a file that torch's exporter of TorchScript traces wrote; ``sizes`` stay open."""
+    names, file = [f"map{i}" for i in range(len(maps))], io.BytesIO()
+    torch.onnx.export(
+        model.eval(),
+        tuple(map(torch.from_numpy, maps)),
+        file,
+        dynamo=False,
+        opset_version=opset,
+        input_names=names,
+        dynamic_axes=sizes and {name: {dim: f"{name}_{dim}" for dim in sizes} for name in names},
+    )
+    return file
+
+
+def integers(shape, seed=0, dtype="float32"):
+    return np.random.default_rng(seed).integers(-2, 3, shape).astype(dtype)
+
+
+def pair(shape, dtype="float32"):
+    return integers(shape, 0, dtype), integers(shape, 1, dtype)
+
+
+def difference(got, maps, geometry):
+    """Compare a cost volume of integers with the engine's, to the bit; None if they agree."""
+    want = cupycorr.correlation(*(m.astype(np.float64) for m in maps), geometry)
+    return verify.difference(got.astype(np.float64), verify.round_to(want, got.dtype.name))
+
+
+@pytest.fixture(scope="module")
+def costs():
+    """Return the cost volumes of all cases, of maps of integers."""
+    model = Costs([geometry for _, geometry in CASES.values()])
+    maps = [m for shape, _ in CASES.values() for m in pair(shape)]
+    return dict(zip(CASES, run(export(model, maps, optimize=False), maps), strict=True))
+
+
+@pytest.fixture(scope="module")
+def open_costs():
+    """Return the cost volumes of some cases, exported with maps of other sizes."""
+    geometries = [CASES[name][1] for name in OPEN_CASES]
+    shapes = [CASES[name][0] for name in OPEN_CASES]
+    others = [m for n, c, h, w in shapes for m in pair((n + 2, c, h + 3, w + 4))]
+    maps = [m for shape in shapes for m in pair(shape)]
+    sizes = {"maps": tuple(OPEN for _ in maps)}
+    program = export(Costs(geometries), others, optimize=False, dynamic_shapes=sizes)
+    return dict(zip(OPEN_CASES, run(program, maps), strict=True))
+
+
+class TestEveryGeometry:
+    @pytest.mark.parametrize("case", CASES)
+    def test_it_is_exact_on_integers(self, case, costs):
+        shape, geometry = CASES[case]
+        assert not difference(costs[case], pair(shape), geometry)
+
+    @pytest.mark.parametrize("case", OPEN_CASES)
+    def test_it_is_exact_on_maps_of_other_sizes(self, case, open_costs):
+        shape, geometry = CASES[case]
+        assert not difference(open_costs[case], pair(shape), geometry)
+
+    def test_an_error_in_it_is_caught(self, monkeypatch):
+        def centred(*fields):
+            return Geometry(*fields[:-1])
+
+        monkeypatch.setattr(onnx_export, "Geometry", centred)
+        shape, geometry = CASES["off-centre patch"]
+        (got,) = run(export(Costs([geometry]), pair(shape), optimize=False), pair(shape))
+        assert difference(got, pair(shape), geometry)
+
+    def test_an_error_in_a_tile_is_caught(self, monkeypatch):
+        whole = onnx_export._inside
+        monkeypatch.setattr(onnx_export, "_inside", lambda at, size: whole(at, size - 1))
+        shape, geometry = CASES["odd patch"]
+        (got,) = run(export(Costs([geometry]), pair(shape), optimize=False), pair(shape))
+        assert difference(got, pair(shape), geometry)
+
+
+@pytest.fixture
+def symbolic():
+    """Teach the exporter of TorchScript traces the operator, for the time of a test."""
+    onnx_export.register_symbolic()
+    yield
+    torch.onnx.unregister_custom_op_symbolic("cupycorr::cost", onnx_export.OLDEST_OPSET)
+
+
+@pytest.mark.usefixtures("symbolic")
+class TestTraces:
+    @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+    def test_every_geometry_is_exact_on_integers(self, dtype):
+        maps = [m for shape, _ in CASES.values() for m in pair(shape, dtype)]
+        file = export_trace(Costs([geometry for _, geometry in CASES.values()]), maps)
+        costs = dict(zip(CASES, run_file(file, maps), strict=True))
+        wrong = {
+            name: difference(costs[name], pair(shape), geometry)
+            for name, (shape, geometry) in CASES.items()
+        }
+        assert not {name: error for name, error in wrong.items() if error}
+
+    @pytest.mark.parametrize("case", OPEN_CASES)
+    def test_it_is_exact_on_maps_of_other_sizes(self, case):
+        (n, c, h, w), geometry = CASES[case]
+        file = export_trace(Costs([geometry]), pair((n + 2, c, h + 3, w + 4)), OPEN)
+        (got,) = run_file(file, pair((n, c, h, w)))
+        assert not difference(got, pair((n, c, h, w)), geometry)
+
+    @pytest.mark.parametrize("sizes", [None, {0: None}, OPEN], ids=["fixed", "any batch", "any"])
+    def test_a_network_computes_the_same(self, sizes):
+        network = Network()
+        file = export_trace(network, pair((2, 3, 16, 20)), sizes)
+        maps = pair(tuple(s + 4 * (d in (sizes or {})) for d, s in enumerate((2, 3, 16, 20))))
+        (got,) = run_file(file, maps)
+        with torch.no_grad():
+            want = network(*map(torch.from_numpy, maps)).double().numpy()
+        assert not verify.difference(got.astype(np.float64), want)
+
+    def test_normalized_costs_in_the_oldest_opset_round_as_the_engine(self):
+        maps = pair(SHAPE, "float16")
+        file = export_trace(Costs([GEOMETRY], normalize=True), maps, opset=onnx_export.OLDEST_OPSET)
+        (got,) = run_file(file, maps)
+        wide = [m.astype(np.float64) for m in maps]
+        want = cupycorr.correlation(*wide, GEOMETRY, normalize=True)
+        most = cupycorr.correlation(*map(np.abs, wide), GEOMETRY, normalize=True)
+        terms = SHAPE[1] * GEOMETRY.window_taps
+        assert not verify.excess(got.astype(np.float64), want, most, terms, "float16")
+
+    def test_an_error_in_it_is_caught(self, monkeypatch):
+        whole = onnx_export._inside
+        monkeypatch.setattr(onnx_export, "_inside", lambda at, size: whole(at, size - 1))
+        shape, geometry = CASES["odd patch"]
+        (got,) = run_file(export_trace(Costs([geometry]), pair(shape)), pair(shape))
+        assert difference(got, pair(shape), geometry)
+
+
+SHAPE, GEOMETRY = (2, 5, 9, 13), Geometry(3, (3, 4), (1, 2), 1, 2, 2)
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("normalize", [False, True])
+    @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+    def test_it_rounds_as_little_as_the_engine(self, dtype, normalize):
+        rng = np.random.default_rng(0)
+        maps = [rng.standard_normal(SHAPE).astype(dtype) for _ in range(2)]
+        (got,) = run(export(Costs([GEOMETRY], normalize), maps), maps)
+        assert got.dtype == dtype
+        wide = [m.astype(np.float64) for m in maps]
+        want = cupycorr.correlation(*wide, GEOMETRY, normalize=normalize)
+        most = cupycorr.correlation(*map(np.abs, wide), GEOMETRY, normalize=normalize)
+        terms = SHAPE[1] * GEOMETRY.window_taps
+        assert not verify.excess(got.astype(np.float64), want, most, terms, dtype)
+
+    def test_bfloat16_inside_a_model_is_exact_on_integers(self):
+        class Narrow(Costs):
+            def forward(self, *maps):
+                (cost,) = super().forward(*(m.bfloat16() for m in maps))
+                return (cost.float(),)
+
+        (got,) = run(export(Narrow([GEOMETRY]), pair(SHAPE)), pair(SHAPE))
+        want = cupycorr.correlation(*pair(SHAPE, "float64"), GEOMETRY)
+        assert not verify.difference(got.astype(np.float64), verify.round_to(want, "bfloat16"))
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_nothing_outside_the_maps_counts(self, value):
+        maps = pair(SHAPE)
+        maps[0][0, 1, 0, 0] = maps[1][1, 2, -1, -1] = value
+        (got,) = run(export(Costs([GEOMETRY]), maps), maps)
+        assert not difference(got, maps, GEOMETRY)
+
+    def test_no_samples_of_doubles_make_no_costs(self):
+        shape = (0, 3, 5, 6)
+        program = export(Costs([GEOMETRY]), pair(shape, "float64"), optimize=False)
+        (got,) = run(program, pair(shape, "float64"))
+        assert got.shape == GEOMETRY.cost_shape(shape)
+
+
+class Network(torch.nn.Module):
+    """A small FlowNetC with weights that are small integers, so that all it computes is exact."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = torch.nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.match = SpatialCorrelationSampler(patch_size=5, dilation_patch=2)
+        self.flow = torch.nn.Conv2d(25 + 6, 2, 3, padding=1)
+        for seed, values in enumerate(self.parameters()):
+            values.data = torch.from_numpy(integers(values.shape, seed))
+
+    def forward(self, image1, image2):
+        one, two = self.features(image1).relu(), self.features(image2).relu()
+        return self.flow(torch.cat([self.match(one, two).flatten(1, 2), one], 1))
+
+
+class TestNetworks:
+    @pytest.mark.parametrize("sizes", [{}, {0: torch.export.Dim.AUTO}, OPEN],
+                             ids=["fixed", "any batch", "any size"])  # fmt: skip
+    def test_a_network_computes_the_same(self, sizes):
+        network = Network()
+        images = pair((2, 3, 16, 20))
+        program = export(network, images, dynamic_shapes=(sizes, sizes) if sizes else None)
+        shape = tuple(size + 4 * (dim in sizes) for dim, size in enumerate(images[0].shape))
+        (got,) = run(program, pair(shape))
+        with torch.no_grad():
+            want = network(*map(torch.from_numpy, pair(shape))).double().numpy()
+        assert not verify.difference(got.astype(np.float64), want)
+
+    def test_any_patch_takes_few_nodes(self):
+        counts = [
+            len(export(Costs([Geometry(patch_size=patch)]), pair((1, 4, 24, 32))).model.graph)
+            for patch in (9, 21)
+        ]
+        assert max(counts) <= 20
+
+
+FORGETFUL = """
+import io, sys, warnings
+import torch
+from cupycorr import SpatialCorrelationSampler
+
+maps = torch.ones(1, 2, 4, 5), torch.ones(1, 2, 4, 5)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    try:
+        torch.onnx.export(SpatialCorrelationSampler(), maps, io.BytesIO(), dynamo=DYNAMO)
+    except Exception as error:
+        print(type(error).__name__)
+print(*(warning.message for warning in caught))
+"""
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_who_forgets_the_translation_is_told(dynamo):
+    # In a process of its own: torch keeps traces of what was ever registered.
+    code = FORGETFUL.replace("DYNAMO", str(dynamo))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.search(r"^\w+Error$", done.stdout, re.MULTILINE)
+    assert "translation_table(), with dynamo=False call" in done.stdout
+
+
+def test_importing_the_operators_does_not_import_onnx():
+    code = "import sys, cupycorr.torch.operators; print({'onnx', 'onnxscript'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

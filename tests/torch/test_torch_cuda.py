@@ -1,0 +1,435 @@
+"""CUDA tensors: torch's memory, streams and devices, on whatever CUDA device is there.
+
+The bridge runs wherever CuPy has a device: on CUDA tensors, or where torch has no CUDA on tensors
+in managed memory. What it hands to CuPy is tested without a device too, with a CuPy that takes
+notes.
+"""
+
+import contextlib
+import sys
+import types
+
+import numpy as np
+import pytest
+from cases import CASES
+
+import cupycorr
+from cupycorr import Geometry, verify
+
+torch = pytest.importorskip("torch")
+
+SHAPE = (2, 3, 8, 12)
+GEOMETRY = Geometry(patch_size=3)
+WINDOW = Geometry(3, 3, padding=1)
+FEW = ["FlowNetC", "window at the border", "stride not dividing dilation_patch"]
+
+
+@pytest.fixture
+def cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a torch with CUDA, and a CUDA device")
+    return torch.device("cuda")
+
+
+def maps(device, count=2, dtype=torch.float32, shape=SHAPE, **options):
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(-2, 3, (count, *shape), generator=generator)
+    return [one.to(device, dtype).requires_grad_(**options) if options else one.to(device, dtype)
+            for one in drawn]  # fmt: skip
+
+
+class OfTorch:
+    """CUDA tensors and streams of torch itself."""
+
+    @staticmethod
+    def place(tensor, number=0):
+        return tensor.to(f"cuda:{number}")
+
+    @staticmethod
+    @contextlib.contextmanager
+    def another_stream(number):
+        stream = torch.cuda.Stream(number)
+        with torch.cuda.stream(stream):
+            yield stream.cuda_stream
+        stream.synchronize()
+
+
+@pytest.fixture
+def tensors(monkeypatch):
+    """Return what puts tensors on CuPy's devices, and makes streams current for torch."""
+    if torch.cuda.is_available():
+        return OfTorch
+    import managed
+
+    streams = managed.Streams()
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.current_stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return types.SimpleNamespace(place=managed.place, another_stream=streams.another)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Record of each call of the CUDA engine: device, stream, and how workspace is allocated."""
+    import cupy
+
+    from cupycorr.cuda import engine as cuda_engine
+
+    recorded = []
+    for name in ("forward", "backward"):
+        compute = getattr(cuda_engine, name)
+
+        def record(*arrays, compute=compute, **options):
+            device, stream = cupy.cuda.Device().id, cupy.cuda.get_current_stream().ptr
+            recorded.append((device, stream, options["allocate"]))
+            compute(*arrays, **options)
+
+        monkeypatch.setattr(cuda_engine, name, record)
+    return recorded
+
+
+def placed(tensors, number=0, dtype=torch.float32, shape=SHAPE):
+    """Return two maps on the CPU, and the same on a device, all of them differentiable."""
+    whole = maps("cpu", dtype=dtype, shape=shape)
+    there = [tensors.place(one, number).requires_grad_() for one in whole]
+    return [one.requires_grad_() for one in whole], there
+
+
+def derivatives(one, two, geometry, upstream):
+    """Return a cost volume, its gradients, and a second derivative."""
+    cost = cupycorr.correlation(one, two, geometry)
+    grads = torch.autograd.grad(cost, (one, two), upstream, create_graph=True)
+    return cost, *grads, torch.autograd.grad(grads[0], two, one.detach())[0]
+
+
+def assert_same(got, want):
+    got, want = (t.detach().cpu().double().numpy() for t in (got, want))
+    assert verify.difference(got, want) is None
+
+
+LAYOUTS = {
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "misaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+    "every second column": lambda t: t.repeat_interleave(2, dim=3)[..., ::2],
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
+
+
+@pytest.mark.gpu
+class TestTheBridge:
+    @pytest.mark.parametrize(
+        ("name", "dtype"),
+        [
+            *(("FlowNetC", dtype) for dtype in verify.PRECISION),
+            *(("window at the border", dtype) for dtype in ("bfloat16", "float32")),
+            *((name, "float32") for name in ("no samples", "no channels")),
+        ],
+    )
+    def test_costs_and_derivatives_are_exact_on_integers(self, tensors, name, dtype):
+        shape, geometry = CASES[name]
+        whole, there = placed(tensors, 0, getattr(torch, dtype), shape)
+        upstream = maps("cpu", 1, whole[0].dtype, geometry.cost_shape(shape))[0].sign()
+        want = derivatives(*whole, geometry, upstream)
+        got = derivatives(*there, geometry, tensors.place(upstream))
+        for one, other in zip(got, want, strict=True):
+            assert (one.device.type, one.dtype) == ("cuda", other.dtype)
+            assert_same(one, other)
+
+    def test_absolute_differences_and_their_derivatives_are_exact_on_integers(self, tensors):
+        def results(one, two, upstream):
+            cost = cupycorr.correlation(one, two, WINDOW, similarity="l1")
+            with torch.no_grad():
+                grads = torch.ops.cupycorr.l1_grads(one, two, upstream, *_fields(WINDOW), False)
+            tangent = torch.ops.cupycorr.l1_tangent(one, two, two, one, *_fields(WINDOW), False)
+            return cost, *grads, *torch.autograd.grad(cost, (one, two), upstream), tangent
+
+        from cupycorr.torch.operators import _fields
+
+        whole, there = placed(tensors)
+        upstream = maps("cpu", 1, shape=WINDOW.cost_shape(SHAPE))[0]
+        got = results(*there, tensors.place(upstream))
+        for one, other in zip(got, results(*whole, upstream), strict=True):
+            assert_same(one, other)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_maps_of_any_layout_are_taken(self, tensors, layout):
+        whole, there = placed(tensors)
+        want, got = (
+            cupycorr.correlation(*map(LAYOUTS[layout], two), WINDOW) for two in (whole, there)
+        )
+        assert_same(got, want)
+        upstream = torch.ones(()).expand(want.shape)
+        wanted = torch.autograd.grad(want, whole, upstream)
+        upstream = tensors.place(torch.ones(())).expand(got.shape)
+        for one, other in zip(torch.autograd.grad(got, there, upstream), wanted, strict=True):
+            assert_same(one, other)
+
+    @pytest.mark.parametrize("dtype", verify.PRECISION)
+    def test_an_array_has_the_memory_of_its_tensor_and_keeps_it(self, tensors, dtype):
+        from cupycorr.torch import memory as torch_cuda
+
+        tensor = tensors.place(maps("cpu", 1, getattr(torch, dtype))[0])
+        address, bits = tensor.data_ptr(), tensor.detach().cpu().view(torch.uint8).flatten()
+        array = torch_cuda._array(tensor)
+        del tensor
+        assert (array.data.ptr, array.shape, array.flags.c_contiguous) == (address, SHAPE, True)
+        assert array.get().tobytes() == bits.numpy().tobytes()
+
+    def test_work_goes_to_torchs_current_stream(self, tensors, calls):
+        whole, there = placed(tensors)
+        with tensors.another_stream(0) as stream:
+            got = derivatives(*there, WINDOW, tensors.place(torch.ones(WINDOW.cost_shape(SHAPE))))
+        assert {(device, at) for device, at, _ in calls} == {(0, stream)}
+        want = derivatives(*whole, WINDOW, torch.ones(WINDOW.cost_shape(SHAPE)))
+        for one, other in zip(got, want, strict=True):
+            assert_same(one, other)
+
+    def test_work_goes_to_the_tensors_device_whichever_is_current(self, tensors, calls):
+        import cupy
+
+        if cupy.cuda.runtime.getDeviceCount() < 2:
+            pytest.skip("needs two devices")
+        whole, there = placed(tensors, 1)
+        with tensors.another_stream(1) as stream:
+            cost = cupycorr.correlation(*there, WINDOW)
+        assert [call[:2] for call in calls] == [(1, stream)]
+        assert (cost.device.index, cupy.cuda.Device().id) == (1, 0)
+        assert_same(cost, cupycorr.correlation(*whole, WINDOW))
+
+    def test_workspace_is_torchs(self, tensors, calls):
+        import cupy
+
+        cupycorr.correlation(*placed(tensors)[1], WINDOW)
+        (*_, allocate), *_ = calls
+        volume = allocate((2, 3), "float64")
+        assert (volume.shape, volume.dtype, volume.device.id) == ((2, 3), np.float64, 0)
+        assert not isinstance(volume.data.mem, cupy.cuda.memory.PooledMemory)
+
+
+@pytest.mark.gpu
+class TestOnADevice:
+    @pytest.mark.parametrize("dtype", verify.PRECISION)
+    @pytest.mark.parametrize("name", FEW)
+    def test_results_and_gradients_are_right(self, cuda, name, dtype):
+        shape, geometry = CASES[name]
+        engine = verify.torch_engine("cuda")
+        errors = [check.error for check in verify.check(engine, shape, geometry, dtype)]
+        assert not any(errors), errors
+
+    def test_torch_checks_first_and_second_derivatives(self, cuda):
+        inputs = maps(cuda, dtype=torch.float64, shape=(1, 2, 4, 5), requires_grad=True)
+
+        def cost(one, two):
+            return cupycorr.correlation(one, two, WINDOW)
+
+        assert torch.autograd.gradcheck(cost, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(cost, inputs, fast_mode=True)
+
+    def test_inputs_are_not_copied_and_results_are_torchs(self, cuda):
+        from cupycorr.torch import memory as torch_cuda
+
+        (one,) = maps(cuda, 1)
+        assert torch_cuda._array(one).data.ptr == one.data_ptr()
+        before = torch.cuda.memory_allocated()
+        cost = cupycorr.correlation(one, one, GEOMETRY)
+        assert torch.cuda.memory_allocated() - before >= cost.numel() * 4
+
+    def test_work_goes_to_torchs_current_stream(self, cuda):
+        one, two = maps(cuda)
+        want = cupycorr.correlation(one.cpu(), two.cpu(), WINDOW)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            cost = cupycorr.correlation(one, two, WINDOW)
+            assert not stream.query()  # queued behind the sleep, which nothing waits for
+        stream.synchronize()
+        assert_same(cost, want)
+
+    def test_a_captured_graph_computes_anew(self, cuda):
+        one, two = maps(cuda, requires_grad=False)
+        cupycorr.correlation(one, two, WINDOW)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            cost = cupycorr.correlation(one, two, WINDOW)
+        one.mul_(2)
+        graph.replay()
+        assert_same(cost, cupycorr.correlation(one.cpu(), two.cpu(), WINDOW))
+
+    def test_the_second_device_is_used_and_the_first_left_alone(self, cuda):
+        if torch.cuda.device_count() < 2:
+            pytest.skip("needs two devices")
+        one, two = maps("cuda:1", requires_grad=True)
+        before = torch.cuda.memory_allocated(0)
+        cost = cupycorr.correlation(one, two, WINDOW)
+        cost.sum().backward()
+        assert {t.device.index for t in (cost, one.grad, two.grad)} == {1}
+        assert torch.cuda.memory_allocated(0) == before
+        assert_same(cost, cupycorr.correlation(one.cpu(), two.cpu(), WINDOW))
+
+    @pytest.mark.parametrize("inside", [torch.float16, torch.bfloat16])
+    def test_autocast_computes_in_16_bits(self, cuda, inside):
+        one, two = maps(cuda, requires_grad=True)
+        with torch.autocast("cuda", inside):
+            cost = cupycorr.correlation(one, two, GEOMETRY)
+        cost.sum().backward()
+        assert (cost.dtype, one.grad.dtype) == (inside, torch.float32)
+
+    def test_compiled_it_stays_one_node(self, cuda):
+        one, two = maps(cuda)
+        compiled = torch.compile(lambda a, b: cupycorr.correlation(a, b, GEOMETRY) * 2,
+                                 fullgraph=True)  # fmt: skip
+        assert_same(compiled(one, two), cupycorr.correlation(one, two, GEOMETRY) * 2)
+
+    def test_opcheck_passes(self, cuda):
+        from cupycorr.torch.operators import _fields
+
+        torch.library.opcheck(
+            torch.ops.cupycorr.cost.default,
+            (*maps(cuda, requires_grad=True), *_fields(GEOMETRY), False),
+        )
+
+    def test_checkpoints_inference_mode_and_determinism(self, cuda):
+        one, two = maps(cuda, requires_grad=True)
+        want = cupycorr.correlation(one, two, GEOMETRY)
+        torch.use_deterministic_algorithms(True)
+        try:
+            cost = torch.utils.checkpoint.checkpoint(
+                cupycorr.correlation, one, two, GEOMETRY, use_reentrant=False
+            )
+            cost.sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        with torch.inference_mode():
+            assert_same(cupycorr.correlation(one, two, GEOMETRY), want)
+
+
+class Cupy(types.ModuleType):
+    """A CuPy that notes which device and stream are current, and hands out NumPy arrays."""
+
+    def __init__(self):
+        super().__init__("cupy")
+        self.now = []
+        self.cuda = types.SimpleNamespace(
+            Device=self.device, Stream=types.SimpleNamespace(from_external=self.stream)
+        )
+
+    @contextlib.contextmanager
+    def device(self, number):
+        self.now.append(f"device {number}")
+        yield
+        self.now.pop()
+
+    @contextlib.contextmanager
+    def device_of_torch(self, device):
+        self.now.append(f"torch's device {device}")
+        yield
+        self.now.pop()
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.now.append(f"stream {stream.__cuda_stream__()}")
+        yield
+        self.now.pop()
+
+    @staticmethod
+    def from_dlpack(tensor):
+        return np.from_dlpack(tensor)
+
+
+@pytest.fixture
+def bridge(monkeypatch):
+    """Return the bridge with that CuPy, a CUDA engine that computes with NumPy, and its notes."""
+    from cupycorr.cpu import engine as numpy_engine
+    from cupycorr.torch import memory as torch_cuda
+
+    cupy, notes = Cupy(), []
+
+    def note(compute):
+        def engine(*arguments, dtype, allocate, **options):
+            notes.append((list(cupy.now), dtype, arguments, allocate))
+            # uint16 is what the NumPy engine takes for bfloat16.
+            arrays = (
+                a.view(np.uint16) if isinstance(a, np.ndarray) and dtype == "bfloat16" else a
+                for a in arguments
+            )
+            compute(*arrays, **options)
+
+        return engine
+
+    engine = types.SimpleNamespace(
+        forward=note(numpy_engine.forward), backward=note(numpy_engine.backward)
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(torch_cuda, "_engine", lambda: engine)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=77)
+    )
+    monkeypatch.setattr(torch.cuda, "device", cupy.device_of_torch)
+    return torch_cuda, notes
+
+
+class TestTheBridgeWithoutADevice:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_it_computes_on_the_tensors_own_memory(self, bridge, dtype):
+        torch_cuda, notes = bridge
+        one, two = maps("cpu", dtype=dtype)
+        cost = torch.empty(GEOMETRY.cost_shape(SHAPE), dtype=dtype)
+        torch_cuda.forward(one, two, cost, GEOMETRY)
+        grads = torch.empty_like(one), torch.empty_like(two)
+        torch_cuda.backward(cost, one, two, *grads, GEOMETRY)
+        assert_same(cost, cupycorr.correlation(one, two, GEOMETRY))
+        (_, name, arrays, _), _ = notes
+        assert name == str(dtype).removeprefix("torch.")
+        pointers = [array.ctypes.data for array in arrays[:3]]
+        assert pointers == [t.data_ptr() for t in (one, two, cost)]
+
+    def test_device_and_stream_are_current_while_it_computes(self, bridge):
+        torch_cuda, notes = bridge
+        one, two = maps("cpu")
+        torch_cuda.forward(one, two, torch.empty(GEOMETRY.cost_shape(SHAPE)), GEOMETRY)
+        assert notes[0][0] == ["torch's device cpu", "device None", "stream (0, 77)"]
+
+    def test_workspace_is_torchs(self, bridge, monkeypatch):
+        torch_cuda, notes = bridge
+        one, two = maps("cpu")
+        torch_cuda.forward(one, two, torch.empty(GEOMETRY.cost_shape(SHAPE)), GEOMETRY)
+        made, empty = [], torch.Tensor.new_empty
+        monkeypatch.setattr(
+            torch.Tensor, "new_empty", lambda *a, **o: made.append(empty(*a, **o)) or made[-1]
+        )
+        volume = notes[0][3]((2, 3), "float64")
+        assert (volume.shape, volume.dtype) == ((2, 3), np.float64)
+        assert volume.ctypes.data == made[0].data_ptr()
+
+    @pytest.mark.parametrize("layout", ["strided", "differentiated"])
+    def test_it_takes_any_tensor(self, bridge, layout):
+        torch_cuda, _ = bridge
+        one, two = maps("cpu")
+        want = cupycorr.correlation(one, two, GEOMETRY)
+        if layout == "strided":
+            one = one.transpose(1, 3).contiguous().transpose(1, 3)
+        else:
+            one.requires_grad_()
+        cost = torch.empty(GEOMETRY.cost_shape(SHAPE))
+        torch_cuda.forward(one, two, cost, GEOMETRY)
+        assert_same(cost, want)
+
+
+def test_cuda_tensors_without_cupy_are_one_clear_error(monkeypatch):
+    from cupycorr.torch import memory as torch_cuda
+
+    monkeypatch.setitem(sys.modules, "cupycorr.cuda.engine", None)
+    monkeypatch.delattr(cupycorr, "cuda_engine", raising=False)
+    with pytest.raises(
+        RuntimeError, match=r"CuPy must be there .* pip install 'cupycorr\[cuda12\]'"
+    ):
+        torch_cuda._engine()
+
+
+def test_torch_for_another_kind_of_gpu_is_refused(monkeypatch):
+    from cupycorr.torch import memory as torch_cuda
+
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    with pytest.raises(RuntimeError, match="must be on an NVIDIA GPU, got a torch built for ROCm"):
+        torch_cuda._engine()
