@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import click
@@ -126,7 +127,7 @@ def _recognise(given: Mapping[str, Any], systems: list[str]) -> tuple[str, Setti
         needs = "; ".join(f"{name} needs {' and '.join(lack)}" for name, lack in missing.items())
         raise ValueError(f"more must be given than {flags or 'nothing'}: {needs}")
     meanings = {
-        setting._replace(geometry=vocabularies.canonical(setting.geometry))
+        replace(setting.layer, geometry=vocabularies.canonical(setting.layer.geometry))
         for setting in found.values()
     }
     if len(meanings) > 1:
@@ -154,9 +155,9 @@ def _row(system: str, setting: Setting, size: tuple[int, int] | None) -> Row:
 
 
 def _describe(setting: Setting) -> str:
-    what = "products" if setting.similarity == "product" else "absolute differences"
-    how = "mean" if setting.normalize else "sum"
-    return f"{setting.geometry!r}, {how} of {what}"
+    what = "absolute differences" if setting.layer.l1 else "products"
+    how = "mean" if setting.layer.normalize else "sum"
+    return f"{setting.layer.geometry!r}, {how} of {what}"
 
 
 def _show(rows: list[Row]) -> None:

@@ -9,8 +9,9 @@ from math import prod
 from typing import Any, NamedTuple
 
 import cupycorr
-from cupycorr import api
+from cupycorr import Geometry
 from cupycorr.cuda.cost import LANES
+from cupycorr.layer import Layer
 
 from .bench.measure import Implementation, Timing
 from .environment import Unavailable
@@ -101,13 +102,38 @@ def line(found: dict[str, Any]) -> str:
 
 def implementation(engine: str, similarity: str) -> Implementation:
     """Return this package on CuPy arrays: all of it, or its plain kernels."""
-    functions: tuple[Callable[..., Any], ...] = cupycorr.correlation, cupycorr.correlation_vjp
-    options: dict[str, Any] = {"similarity": similarity}
     if engine == "plain":
-        functions = api.cupy_cost, api.cupy_gradients
-        options["plain"] = True
-    correlate, vjp = (partial(function, **options) for function in functions)
+        compute = partial(_plain, similarity)
+        return Implementation(
+            f"cupycorr {engine}", "cupy", compute, partial(_plain_vjp, similarity)
+        )
+    correlate = partial(cupycorr.correlation, similarity=similarity)
+    vjp = partial(cupycorr.correlation_vjp, similarity=similarity)
     return Implementation(f"cupycorr {engine}", "cupy", correlate, vjp)
+
+
+def _plain(similarity: str, fmap1: Any, fmap2: Any, geometry: Geometry) -> Any:
+    import cupy
+
+    from cupycorr.cuda import engine
+
+    cost = cupy.empty(geometry.cost_shape(fmap1.shape), fmap1.dtype)
+    arrays = {"fmap1": fmap1, "fmap2": fmap2, "cost": cost}
+    engine.run("cost", arrays, Layer(geometry, similarity), plain=True)
+    return cost
+
+
+def _plain_vjp(
+    similarity: str, grad_cost: Any, fmap1: Any, fmap2: Any, geometry: Geometry
+) -> tuple[Any, Any]:
+    import cupy
+
+    from cupycorr.cuda import engine
+
+    grads = {"grad_fmap1": cupy.empty_like(fmap1), "grad_fmap2": cupy.empty_like(fmap2)}
+    arrays = {"fmap1": fmap1, "fmap2": fmap2, "grad_cost": grad_cost} | grads
+    engine.run("grads", arrays, Layer(geometry, similarity), plain=True)
+    return grads["grad_fmap1"], grads["grad_fmap2"]
 
 
 def kernels(problem: Problem, dtype: str) -> list[dict[str, Any]]:
@@ -123,7 +149,7 @@ def kernels(problem: Problem, dtype: str) -> list[dict[str, Any]]:
     if 0 in problem.shape:
         return []  # nothing will be launched
     _, shape, geometry, similarity = problem
-    compiled = cuda_engine.warm_up(geometry, shape, dtype, similarity=similarity)
+    compiled = cuda_engine.warm_up(Layer(geometry, similarity), shape, dtype)
     return [one._asdict() for one in compiled]
 
 

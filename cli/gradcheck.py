@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import click
 
 from cupycorr import verify
+from cupycorr.layer import DTYPES
 
 from . import cuda, environment
 from .options import (
@@ -51,7 +52,7 @@ MOST_ENTRIES = 4000
     multiple=True,
     default=["float64"],
     show_default=True,
-    type=click.Choice([*verify.PRECISION, "all"]),
+    type=click.Choice([*DTYPES, "all"]),
     help="What is computed in; repeatable.",
 )
 def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple[str, ...]) -> None:
@@ -70,7 +71,7 @@ def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple
         environment.require_cuda()
     problem = sizes.problem("geometry")
     names = _engines(device, engines)
-    every = tuple(verify.PRECISION)
+    every = tuple(DTYPES)
     chosen = every if "all" in dtypes else tuple(d for d in every if d in dtypes)
     if set(names) - {"torch"} and "bfloat16" in chosen and not environment.has("ml_dtypes"):
         raise environment.Unavailable(

@@ -10,10 +10,12 @@ import click
 from click.core import ParameterSource
 
 from cupycorr import Geometry
-from cupycorr.api import SIMILARITIES
 from cupycorr.geometry import IntOrPair
+from cupycorr.layer import DTYPES as ALL
+from cupycorr.layer import SIMILARITIES
 
-DTYPES = {"half": "float16", "bfloat": "bfloat16", "float": "float32", "double": "float64"}
+# The spellings of spatial-correlation-sampler.
+DTYPES = dict(zip(("half", "bfloat", "float", "double"), ALL, strict=True))
 # What computes on each device; the first is the default, the others as each command says.
 ENGINES = {"cpu": ("numpy", "torch"), "cuda": ("cupy", "plain", "torch")}
 

@@ -1,4 +1,4 @@
-"""The public functions: checks at the door, then dispatch to the engine of the arrays' library."""
+"""The door: the public functions check their arrays once, and dispatch once to an engine."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cupycorr.cpu import engine as numpy_engine
+from cupycorr.cpu import engine as cpu
 from cupycorr.geometry import Geometry, IntOrPair
+from cupycorr.layer import DTYPES, Layer
 
-FLOATING = ("float16", "bfloat16", "float32", "float64")
-SIMILARITIES = ("product", "l1")
 Shape = tuple[int, ...]
 
 
@@ -50,7 +49,7 @@ def spatial_correlation_sample(
         int or a pair of ints.
     ValueError
         If shapes differ or are not (N, C, H, W), devices differ, a parameter is out of range, or
-        the window does not fit into the padded image.
+        the taps do not fit into the padded image.
 
     Notes
     -----
@@ -58,7 +57,7 @@ def spatial_correlation_sample(
     bfloat16 accumulate in float32 and are rounded once. Definition: `Geometry`.
     """
     geometry = Geometry(kernel_size, patch_size, stride, padding, dilation, dilation_patch)
-    return correlate(input1, input2, geometry, names=("input1", "input2"))
+    return correlate(input1, input2, Layer(geometry), names=("input1", "input2"))
 
 
 def correlation(
@@ -78,7 +77,7 @@ def correlation(
     geometry : Geometry
         Which positions and displacements are compared.
     normalize : bool, default False
-        Divide by the number of terms of a full window, C * KH * KW.
+        Divide by the number of terms of all taps, C * KH * KW.
     similarity : {"product", "l1"}, default "product"
         Sum products, or absolute differences: small where the maps are alike.
 
@@ -102,7 +101,7 @@ def correlation(
     the SUBTRACT correlation of FlowNet2's Caffe layer (E. Ilg et al., "FlowNet 2.0", CVPR 2017),
     which divides like ``normalize``.
     """
-    return correlate(fmap1, fmap2, geometry, normalize=normalize, similarity=similarity)
+    return correlate(fmap1, fmap2, Layer(geometry, similarity, normalize))
 
 
 def correlation_vjp(
@@ -156,7 +155,7 @@ def correlation_vjp(
     other map's value in grad_fmap1, and the opposite sign in grad_fmap2. As in torch, it is 0 where
     values are equal, or NaN.
     """
-    _check_similarity(similarity)
+    layer = Layer(geometry, similarity, normalize)
     names, arrays = ("fmap1", "fmap2", "grad_cost"), (fmap1, fmap2, grad_cost)
     library = _library(names, arrays)
     if library == "torch":
@@ -169,102 +168,55 @@ def correlation_vjp(
     except (TypeError, ValueError):
         raise TypeError(f"needs must be a pair of bools, got {needs!r}") from None
     _check(names, arrays, geometry)
-    divisor = geometry.divisor(fmap1.shape[1], normalize)
-    if library == "cupy":
-        return cupy_gradients(
-            grad_cost, fmap1, fmap2, geometry, divisor, (need1, need2), similarity=similarity
-        )
-    grad_fmap1, grad_fmap2 = (_empty(fmap1.shape, fmap1) if n else None for n in (need1, need2))
-    numpy_engine.backward(
-        _storage(grad_cost),
-        _storage(fmap1),
-        _storage(fmap2),
-        None if grad_fmap1 is None else _storage(grad_fmap1),
-        None if grad_fmap2 is None else _storage(grad_fmap2),
-        geometry,
-        similarity=similarity,
-        divisor=divisor,
-    )
-    return grad_fmap1, grad_fmap2
+    wanted = {"grad_fmap1": need1, "grad_fmap2": need2}
+    shapes = {name: fmap1.shape for name, needed in wanted.items() if needed}
+    inputs = dict(zip(names, arrays, strict=True))
+    grads = (_on_device if library == "cupy" else _on_cpu)("grads", inputs, shapes, layer)
+    return grads.get("grad_fmap1"), grads.get("grad_fmap2")
 
 
 def correlate(
-    fmap1: Any,
-    fmap2: Any,
-    geometry: Geometry,
-    *,
-    normalize: bool = False,
-    similarity: str = "product",
-    names: tuple[str, str] = ("fmap1", "fmap2"),
+    fmap1: Any, fmap2: Any, layer: Layer, names: tuple[str, str] = ("fmap1", "fmap2")
 ) -> Any:
     """Check two maps, which the caller knows by ``names``, and dispatch; see `correlation`."""
-    _check_similarity(similarity)
     library = _library(names, (fmap1, fmap2))
     if library == "torch":
-        from cupycorr.torch import operators as torch_ops
+        from cupycorr.torch import operators
 
-        fmap1, fmap2 = torch_ops.autocast(fmap1, fmap2)
-        _check(names, (fmap1, fmap2), geometry)
-        return torch_ops.correlation(fmap1, fmap2, geometry, normalize, similarity)
-    cost_shape = _check(names, (fmap1, fmap2), geometry)
-    divisor = geometry.divisor(fmap1.shape[1], normalize)
-    if library == "cupy":
-        return cupy_cost(fmap1, fmap2, geometry, divisor, similarity=similarity)
-    cost = _empty(cost_shape, fmap1)
-    one, two, out = map(_storage, (fmap1, fmap2, cost))
-    numpy_engine.forward(one, two, out, geometry, similarity=similarity, divisor=divisor)
-    return cost
+        fmap1, fmap2 = operators.autocast(fmap1, fmap2)
+        _check(names, (fmap1, fmap2), layer.geometry)
+        return operators.cost(fmap1, fmap2, layer)
+    shapes = {"cost": _check(names, (fmap1, fmap2), layer.geometry)}
+    inputs = {"fmap1": fmap1, "fmap2": fmap2}
+    return (_on_device if library == "cupy" else _on_cpu)("cost", inputs, shapes, layer)["cost"]
 
 
-def cupy_cost(
-    fmap1: Any,
-    fmap2: Any,
-    geometry: Geometry,
-    divisor: int = 1,
-    *,
-    similarity: str = "product",
-    plain: bool = False,
-) -> Any:
-    """Compute the cost volume of checked CuPy arrays; see `cuda_engine.forward`."""
+def _on_cpu(
+    what: str, inputs: dict[str, Any], shapes: dict[str, Shape], layer: Layer
+) -> dict[str, Any]:
+    """Compute results of some names and shapes from checked NumPy arrays."""
+    dtype = inputs["fmap1"].dtype
+    native = dtype if dtype.isnative else dtype.newbyteorder("=")
+    results = {name: np.empty(shape, native) for name, shape in shapes.items()}
+    arrays = {name: _storage(array) for name, array in (inputs | results).items()}
+    cpu.run(what, arrays, layer)
+    return results
+
+
+def _on_device(
+    what: str, inputs: dict[str, Any], shapes: dict[str, Shape], layer: Layer
+) -> dict[str, Any]:
+    """Compute results of some names and shapes from checked CuPy arrays."""
     import cupy
 
-    from cupycorr.cuda import engine as cuda_engine
+    from cupycorr.cuda import engine as cuda
 
+    fmap1 = inputs["fmap1"]
     with fmap1.device:
-        cost = cupy.empty(geometry.cost_shape(fmap1.shape), fmap1.dtype)
-        one, two = map(cupy.ascontiguousarray, (fmap1, fmap2))
-        options: dict[str, Any] = {"similarity": similarity, "divisor": divisor, "plain": plain}
-        cuda_engine.forward(one, two, cost, geometry, **options)
-    return cost
-
-
-def cupy_gradients(
-    grad_cost: Any,
-    fmap1: Any,
-    fmap2: Any,
-    geometry: Geometry,
-    divisor: int = 1,
-    needs: tuple[bool, bool] = (True, True),
-    *,
-    similarity: str = "product",
-    plain: bool = False,
-) -> tuple[Any, Any]:
-    """Compute the gradients of checked CuPy arrays; see `cuda_engine.backward`."""
-    import cupy
-
-    from cupycorr.cuda import engine as cuda_engine
-
-    with fmap1.device:
-        grad1, grad2 = (cupy.empty(fmap1.shape, fmap1.dtype) if n else None for n in needs)
-        upstream, one, two = map(cupy.ascontiguousarray, (grad_cost, fmap1, fmap2))
-        options: dict[str, Any] = {"similarity": similarity, "divisor": divisor, "plain": plain}
-        cuda_engine.backward(upstream, one, two, grad1, grad2, geometry, **options)
-    return grad1, grad2
-
-
-def _check_similarity(similarity: str) -> None:
-    if similarity not in SIMILARITIES:
-        raise ValueError(f"similarity must be 'product' or 'l1', got {similarity!r}")
+        results = {name: cupy.empty(shape, fmap1.dtype) for name, shape in shapes.items()}
+        dense = {name: cupy.ascontiguousarray(array) for name, array in inputs.items()}
+        cuda.run(what, dense | results, layer)
+    return results
 
 
 def _library(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
@@ -296,13 +248,12 @@ def _library_of(array: Any) -> str:
 
 def _check(names: tuple[str, ...], arrays: tuple[Any, ...], geometry: Geometry) -> Shape:
     """Check maps, and a gradient if given as third, of one library; return the cost's shape."""
-    if not isinstance(geometry, Geometry):
-        raise TypeError(f"geometry must be a Geometry, got {type(geometry).__name__}")
     dtypes = [_dtype_name(array.dtype) for array in arrays]
     if dtypes.count(dtypes[0]) != len(dtypes):
         raise TypeError(f"{_all(names)} must have equal dtypes, got {_all(dtypes)}")
-    if dtypes[0] not in FLOATING:
-        raise TypeError(f"{_all(names)} must have dtype {_all(FLOATING, 'or')}, got {dtypes[0]}")
+    if dtypes[0] not in DTYPES:
+        allowed = _all(list(DTYPES), "or")
+        raise TypeError(f"{_all(names)} must have dtype {allowed}, got {dtypes[0]}")
     shapes = [tuple(array.shape) for array in arrays]
     if shapes[0] != shapes[1]:
         raise ValueError(f"{_all(names[:2])} must have equal shapes, got {_all(shapes[:2])}")
@@ -330,11 +281,6 @@ def _dtype_name(dtype: Any) -> str:
 def _all(values: Sequence[object], word: str = "and") -> str:
     """Enumerate values in a sentence."""
     return f"{', '.join(map(str, values[:-1]))} {word} {values[-1]}"
-
-
-def _empty(shape: Shape, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return an array of another's dtype, in native byte order."""
-    return np.empty(shape, like.dtype if like.dtype.isnative else like.dtype.newbyteorder("="))
 
 
 def _storage(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -16,76 +16,6 @@ Pair = tuple[int, int]
 IntOrPair = int | Pair
 
 
-class Band(NamedTuple):
-    """Which pairs of positions along one axis meet: m and m + p + shift, at displacement p.
-
-    Of all ``count1`` x ``count2`` pairs these form a band along the diagonal, ``count_patch`` wide.
-    """
-
-    count1: int
-    count2: int
-    count_patch: int
-    shift: int
-
-    @property
-    def pairs(self) -> int:
-        """Number of (position, displacement) pairs whose second position exists."""
-        virtual = range(self.shift, self.shift + self.count_patch)
-        return sum(
-            max(0, min(self.count1, self.count2 - offset) - max(0, -offset)) for offset in virtual
-        )
-
-    def mirrored(self) -> Band:
-        """Exchange the two maps; displacement p becomes count_patch - 1 - p."""
-        return Band(self.count2, self.count1, self.count_patch, 1 - self.count_patch - self.shift)
-
-
-class Phase(NamedTuple):
-    """One residue class of an axis, inside which positions and displacements advance by one.
-
-    Everything is clipped to the image.
-    """
-
-    image1: slice
-    """Positions in the first map."""
-    image2: slice
-    """Positions in the second map."""
-    patch: slice
-    """Indices of the displacements."""
-    lattice: slice
-    """Lattice indices of the positions in the first map."""
-    band: Band
-    """How many there are of each, and which meet."""
-
-
-class Lattice(NamedTuple):
-    """Equally spaced positions that together hold some taps of every output position."""
-
-    positions: range
-    """The pixels, inside the image or not."""
-    taps: tuple[slice, ...]
-    """For each tap the lattice indices that it touches, one per output position."""
-    phases: tuple[Phase, ...]
-    """The lattice split into residue classes; those that meet nothing are left out."""
-
-    @property
-    def size(self) -> int:
-        """Number of positions."""
-        return len(self.positions)
-
-    def inside(self, size: int, shift: int = 0) -> slice:
-        """Return the indices of the positions that lie, moved by ``shift``, on ``size`` pixels."""
-        first, step = self.positions.start + shift, self.positions.step
-        low = min(self.size, max(0, _ceil_div(-first, step)))
-        return slice(low, max(low, min(self.size, _ceil_div(size - first, step))))
-
-    @property
-    def untouched(self) -> list[int]:
-        """Lattice indices that no tap touches."""
-        touched = {i for tap in self.taps for i in range(tap.start, tap.stop, tap.step)}
-        return [i for i in range(self.size) if i not in touched]
-
-
 class Axis(NamedTuple):
     """One axis of a geometry; the fields are those of `Geometry`, as plain integers."""
 
@@ -98,13 +28,13 @@ class Axis(NamedTuple):
     first_displacement: int
 
     @property
-    def window_extent(self) -> int:
-        """Pixels from the first to the last tap of the window, both included."""
+    def taps_extent(self) -> int:
+        """Pixels from the first to the last tap, both included."""
         return self.dilation * (self.kernel_size - 1) + 1
 
     def output_size(self, size: int) -> int:
         """Return the number of output positions on ``size`` pixels; below 1 where none fits."""
-        return (size + 2 * self.padding - self.window_extent) // self.stride + 1
+        return (size + 2 * self.padding - self.taps_extent) // self.stride + 1
 
     def patch_part(self, part: slice) -> Axis:
         """Return the axis with only the displacements numbered ``part`` (step 1)."""
@@ -124,8 +54,8 @@ class Axis(NamedTuple):
         return sum(
             max(
                 0,
-                min(self.patch_size, _ceil_div(size - position - first, step))
-                - max(0, _ceil_div(-position - first, step)),
+                min(self.patch_size, ceil_div(size - position - first, step))
+                - max(0, ceil_div(-position - first, step)),
             )
             for position in positions
             if 0 <= position < size
@@ -137,9 +67,9 @@ class Axis(NamedTuple):
         return gcd(self.stride, self.dilation) if self.kernel_size > 1 else self.stride
 
     @property
-    def classes(self) -> tuple[int, int]:
-        """Residue classes into which that lattice, and the displacements, split (`Phase`)."""
-        return _classes(self.lattice_step, self.dilation_patch)
+    def phases(self) -> tuple[int, int]:
+        """Number of phases of that lattice's positions, and of the displacements."""
+        return split_into_phases(self.lattice_step, self.dilation_patch)
 
     def lattice_size(self, outputs: int) -> int:
         """Return how many positions of that lattice ``outputs`` output positions span."""
@@ -150,67 +80,6 @@ class Axis(NamedTuple):
         """Tell whether most positions of that lattice belong to no tap."""
         return self.lattice_size(outputs) > outputs * self.kernel_size
 
-    @lru_cache(maxsize=1024)  # noqa: B019 - an axis is a small immutable value
-    def lattices(self, size: int, start: int, stop: int) -> tuple[Lattice, ...]:
-        """Return the lattices that hold all taps of the output positions [start, stop).
-
-        ``size`` is that of the image, in pixels. One lattice of step gcd(stride, dilation) holds
-        every tap. Where windows are so far apart that most of its positions would belong to no
-        tap, each tap has a lattice of its own.
-        """
-        outputs, origin = stop - start, start * self.stride - self.padding
-        step = self.lattice_step
-        stride, dilation = self.stride // step, self.dilation // step
-        if not self.is_sparse(outputs):
-            dense = self.lattice_size(outputs)
-            spans = tuple(_span(u * dilation, outputs, stride) for u in range(self.kernel_size))
-            positions = range(origin, origin + dense * step, step)
-            return (Lattice(positions, spans, self._phases(size, origin, step, dense)),)
-        whole = (_span(0, outputs, 1),)
-        tap_origins = (origin + u * self.dilation for u in range(self.kernel_size))
-        return tuple(
-            Lattice(
-                range(first, first + outputs * self.stride, self.stride),
-                whole,
-                self._phases(size, first, self.stride, outputs),
-            )
-            for first in tap_origins
-        )
-
-    def _phases(self, size: int, origin: int, step: int, count: int) -> tuple[Phase, ...]:
-        """Split the lattice origin + i·step, i < count, and the patch into residue classes.
-
-        With L = lcm(step, dilation_patch), the positions of one class lie L pixels apart, and so
-        do its displacements.
-        """
-        lattice_classes, patch_classes = _classes(step, self.dilation_patch)
-        period = step * lattice_classes
-        phases = []
-        for r in range(min(lattice_classes, count)):
-            origin1 = origin + r * step
-            low1 = max(0, _ceil_div(-origin1, period))
-            high1 = min(_ceil_div(count - r, lattice_classes), _ceil_div(size - origin1, period))
-            for p0 in range(min(patch_classes, self.patch_size)):
-                patch_count = _ceil_div(self.patch_size - p0, patch_classes)
-                origin2 = origin1 + self.first_displacement + p0 * self.dilation_patch
-                low2 = max(low1, _ceil_div(-origin2, period))
-                high2 = min(high1 + patch_count - 1, _ceil_div(size - origin2, period))
-                # The displacements that lead from some position in the image to another.
-                first = max(0, low2 - (high1 - 1))
-                last = min(patch_count, high2 - low1)
-                if high1 <= low1 or high2 <= low2 or last <= first:
-                    continue
-                phases.append(
-                    Phase(
-                        image1=_span(origin1 + low1 * period, high1 - low1, period),
-                        image2=_span(origin2 + low2 * period, high2 - low2, period),
-                        patch=_span(p0 + first * patch_classes, last - first, patch_classes),
-                        lattice=_span(r + low1 * lattice_classes, high1 - low1, lattice_classes),
-                        band=Band(high1 - low1, high2 - low2, last - first, low1 + first - low2),
-                    )
-                )
-        return tuple(phases)
-
 
 @dataclass(frozen=True, init=False, repr=False)
 class Geometry:
@@ -219,7 +88,7 @@ class Geometry:
     Parameters
     ----------
     kernel_size : int or (int, int), default 1
-        Taps of the window that is compared, per axis; even sizes too.
+        Taps: positions around a position that are compared with it, per axis; even numbers too.
     patch_size : int or (int, int), default 1
         Number of displacements tried, per axis (the whole patch, not its radius); even sizes too.
     stride : int or (int, int), pixels, default 1
@@ -227,7 +96,7 @@ class Geometry:
     padding : int or (int, int), pixels, default 0
         Zeros around both maps; a negative padding crops.
     dilation : int or (int, int), pixels, default 1
-        Spacing of the window's taps.
+        Spacing of the taps.
     dilation_patch : int or (int, int), pixels, default 1
         Spacing of the displacements.
     first_displacement : int or (int, int), pixels, optional
@@ -306,7 +175,7 @@ class Geometry:
         pad_size : int, pixels
             Zeros around both maps.
         kernel_size : int
-            Taps of the window, per axis.
+            Taps, per axis.
         max_displacement : int, pixels
             Largest displacement; output positions keep this distance from the padded border.
         stride1, stride2 : int, pixels
@@ -436,14 +305,19 @@ class Geometry:
         )
 
     @property
-    def window_extent(self) -> Pair:
-        """Pixels that the window spans, (y, x)."""
-        return self.y.window_extent, self.x.window_extent
+    def taps_extent(self) -> Pair:
+        """Pixels that the taps span, (y, x)."""
+        return self.y.taps_extent, self.x.taps_extent
 
     @property
-    def window_taps(self) -> int:
-        """Number of taps of the window."""
+    def taps(self) -> int:
+        """Number of taps."""
         return self.kernel_size[0] * self.kernel_size[1]
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether the first displacement is that of a centred patch, the default."""
+        return self.first_displacement == _centred(self.patch_size, self.dilation_patch)
 
     def output_size(self, height: int, width: int) -> Pair:
         """Return the number of output positions on an image, (OH, OW).
@@ -451,16 +325,15 @@ class Geometry:
         Raises
         ------
         ValueError
-            If the window does not fit into the padded image.
+            If the taps do not fit into the padded image.
         """
         size = self.y.output_size(height), self.x.output_size(width)
         if min(size) < 1:
             padded = tuple(n + 2 * p for n, p in zip((height, width), self.padding, strict=True))
             raise ValueError(
-                f"the window must fit into the padded image, got a window of "
-                f"{self.window_extent} pixels (kernel_size {self.kernel_size}, dilation "
-                f"{self.dilation}) and a padded image of {padded} (image {(height, width)}, "
-                f"padding {self.padding})"
+                f"the taps must fit into the padded image, got taps that span {self.taps_extent} "
+                f"pixels (kernel_size {self.kernel_size}, dilation {self.dilation}) and a padded "
+                f"image of {padded} (image {(height, width)}, padding {self.padding})"
             )
         return size
 
@@ -469,32 +342,30 @@ class Geometry:
         batch, _, height, width = shape
         return (batch, *self.patch_size, *self.output_size(height, width))
 
-    def divisor(self, channels: int, normalize: bool) -> int:
-        """Return what sums are divided by: if they are normalized, the terms of a full window."""
-        return max(1, channels) * self.window_taps if normalize else 1
-
     def multiply_adds(self, shape: tuple[int, ...]) -> int:
         """Return how many multiply-adds the products of maps of shape (N, C, H, W) need at least.
 
         Each pair of positions in the image that some tap of some output compares counts C times,
-        however many windows share it.
+        however many outputs share it.
         """
         batch, channels, height, width = shape
         return batch * channels * self.y.pairs(height) * self.x.pairs(width)
 
     def __repr__(self) -> str:
-        defaults = {"padding": (0, 0)}
-        shown = []
-        for name in Axis._fields:
-            default = (
-                _centred(self.patch_size, self.dilation_patch)
-                if name == "first_displacement"
-                else defaults.get(name, (1, 1))
-            )
-            pair = getattr(self, name)
-            if pair != default:
-                shown.append(f"{name}={pair[0] if pair[0] == pair[1] else pair}")
-        return f"Geometry({', '.join(shown)})"
+        given = self.parameters()
+        return f"Geometry({', '.join(f'{name}={value}' for name, value in given.items())})"
+
+    def parameters(self) -> dict[str, IntOrPair]:
+        """Return the parameters that differ from their defaults, equal pairs as one number."""
+        centred = _centred(self.patch_size, self.dilation_patch)
+        defaults = dict.fromkeys(Axis._fields, (1, 1))
+        defaults |= {"padding": (0, 0), "first_displacement": centred}
+        pairs = {name: getattr(self, name) for name in Axis._fields}
+        return {
+            name: pair[0] if pair[0] == pair[1] else pair
+            for name, pair in pairs.items()
+            if pair != defaults[name]
+        }
 
 
 def _pair(name: str, value: object, least: int | None = None) -> Pair:
@@ -535,16 +406,12 @@ def _centred(patch_size: Pair, dilation_patch: Pair) -> Pair:
     return y, x
 
 
-def _classes(step: int, spacing: int) -> tuple[int, int]:
-    """Return the residue classes of positions and of displacements modulo the other's spacing."""
+def split_into_phases(step: int, spacing: int) -> tuple[int, int]:
+    """Return the number of phases of positions ``step`` apart, and of displacements."""
     common = gcd(step, spacing)
     return spacing // common, step // common
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
+    """Divide, rounding up."""
     return -(-a // b)
-
-
-def _span(start: int, count: int, step: int) -> slice:
-    """Return the slice of ``count`` indices from ``start`` on."""
-    return slice(start, start + (count - 1) * step + 1, step)

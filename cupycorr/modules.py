@@ -9,6 +9,10 @@ from torch import Tensor
 
 from cupycorr.api import correlate
 from cupycorr.geometry import Axis, Geometry, IntOrPair
+from cupycorr.layer import Layer
+
+PARAMETERS = Axis._fields[:-1]
+"""The parameters of the module, and its attributes."""
 
 
 class SpatialCorrelationSampler(torch.nn.Module):
@@ -19,7 +23,7 @@ class SpatialCorrelationSampler(torch.nn.Module):
     Parameters
     ----------
     kernel_size : int or (int, int), default 1
-        Taps of the window that is compared, per axis.
+        Taps that are compared, per axis.
     patch_size : int or (int, int), default 1
         Number of displacements tried, per axis.
     stride : int or (int, int), pixels, default 1
@@ -27,7 +31,7 @@ class SpatialCorrelationSampler(torch.nn.Module):
     padding : int or (int, int), pixels, default 0
         Zeros around both maps; a negative padding crops.
     dilation : int or (int, int), pixels, default 1
-        Spacing of the window's taps.
+        Spacing of the taps.
     dilation_patch : int or (int, int), pixels, default 1
         Spacing of the displacements.
 
@@ -52,13 +56,24 @@ class SpatialCorrelationSampler(torch.nn.Module):
         dilation_patch: IntOrPair = 1,
     ) -> None:
         super().__init__()
-        self.geometry = Geometry(kernel_size, patch_size, stride, padding, dilation, dilation_patch)
-        self.kernel_size = kernel_size
-        self.patch_size = patch_size
-        self.stride = stride
-        self.padding = padding
-        self.dilation = dilation
-        self.dilation_patch = dilation_patch
+        geometry = Geometry(kernel_size, patch_size, stride, padding, dilation, dilation_patch)
+        self.layer = Layer(geometry)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The geometry; like the parameters, it cannot be changed."""
+        return self.layer.geometry
+
+    def __getattr__(self, name: str) -> Any:
+        if name in PARAMETERS:
+            y, x = getattr(self.layer.geometry, name)
+            return y if y == x else (y, x)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in PARAMETERS:
+            raise AttributeError(f"{name} must not be changed; make another module")
+        super().__setattr__(name, value)
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         """Compute the cost volume of two feature maps.
@@ -78,15 +93,15 @@ class SpatialCorrelationSampler(torch.nn.Module):
         TypeError, ValueError
             As `cupycorr.spatial_correlation_sample`.
         """
-        cost: Tensor = correlate(input1, input2, self.geometry, names=("input1", "input2"))
+        cost: Tensor = correlate(input1, input2, self.layer, names=("input1", "input2"))
         return cost
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a pickled module, spatial-correlation-sampler's as well."""
+        parameters = {name: state.pop(name) for name in PARAMETERS if name in state}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if "geometry" not in state:
-            fields = {name: state[name] for name in Axis._fields if name in state}
-            self.geometry = Geometry(**fields)
+        if "layer" not in state:
+            self.layer = Layer(Geometry(**parameters))
 
     def extra_repr(self) -> str:
         """Return the parameters that differ from their defaults."""

@@ -28,6 +28,7 @@ from torch.onnx.symbolic_helper import parse_args
 
 import cupycorr.torch.operators  # noqa: F401 - defines the operators
 from cupycorr.geometry import Axis, Geometry
+from cupycorr.layer import Layer
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -170,7 +171,7 @@ class _Tiles(NamedTuple):
     def of(cls, axis: Axis, size: Any, tile: int) -> _Tiles:
         """Split an axis into residue classes, as `Axis.lattices` does, and these into tiles."""
         step, spacing = axis.lattice_step, axis.dilation_patch
-        lattice_classes, patch_classes = axis.classes
+        lattice_classes, patch_classes = axis.phases
         period = step * lattice_classes
         reach = _reach(axis, tile)
         count = axis.lattice_size(axis.output_size(size))
@@ -204,7 +205,7 @@ class _Tiles(NamedTuple):
 
 def _reach(axis: Axis, tile: int) -> int:
     """Return how many positions of one class those of a tile meet."""
-    return tile + -(-axis.patch_size // axis.classes[1]) - 1
+    return tile + -(-axis.patch_size // axis.phases[1]) - 1
 
 
 def _tile(geometry: Geometry, channels: Any, height: Any, width: Any) -> tuple[int, int]:
@@ -214,7 +215,7 @@ def _tile(geometry: Geometry, channels: Any, height: Any, width: Any) -> tuple[i
         if not isinstance(size, int):
             return 1.0
         count = axis.lattice_size(axis.output_size(size))
-        whole = tile * axis.classes[0]
+        whole = tile * axis.phases[0]
         return -(-count // whole) * whole / count
 
     def cost(tile: tuple[int, int]) -> float:
@@ -292,8 +293,8 @@ def _sum_window(volume: Any, axis: Axis, size: Any, dim: int) -> Any:
 
 def _divisor(geometry: Geometry, channels: Any) -> Any:
     if isinstance(channels, int):
-        return geometry.divisor(channels, True)
-    return channels * geometry.window_taps
+        return Layer(geometry, normalize=True).divisor(channels)
+    return channels * geometry.taps
 
 
 # Integers that are known when a model is exported, or open until it runs.

@@ -17,26 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cupycorr.api import correlation, correlation_vjp, cupy_cost, cupy_gradients
+from cupycorr.api import correlation, correlation_vjp
 from cupycorr.geometry import Axis, Geometry
+from cupycorr.layer import DTYPES, Layer
 
 Array = npt.NDArray[np.float64]
-
-
-class Precision(NamedTuple):
-    """Relative rounding errors of storage and accumulation, and the smallest normal number."""
-
-    store: float
-    accumulate: float
-    tiny: float
-
-
-PRECISION = {
-    "float16": Precision(2.0**-11, 2.0**-24, 2.0**-24),
-    "bfloat16": Precision(2.0**-8, 2.0**-24, 2.0**-126),
-    "float32": Precision(2.0**-24, 2.0**-24, 2.0**-126),
-    "float64": Precision(2.0**-53, 2.0**-53, 2.0**-1022),
-}
 
 
 class Engine(NamedTuple):
@@ -92,6 +77,8 @@ def cupy_engine(similarity: str = "product", *, plain: bool = False) -> Engine:
     """
     import cupy
 
+    from cupycorr.cuda import engine
+
     options: dict[str, Any] = {"similarity": similarity}
 
     def array(values: Array, dtype: str) -> Any:
@@ -101,21 +88,24 @@ def cupy_engine(similarity: str = "product", *, plain: bool = False) -> Engine:
         fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
     ) -> Array:
         one, two = (array(a, dtype) for a in (fmap1, fmap2))
-        if plain:
-            divisor = geometry.divisor(one.shape[1], normalize)
-            return _from_cupy(cupy_cost(one, two, geometry, divisor, plain=True, **options))
-        return _from_cupy(correlation(one, two, geometry, normalize=normalize, **options))
+        if not plain:
+            return _from_cupy(correlation(one, two, geometry, normalize=normalize, **options))
+        cost = cupy.empty(geometry.cost_shape(one.shape), one.dtype)
+        arrays = {"fmap1": one, "fmap2": two, "cost": cost}
+        engine.run("cost", arrays, Layer(geometry, similarity, normalize), plain=True)
+        return _from_cupy(cost)
 
     def vjp(
         grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
     ) -> tuple[Array, Array]:
         upstream, one, two = (array(a, dtype) for a in (grad, fmap1, fmap2))
-        if plain:
-            divisor = geometry.divisor(one.shape[1], normalize)
-            grads = cupy_gradients(upstream, one, two, geometry, divisor, plain=True, **options)
-        else:
+        if not plain:
             grads = correlation_vjp(upstream, one, two, geometry, normalize=normalize, **options)
-        return _from_cupy(grads[0]), _from_cupy(grads[1])
+            return _from_cupy(grads[0]), _from_cupy(grads[1])
+        arrays = {"fmap1": one, "fmap2": two, "grad_cost": upstream}
+        arrays |= {"grad_fmap1": cupy.empty_like(one), "grad_fmap2": cupy.empty_like(two)}
+        engine.run("grads", arrays, Layer(geometry, similarity, normalize), plain=True)
+        return _from_cupy(arrays["grad_fmap1"]), _from_cupy(arrays["grad_fmap2"])
 
     return Engine("cupy, plain kernels" if plain else "cupy", forward, vjp, similarity)
 
@@ -247,9 +237,9 @@ def check(
         got = _run(engine, grad, fmap1, fmap2, geometry, dtype, normalize)
         want = _run(oracle, grad, fmap1, fmap2, geometry, "float64", normalize)
         size = _sizes(oracle, grad, fmap1, fmap2, geometry, normalize)
-        window = geometry.window_taps
+        taps = geometry.taps
         patch = geometry.patch_size[0] * geometry.patch_size[1]
-        terms = (shape[1] * window, patch * window, patch * window)
+        terms = (shape[1] * taps, patch * taps, patch * taps)
         what = "normalized " if normalize else ""
         for name, one, other, most, count in zip(names, got, want, size, terms, strict=True):
             yield Check(f"{what}{name} round-off", excess(one, other, most, count, dtype))
@@ -272,8 +262,9 @@ def excess(got: Array, want: Array, size: Array, terms: int, dtype: str) -> str 
     """
     if got.shape != want.shape:
         return f"shape {got.shape} instead of {want.shape}"
-    unit = PRECISION[dtype]
-    bound = unit.store * np.abs(want) + (terms + 2) * unit.accumulate * size + terms * unit.tiny
+    unit = DTYPES[dtype]
+    accumulate = DTYPES[unit.accumulator].rounding
+    bound = unit.rounding * np.abs(want) + (terms + 2) * accumulate * size + terms * unit.tiny
     return _describe(~(np.abs(got - want) <= bound), got, want)
 
 

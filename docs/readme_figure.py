@@ -23,7 +23,7 @@ GEOMETRY = cupycorr.Geometry(
 SCALE = 2  # everything is drawn at twice its size, then halved
 MARGIN, GAP, TOP, BOTTOM = 20, 23, 40, 44
 BAR = 11
-STRIP_ROWS = WINDOW + GEOMETRY.window_extent[0] - 1  # all that one position compares
+STRIP_ROWS = WINDOW + GEOMETRY.taps_extent[0] - 1  # all that one position compares
 INK, FAINT, MARK, COLD = (32, 36, 44), (104, 112, 124), (255, 122, 0), (120, 146, 178)
 # From far to near: viridis, by five of its colours.
 COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))

@@ -106,12 +106,12 @@ class Worker:
         """Return of each cost volume that the network asks cupycorr for what is wrong, or None."""
         from cupycorr.cpu import engine as numpy_engine
 
-        def forward(fmap1, fmap2, cost, geometry, **options):
-            asked.append((fmap1.copy(), fmap2.copy(), geometry))
-            compute(fmap1, fmap2, cost, geometry, **options)
+        def run(what, arrays, layer, **options):
+            asked.append((arrays["fmap1"].copy(), arrays["fmap2"].copy(), layer.geometry))
+            compute(what, arrays, layer, **options)
 
-        asked, compute = [], numpy_engine.forward
-        with mock.patch.object(numpy_engine, "forward", forward), self.torch.no_grad():
+        asked, compute = [], numpy_engine.run
+        with mock.patch.object(numpy_engine, "run", run), self.torch.no_grad():
             self.net({"images": self.images})
         return [excess(*arguments) for arguments in asked]
 

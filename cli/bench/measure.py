@@ -264,7 +264,7 @@ def _reference(problem: Problem, dtype: str) -> tuple[list[Array], list[Array]]:
     """
     _, shape, geometry, similarity = problem
     generator = np.random.default_rng(2)
-    terms = max(shape[1], prod(geometry.patch_size)) * geometry.window_taps
+    terms = max(shape[1], prod(geometry.patch_size)) * geometry.taps
     share = 64 / max(1, terms)
     chance = min(2 / 3, sqrt(share) if similarity == "product" else share / 2)
     kind = np.float64 if dtype == "float64" else np.float32

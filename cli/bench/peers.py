@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cupycorr import Geometry
 from cupycorr.geometry import Pair
+from cupycorr.layer import DTYPES
 
 from ..environment import available_memory, has
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Combination = Callable[["Tensor", "Tensor"], "Tensor"]
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+ITEMSIZE = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 class Peer(NamedTuple):
@@ -176,7 +177,7 @@ def _lattices(shape: tuple[int, ...], geometry: Geometry) -> tuple[_Lattice, _La
         lattices.append(
             _Lattice(
                 step=step,
-                span=reach + axis.window_extent,
+                span=reach + axis.taps_extent,
                 start=-axis.padding,
                 shift=axis.first_displacement,
                 displacements=axis.patch_size,
@@ -236,10 +237,7 @@ def _sampler_obstacle(
     if dtype in ("float16", "bfloat16"):
         # Version 0.5 throws inside a parallel region there, which ends the process.
         return f"does not compute in {dtype} on the CPU"
-    centred = Geometry(
-        patch_size=geometry.patch_size, dilation_patch=geometry.dilation_patch
-    ).first_displacement
-    if geometry.first_displacement != centred:
+    if not geometry.is_centred:
         return "has only centred patches"
     return None
 

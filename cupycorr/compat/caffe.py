@@ -8,6 +8,7 @@ from torch import Tensor
 from cupycorr.compat.channels import correlate_channels
 from cupycorr.compat.vocabularies import SIMILARITIES
 from cupycorr.geometry import Geometry
+from cupycorr.layer import Layer
 
 
 class Correlation(torch.nn.Module):
@@ -53,10 +54,8 @@ class Correlation(torch.nn.Module):
         correlation_type: str = "multiply",
     ) -> None:
         super().__init__()
-        self.geometry = Geometry.from_flownet(
-            pad, kernel_size, max_displacement, stride_1, stride_2
-        )
-        self.similarity = _checked(kernel_size, do_abs, correlation_type)
+        geometry = Geometry.from_flownet(pad, kernel_size, max_displacement, stride_1, stride_2)
+        self.layer = Layer(geometry, _checked(kernel_size, do_abs, correlation_type), True)
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         """Compute the cost volume of two feature maps.
@@ -76,19 +75,12 @@ class Correlation(torch.nn.Module):
         TypeError, ValueError
             As `cupycorr.correlation`.
         """
-        volume: Tensor = correlate_channels(
-            input1,
-            input2,
-            self.geometry,
-            normalize=True,
-            similarity=self.similarity,
-            names=("input1", "input2"),
-        )
+        volume: Tensor = correlate_channels(input1, input2, self.layer, names=("input1", "input2"))
         return volume
 
     def extra_repr(self) -> str:
         """Return what is computed, in cupycorr's words."""
-        return f"{self.geometry!r}, similarity={self.similarity!r}"
+        return f"{self.layer.geometry!r}, similarity={self.layer.similarity!r}"
 
 
 class Correlation1D(Correlation):
@@ -134,9 +126,10 @@ class Correlation1D(Correlation):
         super().__init__(
             kernel_size, max_displacement, pad, stride_1, stride_2, do_abs, correlation_type
         )
-        self.geometry = Geometry.from_correlation1d(
+        geometry = Geometry.from_correlation1d(
             pad, kernel_size, max_displacement, stride_1, stride_2, single_direction
         )
+        self.layer = Layer(geometry, self.layer.similarity, True)
 
 
 def _checked(kernel_size: int, do_abs: bool, correlation_type: str) -> str:

@@ -5,24 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from cupycorr.api import correlate
-from cupycorr.geometry import Geometry
+from cupycorr.layer import Layer
 
 
-def correlate_channels(
-    fmap1: Any,
-    fmap2: Any,
-    geometry: Geometry,
-    *,
-    normalize: bool,
-    similarity: str = "product",
-    names: tuple[str, str],
-) -> Any:
+def correlate_channels(fmap1: Any, fmap2: Any, layer: Layer, names: tuple[str, str]) -> Any:
     """Compute the cost volume (N, PH * PW, OH, OW), rows of displacements outermost.
 
-    Arguments are those of `cupycorr.correlation`; ``names`` are what errors call the maps.
+    ``names`` are what errors call the maps.
     """
-    cost = correlate(
-        fmap1, fmap2, geometry, normalize=normalize, similarity=similarity, names=names
-    )
+    cost = correlate(fmap1, fmap2, layer, names)
     samples, rows, columns, height, width = cost.shape
     return cost.reshape(samples, rows * columns, height, width)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cupycorr.api import correlate
 from cupycorr.geometry import Geometry, IntOrPair
+from cupycorr.layer import Layer
 
 
 class Correlation(torch.nn.Module):
@@ -74,7 +75,9 @@ class Correlation(torch.nn.Module):
         TypeError, ValueError
             As `cupycorr.correlation`.
         """
-        cost: Tensor = correlate(input1, input2, self._geometry(), names=("input1", "input2"))
+        cost: Tensor = correlate(
+            input1, input2, Layer(self._geometry()), names=("input1", "input2")
+        )
         return cost
 
     def extra_repr(self) -> str:

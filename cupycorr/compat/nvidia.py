@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from cupycorr.compat.channels import correlate_channels
 from cupycorr.geometry import Geometry
+from cupycorr.layer import Layer
 
 
 class Correlation(torch.nn.Module):
@@ -138,7 +139,7 @@ class CorrelationFunction:
         if self.geometry.kernel_size[0] % 2 == 0:
             input1, input2 = (pad(fmap, (0, 1, 0, 1)) for fmap in (input1, input2))
         volume: Tensor = correlate_channels(
-            input1, input2, self.geometry, normalize=True, names=("input1", "input2")
+            input1, input2, Layer(self.geometry, normalize=True), names=("input1", "input2")
         )
         return volume
 

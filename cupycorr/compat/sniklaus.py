@@ -75,6 +75,4 @@ def _correlation(tenOne: Any, tenTwo: Any, intStride: int | None = None) -> Any:
         setting = read("pytorch-pwc", {})
     else:
         setting = read("pytorch-liteflownet", {"intStride": intStride})
-    return correlate_channels(
-        tenOne, tenTwo, setting.geometry, normalize=setting.normalize, names=("tenOne", "tenTwo")
-    )
+    return correlate_channels(tenOne, tenTwo, setting.layer, names=("tenOne", "tenTwo"))

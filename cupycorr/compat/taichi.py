@@ -6,6 +6,7 @@ from typing import Any
 
 from cupycorr.compat.channels import correlate_channels
 from cupycorr.geometry import Geometry
+from cupycorr.layer import Layer
 
 
 class CorrTaichi:
@@ -63,6 +64,4 @@ class CorrTaichi:
         TypeError, ValueError
             As `cupycorr.correlation`.
         """
-        return correlate_channels(
-            fmap0, fmap1, self.geometry, normalize=False, names=("fmap0", "fmap1")
-        )
+        return correlate_channels(fmap0, fmap1, Layer(self.geometry), names=("fmap0", "fmap1"))

@@ -7,9 +7,11 @@ which a system gets to a geometry, or why none do.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from cupycorr.geometry import Axis, Geometry
+from cupycorr.layer import Layer
 
 Parameters = dict[str, Any]
 REQUIRED = object()
@@ -23,11 +25,7 @@ class Inexpressible(ValueError):
 class Setting(NamedTuple):
     """What a layer computes from two maps, and how it lays that out."""
 
-    geometry: Geometry
-    normalize: bool = False
-    """Whether sums are divided by the number of terms of a full window, C * KH * KW."""
-    similarity: str = "product"
-    """What is summed: "product", or "l1" for absolute differences."""
+    layer: Layer
     flat: bool = False
     """Whether displacements are one axis, (N, PH * PW, OH, OW), and not two."""
 
@@ -75,8 +73,10 @@ def write(name: str, setting: Setting) -> Parameters:
         If there are none.
     """
     vocabulary = VOCABULARIES[name]
-    _demand(setting.similarity in vocabulary.similarities, "has products only")
-    return vocabulary.write(setting._replace(geometry=canonical(setting.geometry)))
+    _demand(setting.layer.similarity in vocabulary.similarities, "has products only")
+    return vocabulary.write(
+        setting._replace(layer=replace(setting.layer, geometry=canonical(setting.layer.geometry)))
+    )
 
 
 def python(name: str, setting: Setting) -> str:
@@ -89,14 +89,14 @@ def python(name: str, setting: Setting) -> str:
     Inexpressible
         If the system cannot express the setting.
     """
-    vocabulary, geometry = VOCABULARIES[name], setting.geometry
+    vocabulary, geometry = VOCABULARIES[name], setting.layer.geometry
     line = vocabulary.call(write(name, setting))
     if setting.flat and not vocabulary.flat:
         line += ".flatten(1, 2)"
     if vocabulary.flat and not setting.flat:
         line += f".unflatten(1, {geometry.patch_size})"
-    if vocabulary.normalize not in (None, setting.normalize):
-        sign, taps = "/" if setting.normalize else "*", geometry.window_taps
+    if vocabulary.normalize not in (None, setting.layer.normalize):
+        sign, taps = "/" if setting.layer.normalize else "*", geometry.taps
         line += f" {sign} x1.shape[1]" if taps == 1 else f" {sign} ({taps} * x1.shape[1])"
     return line
 
@@ -109,9 +109,9 @@ def shape(name: str, setting: Setting, batch: int, height: int, width: int) -> t
     ValueError
         If the window does not fit into the padded image.
     """
-    rows, columns = setting.geometry.patch_size
+    rows, columns = setting.layer.geometry.patch_size
     patch = (rows * columns,) if VOCABULARIES[name].flat else (rows, columns)
-    return (batch, *patch, *setting.geometry.output_size(height, width))
+    return (batch, *patch, *setting.layer.geometry.output_size(height, width))
 
 
 def canonical(geometry: Geometry) -> Geometry:
@@ -149,17 +149,15 @@ _OPTIONS: Parameters = {"normalize": False, "similarity": "product"}
 
 
 def _read_cupycorr(normalize: bool, similarity: str, **geometry: Any) -> Setting:
-    if similarity not in SIMILARITIES.values():
-        raise ValueError(f"similarity must be 'product' or 'l1', got {similarity!r}")
-    return Setting(Geometry(**geometry), normalize, similarity)
+    return Setting(Layer(Geometry(**geometry), similarity, normalize))
 
 
 def _write_cupycorr(setting: Setting) -> Parameters:
-    geometry = setting.geometry
+    geometry = setting.layer.geometry
     parameters = _given(vars(geometry), _GEOMETRY)
-    if not _is_centred(geometry):
+    if not geometry.is_centred:
         parameters["first_displacement"] = _short(geometry.first_displacement)
-    return parameters | _given(setting._asdict(), _OPTIONS)
+    return parameters | _given(vars(setting.layer), _OPTIONS)
 
 
 def _call_cupycorr(parameters: Parameters) -> str:
@@ -169,28 +167,23 @@ def _call_cupycorr(parameters: Parameters) -> str:
 
 
 def _read_sampler(**geometry: Any) -> Setting:
-    return Setting(Geometry(**geometry))
+    return Setting(Layer(Geometry(**geometry)))
 
 
 def _write_sampler(setting: Setting) -> Parameters:
-    _demand(_is_centred(setting.geometry), "has centred patches only")
-    return _given(vars(setting.geometry), _GEOMETRY)
+    _demand(setting.layer.geometry.is_centred, "has centred patches only")
+    return _given(vars(setting.layer.geometry), _GEOMETRY)
 
 
 def _read_mmcv(**parameters: Any) -> Setting:
-    return Setting(Geometry.from_mmcv(**parameters))
+    return Setting(Layer(Geometry.from_mmcv(**parameters)))
 
 
 def _write_mmcv(setting: Setting) -> Parameters:
-    rows, columns = setting.geometry.patch_size
+    rows, columns = setting.layer.geometry.patch_size
     _demand(rows == columns and rows % 2 == 1, "has square patches of odd size only")
-    _demand(_is_centred(setting.geometry), "has centred patches only")
-    return {"max_displacement": rows // 2} | _given(vars(setting.geometry), _MMCV)
-
-
-def _is_centred(geometry: Geometry) -> bool:
-    centred = Geometry(patch_size=geometry.patch_size, dilation_patch=geometry.dilation_patch)
-    return geometry.first_displacement == centred.first_displacement
+    _demand(setting.layer.geometry.is_centred, "has centred patches only")
+    return {"max_displacement": rows // 2} | _given(vars(setting.layer.geometry), _MMCV)
 
 
 # FlowNet's layer, in NVIDIA's words and in Caffe's, and Caffe's for stereo.
@@ -215,13 +208,13 @@ def _read_nvidia(kernel_size: Any, **others: Any) -> Setting:
             f"kernel_size must be odd to be translated, got {kernel_size}: for even windows nvidia "
             "has an output position more than others"
         )
-    return Setting(geometry, normalize=True, flat=True)
+    return Setting(Layer(geometry, normalize=True), flat=True)
 
 
 def _write_nvidia(setting: Setting) -> Parameters:
-    odd = all(size % 2 for size in setting.geometry.kernel_size)
+    odd = all(size % 2 for size in setting.layer.geometry.kernel_size)
     _demand(odd, "has one output position more for even windows")
-    pad, kernel_size, reach, stride, step = _flownet(*_one_axis(setting.geometry))
+    pad, kernel_size, reach, stride, step = _flownet(*_one_axis(setting.layer.geometry))
     return {
         "pad_size": pad,
         "kernel_size": kernel_size,
@@ -251,25 +244,25 @@ def _read_caffe(
         raise ValueError(
             f"correlation_type must be 'multiply' or 'subtract', got {correlation_type!r}"
         )
-    return Setting(geometry, True, SIMILARITIES[correlation_type], flat=True)
+    return Setting(Layer(geometry, SIMILARITIES[correlation_type], True), flat=True)
 
 
 def _write_caffe(setting: Setting) -> Parameters:
-    return _caffe(setting.similarity, *_flownet(*_one_axis(setting.geometry)))
+    return _caffe(setting.layer.similarity, *_flownet(*_one_axis(setting.layer.geometry)))
 
 
 def _write_caffe1d(setting: Setting) -> Parameters:
-    y, x = setting.geometry.y, setting.geometry.x
+    y, x = setting.layer.geometry.y, setting.layer.geometry.x
     _demand(y.patch_size == 1 and y.first_displacement == 0, "displaces horizontally only")
     _demand(y.padding == 0, "pads horizontally only")
     for name in ("kernel_size", "stride"):
         _demand(getattr(y, name) == getattr(x, name), f"has one {name} for both axes")
     direction, radius = 0, x.patch_size // 2
-    if x.patch_size % 2 == 0 or not _is_centred(setting.geometry):
+    if x.patch_size % 2 == 0 or not setting.layer.geometry.is_centred:
         directions = {(1 - x.patch_size) * x.dilation_patch: -1, 0: 1}
         _demand(x.first_displacement in directions, "displaces to one side, or as far to both")
         direction, radius = directions[x.first_displacement], x.patch_size - 1
-    parameters = _caffe(setting.similarity, *_flownet(x, radius))
+    parameters = _caffe(setting.layer.similarity, *_flownet(x, radius))
     return parameters | {"single_direction": direction}
 
 
@@ -291,7 +284,7 @@ def _one_axis(geometry: Geometry) -> tuple[Axis, int]:
         y, x = getattr(geometry, name)
         _demand(y == x, f"has one {name} for both axes")
     _demand(geometry.y.patch_size % 2 == 1, "has patches of odd size only")
-    _demand(_is_centred(geometry), "has centred patches only")
+    _demand(geometry.is_centred, "has centred patches only")
     return geometry.y, geometry.y.patch_size // 2
 
 
@@ -314,34 +307,37 @@ def _flownet(axis: Axis, radius: int) -> tuple[int, int, int, int, int]:
 
 
 def _read_taichi(max_disp: Any, dila_patch: Any) -> Setting:
-    return Setting(Geometry.from_taichi(max_disp, dila_patch), flat=True)
+    return Setting(Layer(Geometry.from_taichi(max_disp, dila_patch)), flat=True)
 
 
 def _write_taichi(setting: Setting) -> Parameters:
-    first, step = setting.geometry.first_displacement[0], setting.geometry.dilation_patch[0]
-    if setting.geometry.patch_size == (1, 1):
+    first, step = (
+        setting.layer.geometry.first_displacement[0],
+        setting.layer.geometry.dilation_patch[0],
+    )
+    if setting.layer.geometry.patch_size == (1, 1):
         step = 2 * abs(first) + 1  # so long that the second displacement is not reached
     _only(setting, Geometry.from_taichi(max(0, -first), step))
     return {"max_disp": -first} | _given({"dila_patch": step}, {"dila_patch": 1})
 
 
 def _read_pwc() -> Setting:
-    return Setting(Geometry(patch_size=9), normalize=True, flat=True)
+    return Setting(Layer(Geometry(patch_size=9), normalize=True), flat=True)
 
 
 def _write_pwc(setting: Setting) -> Parameters:
-    _only(setting, _read_pwc().geometry)
+    _only(setting, _read_pwc().layer.geometry)
     return {}
 
 
 def _read_liteflownet(intStride: Any) -> Setting:
     geometry = Geometry(patch_size=7, stride=intStride, dilation_patch=intStride)
-    return Setting(geometry, normalize=True, flat=True)
+    return Setting(Layer(geometry, normalize=True), flat=True)
 
 
 def _write_liteflownet(setting: Setting) -> Parameters:
-    stride = setting.geometry.stride[0]
-    _only(setting, _read_liteflownet(stride).geometry)
+    stride = setting.layer.geometry.stride[0]
+    _only(setting, _read_liteflownet(stride).layer.geometry)
     return {"intStride": stride}
 
 
@@ -349,7 +345,7 @@ def _only(setting: Setting, possible: Geometry) -> None:
     """Demand a geometry, the nearest that a system has; name what else would have to be so."""
     possible = canonical(possible)
     for name in Axis._fields:
-        value, needed = getattr(setting.geometry, name), getattr(possible, name)
+        value, needed = getattr(setting.layer.geometry, name), getattr(possible, name)
         _demand(value == needed, f"has {name} {_short(needed)}, not {_short(value)}")
 
 

@@ -14,6 +14,7 @@ bfloat16 numbers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from itertools import product
 from typing import Any
@@ -22,52 +23,56 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from cupycorr.cpu import bands as numpy_bands
-from cupycorr.cpu import l1 as numpy_differences
-from cupycorr.cpu.l1 import tangent as tangent
+from cupycorr.cpu import bands, l1
 from cupycorr.cpu.plan import COPY_ELEMENTS, Block, Group, Step, Tiles, cover, plan, spans
 from cupycorr.cpu.taps import accumulator, spread_taps, store, sum_taps, widen
 from cupycorr.cpu.threads import Arena, Runner, Scratch, Unit, workers
-from cupycorr.geometry import Geometry
+from cupycorr.layer import Layer
 
 Array = npt.NDArray[Any]
 
 
-def forward(
-    fmap1: Array,
-    fmap2: Array,
-    cost: Array,
-    geometry: Geometry,
+def run(
+    what: str,
+    arrays: Mapping[str, Any],
+    layer: Layer,
     *,
-    similarity: str = "product",
-    divisor: int = 1,
     threads: int | None = None,
 ) -> None:
-    """Compute the cost volume of two maps.
+    """Compute a layer's result into arrays.
 
     Parameters
     ----------
-    fmap1, fmap2 : array (N, C, H, W), float16|float32|float64, uint16 for bfloat16
-        The feature maps.
-    cost : array (N, PH, PW, OH, OW), of the maps' dtype
-        Where the result is written.
-    geometry : Geometry
-        What is compared.
-    similarity : {"product", "l1"}, default "product"
-        Sum products, or absolute differences (`numpy_differences`).
-    divisor : int, default 1
-        Every sum is divided by it before it is rounded.
+    what : {"cost", "grads", "tangent"}
+        The cost volume; the gradients with respect to the maps, for an upstream gradient; or, for
+        "l1", the change of the cost volume with changes of the maps.
+    arrays : mapping of name to array, float16|float32|float64, uint16 for bfloat16
+        Inputs "fmap1" and "fmap2" (N, C, H, W), for "grads" also "grad_cost" (N, PH, PW, OH, OW),
+        for "tangent" also "tangent1" and "tangent2" (N, C, H, W). Results, which are written:
+        "cost", or those of "grad_fmap1" and "grad_fmap2" that are there and not None. All have one
+        dtype.
+    layer : Layer
+        What is computed.
     threads : int, optional
         Threads to use at most; by default as many as NumPy's BLAS.
     """
-    if similarity == "l1":
-        numpy_differences.forward(fmap1, fmap2, cost, geometry, divisor=divisor, threads=threads)
-        return
+    fmap1 = arrays["fmap1"]
     if 0 in fmap1.shape:
-        cost.fill(0)
-        return
-    dtype = accumulator(cost)
-    work = plan(fmap1.shape[1:], geometry, dtype.itemsize, False)
+        for name in ("cost",) if what != "grads" else ("grad_fmap1", "grad_fmap2"):
+            result = arrays.get(name)
+            if result is not None:
+                result.fill(0)
+    elif layer.l1:
+        l1.run(what, arrays, layer, threads)
+    elif what == "cost":
+        _cost(fmap1, arrays["fmap2"], arrays["cost"], layer, threads)
+    else:
+        _grads(arrays, layer, threads)
+
+
+def _cost(fmap1: Array, fmap2: Array, cost: Array, layer: Layer, threads: int | None) -> None:
+    dtype, divisor = accumulator(cost), layer.divisor(fmap1.shape[1])
+    work = plan(fmap1.shape[1:], layer.geometry, dtype.itemsize, False)
     with workers(len(fmap1) * work.multiply_adds, threads) as (run, arena):
         for samples, part in product(spans(len(fmap1), work.samples), work.parts):
             arena.reset()
@@ -75,47 +80,15 @@ def forward(
             _forward_chunk(fmap1[samples], fmap2[samples], out, part.steps, divisor, run, arena)
 
 
-def backward(
-    grad_cost: Array,
-    fmap1: Array,
-    fmap2: Array,
-    grad_fmap1: Array | None,
-    grad_fmap2: Array | None,
-    geometry: Geometry,
-    *,
-    similarity: str = "product",
-    divisor: int = 1,
-    threads: int | None = None,
-) -> None:
-    """Compute the gradients with respect to the maps.
-
-    Parameters
-    ----------
-    grad_cost : array (N, PH, PW, OH, OW), of the maps' dtype
-        The gradient with respect to the cost volume.
-    fmap1, fmap2 : array (N, C, H, W), float16|float32|float64, uint16 for bfloat16
-        The feature maps.
-    grad_fmap1, grad_fmap2 : array (N, C, H, W), of the maps' dtype, or None
-        Where the gradients are written; None where not needed.
-    geometry, similarity, divisor, threads
-        As for `forward`.
-    """
-    if similarity == "l1":
-        arrays = (grad_cost, fmap1, fmap2, grad_fmap1, grad_fmap2)
-        numpy_differences.backward(*arrays, geometry, divisor=divisor, threads=threads)
-        return
-    if 0 in fmap1.shape:
-        for grad in (grad_fmap1, grad_fmap2):
-            if grad is not None:
-                grad.fill(0)
-        return
+def _grads(arrays: Mapping[str, Any], layer: Layer, threads: int | None) -> None:
+    fmap1, grad_cost = arrays["fmap1"], arrays["grad_cost"]
+    dtype, divisor = accumulator(grad_cost), layer.divisor(fmap1.shape[1])
     gradients = []
-    if grad_fmap1 is not None:
-        gradients.append(_Gradient(1, fmap2, grad_fmap1, divisor))
-    if grad_fmap2 is not None:
-        gradients.append(_Gradient(2, fmap1, grad_fmap2, divisor))
-    dtype = accumulator(grad_cost)
-    work = plan(fmap1.shape[1:], geometry, dtype.itemsize, True)
+    if arrays.get("grad_fmap1") is not None:
+        gradients.append(_Gradient(1, arrays["fmap2"], arrays["grad_fmap1"], divisor))
+    if arrays.get("grad_fmap2") is not None:
+        gradients.append(_Gradient(2, fmap1, arrays["grad_fmap2"], divisor))
+    work = plan(fmap1.shape[1:], layer.geometry, dtype.itemsize, True)
     multiply_adds = len(fmap1) * work.multiply_adds * len(gradients)
     with workers(multiply_adds, threads) as (run, arena):
         for samples in spans(len(fmap1), work.samples):
@@ -182,7 +155,7 @@ def _multiply(
     scratch: Scratch,
 ) -> None:
     for block, target, source, value in zip(group.blocks, targets, sources, values, strict=True):
-        numpy_bands.multiply(block, tiles, target[n], source[n], value[n], scratch)
+        bands.multiply(block, tiles, target[n], source[n], value[n], scratch)
 
 
 def _store_cost(
@@ -259,7 +232,7 @@ class _Product:
 
     def _multiply(self, packed: _Packed, tiles: Tiles, n: slice, scratch: Scratch) -> None:
         for block, source, result, values in zip(packed[0].blocks, *packed[1:], strict=True):
-            numpy_bands.multiply_adjoint(block, tiles, values[n], source[n], result[n], scratch)
+            bands.multiply_adjoint(block, tiles, values[n], source[n], result[n], scratch)
 
     def add_units(self) -> list[Unit]:
         """Return the units that add the results to the sums, or store them if there are none."""
@@ -278,7 +251,7 @@ class _Product:
                 for block, source, result, value in zip(
                     group.blocks, sources, results, values, strict=True
                 ):
-                    numpy_bands.multiply_adjoint_by_shifts(
+                    bands.multiply_adjoint_by_shifts(
                         block, tiles, value[n], source[n, :, part], result[n, :, part], scratch
                     )
             self._assemble(gradient, n, part)

@@ -17,7 +17,7 @@ bfloat16 numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from math import prod
@@ -30,7 +30,9 @@ from numpy.lib.stride_tricks import as_strided
 from cupycorr.cpu.plan import spans
 from cupycorr.cpu.taps import accumulator, spread_taps, store, sum_taps
 from cupycorr.cpu.threads import Scratch, workers
-from cupycorr.geometry import Geometry, Lattice
+from cupycorr.geometry import Geometry
+from cupycorr.lattice import Lattice, lattices
+from cupycorr.layer import Layer
 
 Array = npt.NDArray[Any]
 Lattices = tuple[Lattice, Lattice]
@@ -55,62 +57,27 @@ WORK_OF_TERM = 8
 """The time that a term takes, in multiply-adds of a matrix product."""
 
 
-def forward(
-    fmap1: Array,
-    fmap2: Array,
-    cost: Array,
-    geometry: Geometry,
-    *,
-    divisor: int = 1,
-    threads: int | None = None,
-) -> None:
-    """Compute the cost volume; the parameters are those of `numpy_engine.forward`."""
-    _sum_volume((fmap1, fmap2), cost, geometry, divisor, threads)
+def run(what: str, arrays: Mapping[str, Any], layer: Layer, threads: int | None) -> None:
+    """Compute a layer of absolute differences; the parameters are those of `engine.run`."""
+    maps = arrays["fmap1"], arrays["fmap2"]
+    if what == "grads":
+        _grads(arrays["grad_cost"], maps, arrays, layer, threads)
+    elif what == "tangent":
+        _sum_volume((*maps, arrays["tangent1"], arrays["tangent2"]), arrays["cost"], layer, threads)
+    else:
+        _sum_volume(maps, arrays["cost"], layer, threads)
 
 
-def tangent(
-    fmap1: Array,
-    fmap2: Array,
-    tangent1: Array,
-    tangent2: Array,
-    cost: Array,
-    geometry: Geometry,
-    *,
-    divisor: int = 1,
-    threads: int | None = None,
-) -> None:
-    """Compute how the cost volume changes with the maps.
-
-    Parameters
-    ----------
-    tangent1, tangent2 : array (N, C, H, W), of the maps' dtype
-        The changes of the maps.
-    cost : array (N, PH, PW, OH, OW), of the maps' dtype
-        Where the change of the cost volume is written.
-    fmap1, fmap2, geometry, divisor, threads
-        As for `numpy_engine.forward`.
-    """
-    _sum_volume((fmap1, fmap2, tangent1, tangent2), cost, geometry, divisor, threads)
-
-
-def backward(
+def _grads(
     grad_cost: Array,
-    fmap1: Array,
-    fmap2: Array,
-    grad_fmap1: Array | None,
-    grad_fmap2: Array | None,
-    geometry: Geometry,
-    *,
-    divisor: int = 1,
-    threads: int | None = None,
+    maps: tuple[Array, Array],
+    arrays: Mapping[str, Any],
+    layer: Layer,
+    threads: int | None,
 ) -> None:
-    """Compute the subgradients; the parameters are those of `numpy_engine.backward`."""
-    grads = [grad_fmap1, grad_fmap2]
-    if 0 in fmap1.shape:
-        for grad in grads:
-            if grad is not None:
-                grad.fill(0)
-        return
+    fmap1, fmap2 = maps
+    grads = [arrays.get("grad_fmap1"), arrays.get("grad_fmap2")]
+    geometry = layer.geometry
     batch, channels = fmap1.shape[:2]
     # Channels are independent of one another, as samples are.
     plane = prod(fmap1.shape[2:])
@@ -126,8 +93,8 @@ def backward(
                     grad_cost[n],
                     (fmap1[n, part], fmap2[n, part]),
                     [None if grad is None else grad[n, part] for grad in grads],
-                    geometry,
-                    divisor,
+                    layer,
+                    layer.divisor(channels),
                 )
                 for n in spans(batch, together)
                 for part in spans(channels, at_once)
@@ -137,7 +104,7 @@ def backward(
 
 def _work(shape: tuple[int, ...], cost_shape: tuple[int, ...], geometry: Geometry) -> int:
     """Estimate the work, in multiply-adds of a matrix product."""
-    positions = min(prod(shape[2:]), prod(cost_shape[3:]) * geometry.window_taps)
+    positions = min(prod(shape[2:]), prod(cost_shape[3:]) * geometry.taps)
     return WORK_OF_TERM * shape[1] * prod(cost_shape[:3]) * positions
 
 
@@ -160,7 +127,7 @@ class _Columns(NamedTuple):
         """Lay out maps of this width."""
         outputs = geometry.x.output_size(width)
         first = -geometry.padding[1]
-        last = first + (outputs - 1) * geometry.stride[1] + geometry.window_extent[1] - 1
+        last = first + (outputs - 1) * geometry.stride[1] + geometry.taps_extent[1] - 1
         all_dx = geometry.displacements[1]
         meeting = [q for q, dx in enumerate(all_dx) if first + dx < width and last + dx >= 0]
         shifts = [0, *(all_dx[q] for q in meeting)]
@@ -182,14 +149,10 @@ class _Columns(NamedTuple):
 # The volume, summed over channels.
 
 
-def _sum_volume(
-    maps: tuple[Array, ...], cost: Array, geometry: Geometry, divisor: int, threads: int | None
-) -> None:
+def _sum_volume(maps: tuple[Array, ...], cost: Array, layer: Layer, threads: int | None) -> None:
     """Compute the cost volume of two maps, or its tangent from two maps and their tangents."""
     batch, channels, *size = maps[0].shape
-    if 0 in maps[0].shape:
-        cost.fill(0)
-        return
+    geometry, divisor = layer.geometry, layer.divisor(channels)
     dtype, columns = accumulator(cost), _Columns.of(geometry, size[1])
     with workers(_work(maps[0].shape, cost.shape, geometry), threads) as (run, arena):
         for samples in spans(batch, _samples(maps[0].shape[1:])):
@@ -308,11 +271,12 @@ def _differentiate(
     grad_cost: Array,
     maps: tuple[Array, Array],
     grads: list[Array | None],
-    geometry: Geometry,
+    layer: Layer,
     divisor: int,
     scratch: Scratch,
 ) -> None:
     """Compute the subgradients of some channels of some samples."""
+    geometry = layer.geometry
     dtype = accumulator(grad_cost)
     samples, channels, *size = maps[0].shape
     columns = _Columns.of(geometry, size[1])
@@ -439,7 +403,7 @@ def _lattices(geometry: Geometry, size: Sequence[int], rows: slice) -> list[Latt
     y, x = geometry.y, geometry.x
     columns = x.output_size(size[1])
     return list(
-        product(y.lattices(size[0], rows.start, rows.stop), x.lattices(size[1], 0, columns))
+        product(lattices(y, size[0], rows.start, rows.stop), lattices(x, size[1], 0, columns))
     )
 
 

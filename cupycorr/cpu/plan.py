@@ -16,7 +16,8 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
-from cupycorr.geometry import Band, Geometry, Lattice, Phase
+from cupycorr.geometry import Geometry
+from cupycorr.lattice import Band, Lattice, Phase, lattices
 
 CHUNK_BYTES = 48 << 20
 """What a chunk's scratch arrays should take together."""
@@ -175,14 +176,14 @@ def plan(shape: tuple[int, int, int], geometry: Geometry, itemsize: int, adjoint
     size = [patch_y, patch_x, rows]
 
     volume, packed1, packed2 = zip(
-        _per_lattice(geometry.y.lattices(height, 0, rows)),
-        _per_lattice(geometry.x.lattices(width, 0, columns)),
+        _per_lattice(lattices(geometry.y, height, 0, rows)),
+        _per_lattice(lattices(geometry.x, width, 0, columns)),
         strict=True,
     )
 
     def scratch_bytes() -> int:
         # Parts of all rows; those of the second map overlap by the patch, and windows by theirs.
-        part1 = min(1.0, (size[2] + geometry.y.window_extent // geometry.y.stride) / rows)
+        part1 = min(1.0, (size[2] + geometry.y.taps_extent // geometry.y.stride) / rows)
         part2 = min(1.0, part1 + size[0] * geometry.y.dilation_patch / height)
         packed = channels * (part1 * prod(packed1) + 2 * part2 * prod(packed2))
         products = size[0] * size[1] * part1 * prod(volume)
@@ -196,8 +197,8 @@ def plan(shape: tuple[int, int, int], geometry: Geometry, itemsize: int, adjoint
 
     parts = []
     for p, q, h in product(spans(patch_y, size[0]), spans(patch_x, size[1]), spans(rows, size[2])):
-        lattices_y = geometry.y.patch_part(p).lattices(height, h.start, h.stop)
-        lattices_x = geometry.x.patch_part(q).lattices(width, 0, columns)
+        lattices_y = lattices(geometry.y.patch_part(p), height, h.start, h.stop)
+        lattices_x = lattices(geometry.x.patch_part(q), width, 0, columns)
         steps = tuple(
             _step(shape, y, x, (p.stop - p.start) * (q.stop - q.start), itemsize, adjoint)
             for y, x in product(lattices_y, lattices_x)
@@ -207,10 +208,10 @@ def plan(shape: tuple[int, int, int], geometry: Geometry, itemsize: int, adjoint
     return Plan(samples, tuple(parts), geometry.multiply_adds((1, channels, height, width)))
 
 
-def _per_lattice(lattices: tuple[Lattice, ...]) -> tuple[int, int, int]:
+def _per_lattice(all_lattices: tuple[Lattice, ...]) -> tuple[int, int, int]:
     """Return the positions of a lattice, and of its phases in either map."""
-    bands = [phase.band for phase in lattices[0].phases]
-    return lattices[0].size, sum(b.count1 for b in bands), sum(b.count2 for b in bands)
+    bands = [phase.band for phase in all_lattices[0].phases]
+    return all_lattices[0].size, sum(b.count1 for b in bands), sum(b.count2 for b in bands)
 
 
 def spans(count: int, size: int) -> list[slice]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cupycorr.cpu.threads import Scratch
-from cupycorr.geometry import Lattice
+from cupycorr.lattice import Lattice
 
 Array = npt.NDArray[Any]
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from collections.abc import Callable, Mapping
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import cupy
@@ -23,7 +23,7 @@ from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda.cost import Device
 from cupycorr.cuda.plan import Launch, Plan, Shape
 from cupycorr.cuda.sources import source
-from cupycorr.geometry import Geometry
+from cupycorr.layer import DTYPES, Layer
 
 Allocate = Callable[[Shape, str], Any]
 
@@ -31,6 +31,9 @@ Allocate = Callable[[Shape, str], Any]
 OPTIONS = ("-std=c++17",)
 _SUM = {"float32": np.float32, "float64": np.float64}
 ALIGNMENT = 16  # bytes, of arrays that are read and written several elements at a time
+
+RESULTS = {"cost": ("cost",), "tangent": ("cost",), "grads": ("grad_fmap1", "grad_fmap2")}
+"""The arrays that are written."""
 
 _functions: dict[tuple[Any, ...], Any] = {}
 _compiling = threading.Lock()
@@ -48,34 +51,32 @@ class Compiled(NamedTuple):
     """Of a thread's local memory: registers that were spilled."""
 
 
-def forward(
-    fmap1: Any,
-    fmap2: Any,
-    cost: Any,
-    geometry: Geometry,
+def run(
+    what: str,
+    arrays: Mapping[str, Any],
+    layer: Layer,
     *,
-    divisor: int = 1,
     plain: bool = False,
-    similarity: str = "product",
     dtype: str | None = None,
     allocate: Allocate | None = None,
 ) -> None:
-    """Compute the cost volume of two maps.
+    """Compute a layer's result into arrays; nothing waits for the device.
 
     Parameters
     ----------
-    fmap1, fmap2 : cupy.ndarray (N, C, H, W), float16|bfloat16|float32|float64, contiguous
-        The feature maps.
-    cost : cupy.ndarray (N, PH, PW, OH, OW), of the maps' dtype, contiguous
-        Where the result is written.
-    geometry : Geometry
-        What is compared.
-    divisor : int, default 1
-        Every sum is divided by it before it is rounded.
+    what : {"cost", "grads", "tangent"}
+        The cost volume; the gradients with respect to the maps, for an upstream gradient (for "l1"
+        subgradients, with sign(0) = 0); or, for "l1", the change of the cost volume with changes
+        of the maps: the sum of sign(fmap1 - fmap2) * (tangent1 - tangent2).
+    arrays : mapping of name to cupy.ndarray, float16|bfloat16|float32|float64, contiguous
+        Inputs "fmap1" and "fmap2" (N, C, H, W), for "grads" also "grad_cost" (N, PH, PW, OH, OW),
+        for "tangent" also "tangent1" and "tangent2" (N, C, H, W). Results, which are written:
+        "cost", or those of "grad_fmap1" and "grad_fmap2" that are there and not None. All have one
+        dtype and lie on one device.
+    layer : Layer
+        What is computed.
     plain : bool, default False
         Use only the kernels that compute one output per thread.
-    similarity : {"product", "l1"}, default "product"
-        What is summed: products, or absolute differences of maps that are 0 outside.
     dtype : {"float16", "bfloat16", "float32", "float64"}, optional
         What the arrays' bits mean, if they are of another dtype of that size.
     allocate : callable (shape, dtype name) -> cupy.ndarray, optional
@@ -86,117 +87,39 @@ def forward(
     RuntimeError
         If a kernel cannot be compiled, or the device cannot launch it.
     """
+    given = {name: array for name, array in arrays.items() if array is not None}
+    results = tuple(name for name in RESULTS[what] if name in given)
+    fmap1 = given["fmap1"]
     if 0 in fmap1.shape:
-        cost.fill(0)
+        for name in results:
+            given[name].fill(0)
         return
-    arrays = {"fmap1": fmap1, "fmap2": fmap2, "cost": cost}
-    plan = partial(cuda_plan.forward, plain=plain, similarity=similarity)
-    _compute(plan, arrays, geometry, divisor, dtype, allocate)
+    dtype = str(fmap1.dtype) if dtype is None else dtype
+    device, tangent = device_of(fmap1.device.id), what == "tangent"
+    aligned = all(array.data.ptr % ALIGNMENT == 0 for array in given.values())
+    at_once = cuda_plan.samples_at_once(layer.geometry, fmap1.shape, dtype)
+    for start in range(0, len(fmap1), at_once):
+        part = {name: array[start : start + at_once] for name, array in given.items()}
+        plan = cuda_plan.plan(
+            results, layer, part["fmap1"].shape, dtype, device,
+            tangent=tangent, aligned=aligned, plain=plain,
+        )  # fmt: skip
+        divisor = layer.divisor(fmap1.shape[1])
+        _launch(plan, part, DTYPES[dtype].accumulator, divisor, allocate or cupy.empty)
 
 
-def backward(
-    grad_cost: Any,
-    fmap1: Any,
-    fmap2: Any,
-    grad_fmap1: Any | None,
-    grad_fmap2: Any | None,
-    geometry: Geometry,
-    *,
-    divisor: int = 1,
-    plain: bool = False,
-    similarity: str = "product",
-    dtype: str | None = None,
-    allocate: Allocate | None = None,
-) -> None:
-    """Compute the gradients with respect to the maps.
+def warm_up(layer: Layer, shape: Shape, dtype: str) -> list[Compiled]:
+    """Compile what the cost volume and its gradients need on the current device.
 
     Parameters
     ----------
-    grad_cost : cupy.ndarray (N, PH, PW, OH, OW), of the maps' dtype, contiguous
-        The gradient with respect to the cost volume.
-    fmap1, fmap2 : cupy.ndarray (N, C, H, W), float16|bfloat16|float32|float64, contiguous
-        The feature maps.
-    grad_fmap1, grad_fmap2 : cupy.ndarray (N, C, H, W), of the maps' dtype, contiguous, or None
-        Where the gradients are written; None where not needed.
-    geometry, divisor, plain, similarity, dtype, allocate
-        As for `forward`. Of absolute differences these are subgradients, with sign(0) = 0.
-
-    Raises
-    ------
-    RuntimeError
-        As `forward`.
-    """
-    if 0 in fmap1.shape:
-        for grad in (grad_fmap1, grad_fmap2):
-            if grad is not None:
-                grad.fill(0)
-        return
-    arrays = {"grad_cost": grad_cost, "fmap1": fmap1, "fmap2": fmap2}
-    outputs = {"grad_fmap1": grad_fmap1, "grad_fmap2": grad_fmap2}
-    arrays.update({name: array for name, array in outputs.items() if array is not None})
-    needs = (grad_fmap1 is not None, grad_fmap2 is not None)
-    plan = partial(cuda_plan.backward, needs=needs, plain=plain, similarity=similarity)
-    _compute(plan, arrays, geometry, divisor, dtype, allocate)
-
-
-def tangent(
-    fmap1: Any,
-    fmap2: Any,
-    tangent1: Any,
-    tangent2: Any,
-    cost: Any,
-    geometry: Geometry,
-    *,
-    divisor: int = 1,
-    dtype: str | None = None,
-    allocate: Allocate | None = None,
-) -> None:
-    """Compute the derivative of sums of absolute differences along tangents of the maps.
-
-    Parameters
-    ----------
-    fmap1, fmap2 : cupy.ndarray (N, C, H, W), float16|bfloat16|float32|float64, contiguous
-        The feature maps.
-    tangent1, tangent2 : cupy.ndarray (N, C, H, W), of the maps' dtype, contiguous
-        The directions in which they change.
-    cost : cupy.ndarray (N, PH, PW, OH, OW), of the maps' dtype, contiguous
-        Where the derivative of the cost volume is written.
-    geometry, divisor, dtype, allocate
-        As for `forward`.
-
-    Raises
-    ------
-    RuntimeError
-        As `forward`.
-
-    Notes
-    -----
-    The sum over c, i, j of sign(fmap1 - fmap2) * (tangent1 - tangent2), taken where `forward` takes
-    |fmap1 - fmap2|, with sign(0) = 0.
-    """
-    if 0 in fmap1.shape:
-        cost.fill(0)
-        return
-    arrays = {"fmap1": fmap1, "fmap2": fmap2, "tangent1": tangent1, "tangent2": tangent2}
-    arrays["cost"] = cost
-    _compute(cuda_plan.tangent, arrays, geometry, divisor, dtype, allocate)
-
-
-def warm_up(
-    geometry: Geometry, shape: Shape, dtype: str, *, similarity: str = "product"
-) -> list[Compiled]:
-    """Compile what forward and backward need on the current device.
-
-    Parameters
-    ----------
-    geometry : Geometry
-        The layer.
+    layer : Layer
+        What will be computed.
     shape : (N, C, H, W)
-        Of its maps; other images of about this size (to three binary digits) share the kernels.
+        Shape of the maps; other images of about this size (to three binary digits) share the
+        kernels.
     dtype : {"float16", "bfloat16", "float32", "float64"}
-        Of its maps.
-    similarity : {"product", "l1"}, default "product"
-        As for `forward`.
+        Dtype of the maps.
 
     Returns
     -------
@@ -206,13 +129,13 @@ def warm_up(
     Raises
     ------
     RuntimeError
-        As `forward`.
+        As `run`.
     """
     device = device_of(cupy.cuda.Device().id)
-    shape = (cuda_plan.samples_at_once(geometry, shape, dtype), *shape[1:])
+    shape = (cuda_plan.samples_at_once(layer.geometry, shape, dtype), *shape[1:])
     compiled = []
-    for plan in (cuda_plan.forward, cuda_plan.backward):
-        for launch in plan(geometry, shape, dtype, device, similarity=similarity).launches:
+    for results in (RESULTS["cost"], RESULTS["grads"]):
+        for launch in cuda_plan.plan(results, layer, shape, dtype, device).launches:
             start = time.perf_counter()
             function = _function(launch)
             seconds = time.perf_counter() - start
@@ -234,29 +157,10 @@ def device_of(number: int) -> Device:
     )
 
 
-def _compute(
-    plan: Callable[..., Plan],
-    arrays: dict[str, Any],
-    geometry: Geometry,
-    divisor: int,
-    dtype: str | None,
-    allocate: Allocate | None,
+def _launch(
+    plan: Plan, arrays: dict[str, Any], accumulator: str, divisor: int, allocate: Allocate
 ) -> None:
-    """Plan and run; in parts of the batch where the workspace of all of it would be too large."""
-    fmap = arrays["fmap1"]
-    dtype = str(fmap.dtype) if dtype is None else dtype
-    device = device_of(fmap.device.id)
-    aligned = all(array.data.ptr % ALIGNMENT == 0 for array in arrays.values())
-    at_once = cuda_plan.samples_at_once(geometry, fmap.shape, dtype)
-    for start in range(0, len(fmap), at_once):
-        part = {name: array[start : start + at_once] for name, array in arrays.items()}
-        launches = plan(geometry, part["fmap1"].shape, dtype, device, aligned=aligned)
-        _run(launches, part, dtype, divisor, allocate or cupy.empty)
-
-
-def _run(plan: Plan, arrays: dict[str, Any], dtype: str, divisor: int, allocate: Allocate) -> None:
     """Launch on the current stream of the arrays' device."""
-    accumulator = cuda_plan.accumulator(dtype)
     with arrays["fmap1"].device:
         if plan.volume is not None:
             arrays = {**arrays, "volume": allocate(plan.volume, accumulator)}

@@ -15,10 +15,10 @@ from typing import NamedTuple
 from cupycorr.cuda import tiles as cuda_tiles
 from cupycorr.cuda.cost import Constants, Device, elements_per_load, size_class
 from cupycorr.geometry import Axis, Geometry
+from cupycorr.layer import DTYPES, Layer
 
 Shape = tuple[int, ...]
 
-ELEMENTS = {"float16": "Half", "bfloat16": "Bfloat16", "float32": "float", "float64": "double"}
 THREADS = 256  # of a block of the plain and window kernels
 MOST_ELEMENTS = 2**31 - 1  # that a 32-bit index reaches
 WORKSPACE_BYTES = 256 << 20  # of the volume of window sums, unless one sample needs more
@@ -53,127 +53,77 @@ class Plan(NamedTuple):
     """Shape of the workspace "volume", of accumulators, if there is one."""
 
 
-def accumulator(dtype: str) -> str:
-    """Return the dtype that sums are kept in."""
-    return "float64" if dtype == "float64" else "float32"
-
-
 def samples_at_once(geometry: Geometry, shape: Shape, dtype: str) -> int:
     """Return how many samples to plan for at a time, so that the workspace stays bounded."""
-    if geometry.window_taps == 1 or not _tiles_apply(geometry, shape):
+    if geometry.taps == 1 or not _tiles_apply(geometry, shape):
         return shape[0]
-    word_bytes = 16 // elements_per_load(dtype)
+    word_bytes = DTYPES[DTYPES[dtype].accumulator].itemsize
     bytes_per_sample = prod(_volume_shape(geometry, shape)[1:]) * word_bytes
     return max(1, min(shape[0], WORKSPACE_BYTES // bytes_per_sample))
 
 
 @lru_cache(maxsize=512)
-def forward(
-    geometry: Geometry,
+def plan(
+    results: tuple[str, ...],
+    layer: Layer,
     shape: Shape,
     dtype: str,
     device: Device,
     *,
+    tangent: bool = False,
     aligned: bool = True,
     plain: bool = False,
-    similarity: str = "product",
 ) -> Plan:
-    """Plan the cost volume ("cost") of two maps ("fmap1", "fmap2").
+    """Plan the launches of a layer's results.
 
     Parameters
     ----------
-    geometry : Geometry
-        What is compared.
+    results : tuple of "cost", or of "grad_fmap1" and "grad_fmap2"
+        The arrays to compute.
+    layer : Layer
+        What is computed.
     shape : (N, C, H, W)
-        Of the maps; not empty.
+        Shape of the maps "fmap1" and "fmap2"; not empty.
     dtype : {"float16", "bfloat16", "float32", "float64"}
-        Of maps and cost.
+        The dtype of all arrays.
     device : Device
-        Where it will run.
+        Where the plan will run.
+    tangent : bool, default False
+        Whether "cost" is the change of sums of absolute differences with "tangent1" and "tangent2".
+        (That of products is a sum of two cost volumes.)
     aligned : bool, default True
         Whether all arrays begin at multiples of 16 bytes.
     plain : bool, default False
         Use the plain kernels only.
-    similarity : {"product", "l1"}, default "product"
-        What is summed: products, or absolute differences of maps that are 0 outside.
 
     Raises
     ------
     RuntimeError
-        If the device cannot launch it.
-    """
-    launch = None
-    if not plain and _tiles_apply(geometry, shape):
-        launch = _product(geometry, shape, dtype, device, aligned, similarity)
-    if launch is None:
-        arrays = ("fmap1", "fmap2", "cost")
-        launch = _plain("plain_cost", geometry, shape, dtype, arrays, similarity)
-        return _checked([launch], device)
-    if geometry.window_taps == 1:
-        return _checked([launch], device)
-    total = _window("window_sum", geometry, shape, dtype, ("volume", "cost"))
-    return _checked([launch, total], device, _volume_shape(geometry, shape))
-
-
-@lru_cache(maxsize=512)
-def backward(
-    geometry: Geometry,
-    shape: Shape,
-    dtype: str,
-    device: Device,
-    *,
-    needs: tuple[bool, bool] = (True, True),
-    aligned: bool = True,
-    plain: bool = False,
-    similarity: str = "product",
-) -> Plan:
-    """Plan the gradients ("grad_fmap1", "grad_fmap2") for an upstream gradient ("grad_cost").
-
-    ``needs`` tells which of them; the other parameters are those of `forward`.
-
-    Raises
-    ------
-    RuntimeError
-        If the device cannot launch it.
+        If the device cannot launch the plan.
     """
     launches: list[Launch] = []
-    upstream = "grad_cost" if geometry.window_taps == 1 else "volume"
-    for which in (1, 2):
-        if not needs[which - 1]:
-            continue
-        operands = ("fmap1", "fmap2", f"grad_fmap{which}")
+    tiled = not plain and not tangent and _tiles_apply(layer.geometry, shape)
+    for result in results:
         launch = None
-        if not plain and _tiles_apply(geometry, shape):
-            arrays = (upstream, *operands)
-            launch = _gradient(geometry, shape, dtype, device, aligned, which, arrays, similarity)
+        if tiled and result == "cost":
+            launch = _product(layer, shape, dtype, device, aligned)
+        elif tiled:
+            launch = _gradient(layer, shape, dtype, device, aligned, int(result[-1]))
         if launch is None:
-            arrays = ("grad_cost", *operands)
-            launch = _plain(f"plain_{arrays[-1]}", geometry, shape, dtype, arrays, similarity)
+            kernel = "plain_tangent" if tangent else f"plain_{result}"
+            upstream = () if result == "cost" else ("grad_cost",)
+            tangents = ("tangent1", "tangent2") if tangent else ()
+            arrays = (*upstream, "fmap1", "fmap2", *tangents, result)
+            launch = _plain(kernel, layer, shape, dtype, arrays)
         launches.append(launch)
     if not any("volume" in launch.arrays for launch in launches):
         return _checked(launches, device)
-    spread = _window("window_spread", geometry, shape, dtype, ("grad_cost", "volume"))
-    return _checked(
-        [spread._replace(scaled=False), *launches], device, _volume_shape(geometry, shape)
-    )
-
-
-@lru_cache(maxsize=512)
-def tangent(
-    geometry: Geometry, shape: Shape, dtype: str, device: Device, *, aligned: bool = True
-) -> Plan:
-    """Plan the derivative ("cost") of sums of absolute differences along tangents of the maps.
-
-    The tangents are "tangent1" and "tangent2"; the parameters are those of `forward`. (The
-    derivative of sums of products is a sum of two cost volumes.)
-
-    Raises
-    ------
-    RuntimeError
-        If the device cannot launch it.
-    """
-    arrays = ("fmap1", "fmap2", "tangent1", "tangent2", "cost")
-    return _checked([_plain("plain_tangent", geometry, shape, dtype, arrays, "l1")], device)
+    if results == ("cost",):
+        launches.append(_window("window_sum", layer.geometry, shape, dtype, ("volume", "cost")))
+    else:
+        spread = _window("window_spread", layer.geometry, shape, dtype, ("grad_cost", "volume"))
+        launches.insert(0, spread._replace(scaled=False))
+    return _checked(launches, device, _volume_shape(layer.geometry, shape))
 
 
 def _tiles_apply(geometry: Geometry, shape: Shape) -> bool:
@@ -190,7 +140,7 @@ def _tiles_apply(geometry: Geometry, shape: Shape) -> bool:
             geometry.first_displacement,
             geometry.patch_size,
             geometry.dilation_patch,
-            geometry.window_extent,
+            geometry.taps_extent,
             strict=True,
         )
     )
@@ -203,13 +153,9 @@ def _volume_shape(geometry: Geometry, shape: Shape) -> Shape:
     return (samples, *patch, geometry.y.lattice_size(height), geometry.x.lattice_size(width))
 
 
-def _differences(similarity: str) -> Constants:
-    return (("differences", similarity == "l1"),)
-
-
 def _types(dtype: str, **more: str) -> Constants:
-    names = {"element": dtype, "accumulator": accumulator(dtype), **more}
-    return tuple((name, ELEMENTS[kind]) for name, kind in names.items())
+    names = {"element": dtype, "accumulator": DTYPES[dtype].accumulator, **more}
+    return tuple((name, DTYPES[kind].in_kernels) for name, kind in names.items())
 
 
 def _pairs(**pairs: tuple[int, int]) -> Constants:
@@ -225,32 +171,18 @@ def _index(elements: int) -> Constants:
     return (("index", "int" if elements < MOST_ELEMENTS - 2 * THREADS else "long long"),)
 
 
-def _plain(
-    kernel: str,
-    geometry: Geometry,
-    shape: Shape,
-    dtype: str,
-    arrays: tuple[str, ...],
-    similarity: str,
-) -> Launch:
+def _plain(kernel: str, layer: Layer, shape: Shape, dtype: str, arrays: tuple[str, ...]) -> Launch:
+    geometry = layer.geometry
     cost_shape = geometry.cost_shape(shape)
     outputs = prod(cost_shape if arrays[-1] == "cost" else shape)
-    fields = (
-        geometry.kernel_size,
-        geometry.patch_size,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.dilation_patch,
-        geometry.first_displacement,
-    )
+    fields = (getattr(geometry, name) for name in Axis._fields)
     return Launch(
         "plain.cu",
         kernel,
         (
             *_types(dtype),
             *_index(max(prod(shape), prod(cost_shape))),
-            *_differences(similarity),
+            ("differences", layer.l1),
             ("threads", THREADS),
         ),
         -(-outputs // THREADS),
@@ -292,23 +224,24 @@ def _window(
 
 
 def _product(
-    geometry: Geometry, shape: Shape, dtype: str, device: Device, aligned: bool, similarity: str
+    layer: Layer, shape: Shape, dtype: str, device: Device, aligned: bool
 ) -> Launch | None:
     """Plan the tiled product volume; None where no tile fits the device."""
+    geometry = layer.geometry
     samples, channels, _, width = shape
     volume_shape = _volume_shape(geometry, shape)
     lattice_height, lattice_width = volume_shape[3:]
     axes = geometry.y, geometry.x
     # Inside a class of the lattice a position advances by as many columns as there are classes of
     # displacements.
-    (phases_y, advance_y), (phases_x, advance_x) = (axis.classes for axis in axes)
-    result = dtype if geometry.window_taps == 1 else accumulator(dtype)
+    (phases_y, advance_y), (phases_x, advance_x) = (axis.phases for axis in axes)
+    result = dtype if geometry.taps == 1 else DTYPES[dtype].accumulator
     origin = _pair(-axis.padding for axis in axes)
     first = geometry.first_displacement
 
     # Loads of several elements need neighbouring columns and aligned rows.
     wide = elements_per_load(dtype)
-    asynchronous = device.copies_asynchronously and dtype == accumulator(dtype)
+    asynchronous = device.copies_asynchronously and dtype == DTYPES[dtype].accumulator
     vector = lead = 0
     if aligned and width % wide == 0 and origin[1] % wide == 0 and geometry.x.lattice_step == 1:
         if phases_x == 1:
@@ -325,11 +258,11 @@ def _product(
             step_x=geometry.x.lattice_step,
             phases_x=phases_x,
             advance=(advance_y, advance_x),
-            accumulator=accumulator(dtype),
+            accumulator=DTYPES[dtype].accumulator,
             vector=max(1, vector),
             lead=lead,
             asynchronous=asynchronous,
-            differences=similarity == "l1",
+            differences=layer.l1,
         ),
         device,
     )
@@ -344,7 +277,7 @@ def _product(
         "product_cost",
         (
             *_types(dtype, result=result),
-            *_differences(similarity),
+            ("differences", layer.l1),
             *_pairs(
                 patch=geometry.patch_size,
                 step=_pair(axis.lattice_step for axis in axes),
@@ -358,23 +291,17 @@ def _product(
         samples * phases_y * blocks_y * blocks_x,
         tile.threads,
         tile.shared_bytes,
-        ("fmap1", "fmap2", "cost" if geometry.window_taps == 1 else "volume"),
+        ("fmap1", "fmap2", "cost" if geometry.taps == 1 else "volume"),
         (*shape[1:], lattice_height, lattice_width, *origin, *first, blocks_y, blocks_x),
-        scaled=geometry.window_taps == 1,
+        scaled=geometry.taps == 1,
     )
 
 
 def _gradient(
-    geometry: Geometry,
-    shape: Shape,
-    dtype: str,
-    device: Device,
-    aligned: bool,
-    which: int,
-    arrays: tuple[str, ...],
-    similarity: str,
+    layer: Layer, shape: Shape, dtype: str, device: Device, aligned: bool, which: int
 ) -> Launch | None:
     """Plan the tiled gradient with respect to one map; None where none applies."""
+    geometry = layer.geometry
     samples, channels, height, width = shape
     lattice = _volume_shape(geometry, shape)[3:]
     targets = [
@@ -384,11 +311,11 @@ def _gradient(
     y, x = targets
     if which == 2 and x.step != geometry.x.lattice_step:
         return None  # sources would lie between the lattice's columns
-    upstream = dtype if geometry.window_taps == 1 else accumulator(dtype)
+    upstream = dtype if geometry.taps == 1 else DTYPES[dtype].accumulator
 
     wide = elements_per_load(dtype)
-    asynchronous = device.copies_asynchronously and dtype == accumulator(dtype)
-    upstream_asynchronous = device.copies_asynchronously and upstream == accumulator(dtype)
+    asynchronous = device.copies_asynchronously and dtype == DTYPES[dtype].accumulator
+    upstream_asynchronous = device.copies_asynchronously and upstream == DTYPES[dtype].accumulator
     neighbours = aligned and width % wide == 0 and x.step == 1 and x.advance == 1
     whole = which == 1 or (x.shift % wide == 0 and lattice[1] % wide == 0)
     vector = 1
@@ -404,11 +331,11 @@ def _gradient(
             step=(y.step, x.step),
             phases_x=x.phases,
             advance=(y.advance, x.advance),
-            accumulator=accumulator(dtype),
+            accumulator=DTYPES[dtype].accumulator,
             vector=vector,
             asynchronous=asynchronous,
             upstream_asynchronous=upstream_asynchronous,
-            differences=similarity == "l1",
+            differences=layer.l1,
         ),
         device,
     )
@@ -422,7 +349,7 @@ def _gradient(
         "product_gradient",
         (
             *_types(dtype, upstream=upstream),
-            *_differences(similarity),
+            ("differences", layer.l1),
             ("which", which),
             *_pairs(
                 patch=geometry.patch_size,
@@ -438,7 +365,7 @@ def _gradient(
         samples * y.phases * blocks_y * blocks_x * blocks_c,
         tile.threads,
         tile.shared_bytes,
-        arrays,
+        ("grad_cost" if geometry.taps == 1 else "volume", "fmap1", "fmap2", f"grad_fmap{which}"),
         (
             *shape[1:],
             *lattice,
@@ -474,7 +401,7 @@ def _targets(axis: Axis, size: int, which: int) -> _Targets:
     step, spacing = axis.lattice_step, axis.dilation_patch
     last = axis.first_displacement + (axis.patch_size - 1) * spacing
     origin, first = -axis.padding, axis.first_displacement
-    phases, advance = axis.classes
+    phases, advance = axis.phases
     if which == 2:  # all positions that the patch reaches
         origin, first = origin + axis.first_displacement, -last
         step, advance = step // advance, 1

@@ -23,119 +23,36 @@ line                                 test with CUDA tensors
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cupycorr.geometry import Geometry
+from cupycorr.layer import Layer
 
 
-def forward(
-    fmap1: Tensor,
-    fmap2: Tensor,
-    cost: Tensor,
-    geometry: Geometry,
-    *,
-    similarity: str = "product",
-    divisor: int = 1,
-) -> None:
-    """Compute the cost volume of two maps.
+def run(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
+    """Compute a layer's result into tensors; nothing is copied but what is not contiguous.
 
     Parameters
     ----------
-    fmap1, fmap2 : Tensor (N, C, H, W), float16|bfloat16|float32|float64, on a CUDA device
-        The feature maps, of any strides.
-    cost : Tensor (N, PH, PW, OH, OW), of the maps' dtype and device, contiguous
-        Where the result is written.
-    geometry : Geometry
-        What is compared.
-    similarity : {"product", "l1"}, default "product"
-        Sum products, or absolute differences.
-    divisor : int, default 1
-        Every sum is divided by it before it is rounded.
+    what, layer
+        As for `cuda.engine.run`.
+    tensors : mapping of name to Tensor, float16|bfloat16|float32|float64, on one CUDA device
+        The names are those of `cuda.engine.run`. Inputs have any strides, results are contiguous.
 
     Raises
     ------
     RuntimeError
         If CuPy is missing, or torch was built for another kind of GPU; otherwise as
-        `cuda_engine.forward`.
+        `cuda.engine.run`.
     """
-    tensors = (fmap1, fmap2, cost)
-    _compute("forward", tensors, geometry, similarity=similarity, divisor=divisor)
-
-
-def tangent(
-    fmap1: Tensor,
-    fmap2: Tensor,
-    tangent1: Tensor,
-    tangent2: Tensor,
-    cost: Tensor,
-    geometry: Geometry,
-    *,
-    divisor: int = 1,
-) -> None:
-    """Compute how the cost volume of absolute differences changes with the maps.
-
-    Parameters
-    ----------
-    fmap1, fmap2, tangent1, tangent2 : Tensor (N, C, H, W), of one dtype, on a CUDA device
-        The feature maps and their changes, of any strides.
-    cost : Tensor (N, PH, PW, OH, OW), of the maps' dtype and device, contiguous
-        Where the change of the cost volume is written.
-    geometry, divisor
-        As for `forward`.
-
-    Raises
-    ------
-    RuntimeError
-        As `forward`.
-    """
-    _compute("tangent", (fmap1, fmap2, tangent1, tangent2, cost), geometry, divisor=divisor)
-
-
-def backward(
-    grad_cost: Tensor,
-    fmap1: Tensor,
-    fmap2: Tensor,
-    grad_fmap1: Tensor | None,
-    grad_fmap2: Tensor | None,
-    geometry: Geometry,
-    *,
-    similarity: str = "product",
-    divisor: int = 1,
-) -> None:
-    """Compute the gradients with respect to the maps.
-
-    Parameters
-    ----------
-    grad_cost : Tensor (N, PH, PW, OH, OW), of the maps' dtype and device
-        The gradient with respect to the cost volume, of any strides.
-    fmap1, fmap2 : Tensor (N, C, H, W), float16|bfloat16|float32|float64, on a CUDA device
-        The feature maps, of any strides.
-    grad_fmap1, grad_fmap2 : Tensor (N, C, H, W), of the maps' dtype and device, contiguous, or None
-        Where the gradients are written; None where not needed.
-    geometry, similarity, divisor
-        As for `forward`.
-
-    Raises
-    ------
-    RuntimeError
-        As `forward`.
-    """
-    tensors = (grad_cost, fmap1, fmap2, grad_fmap1, grad_fmap2)
-    _compute("backward", tensors, geometry, similarity=similarity, divisor=divisor)
-
-
-def _compute(function: str, tensors: tuple[Any, ...], geometry: Geometry, **options: Any) -> None:
-    """Call a function of the CUDA engine on tensors, of which but the first may be missing."""
-    engine, like = _engine(), tensors[0]
+    engine, like = _engine(), tensors["fmap1"]
     with _on_stream_of(like):
-        arrays = [None if tensor is None else _array(tensor) for tensor in tensors]
-        options |= {"dtype": _dtype(like), "allocate": _allocator(like)}
-        getattr(engine, function)(*arrays, geometry, **options)
+        arrays = {name: _array(tensor) for name, tensor in tensors.items()}
+        engine.run(what, arrays, layer, dtype=_dtype(like), allocate=_allocator(like))
 
 
 def _engine() -> Any:

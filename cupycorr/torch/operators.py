@@ -35,29 +35,20 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from cupycorr.cpu import engine as numpy_engine
-from cupycorr.geometry import Geometry
+from cupycorr.cpu import engine
+from cupycorr.geometry import Axis, Geometry
+from cupycorr.layer import DTYPES, Layer
 
 
-def correlation(
-    fmap1: Tensor,
-    fmap2: Tensor,
-    geometry: Geometry,
-    normalize: bool,
-    similarity: str = "product",
-) -> Tensor:
+def cost(fmap1: Tensor, fmap2: Tensor, layer: Layer) -> Tensor:
     """Compute the cost volume of two checked feature maps; see `cupycorr.correlation`.
 
     Parameters
     ----------
     fmap1, fmap2 : Tensor (N, C, H, W), float16|bfloat16|float32|float64
         The feature maps: of equal shape, dtype and device, and of any strides.
-    geometry : Geometry
-        Which positions and displacements are compared.
-    normalize : bool
-        Divide by the number of terms of a full window, C * KH * KW.
-    similarity : {"product", "l1"}, default "product"
-        Sum products, or absolute differences.
+    layer : Layer
+        What is computed.
 
     Returns
     -------
@@ -82,8 +73,7 @@ def correlation(
             f"the maps must be dense tensors, got {fmap1.layout} and {fmap2.layout}; convert them "
             "with .to_dense()"
         )
-    operator = _L1_COST if similarity == "l1" else _COST
-    return _derive(operator, geometry, normalize, fmap1, fmap2)[0]
+    return _derive(_L1_COST if layer.l1 else _COST, layer, fmap1, fmap2)[0]
 
 
 def autocast(*maps: Any) -> tuple[Any, ...]:
@@ -118,6 +108,9 @@ def _cast(tensor: Tensor) -> Tensor:
 
 FMAP1, FMAP2, COST, TANGENT1, TANGENT2 = range(5)
 """The slots of the trilinear form, and changes of the maps."""
+_INPUTS = ("fmap1", "fmap2", "grad_cost", "tangent1", "tangent2")
+_GRADIENTS = ("grad_fmap1", "grad_fmap2")
+"""The names of slots as inputs, and of the first two as results, in engines and schemas."""
 
 
 class _Operator(NamedTuple):
@@ -128,6 +121,13 @@ class _Operator(NamedTuple):
     """The slots that it takes; the first is a feature map."""
     results: tuple[int, ...]
     similarity: str = "product"
+
+    @property
+    def what(self) -> str:
+        """What the engines call it."""
+        if self.results != (COST,):
+            return "grads"
+        return "tangent" if TANGENT1 in self.operands else "cost"
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -152,61 +152,45 @@ _L1_OF_SLOT = (
 _OPERATORS = (*_OF_SLOT, _GRADS, _L1_COST, _L1_TANGENT, *_L1_OF_SLOT, _L1_GRADS)
 
 
-def _derive(
-    operator: _Operator, geometry: Geometry, normalize: bool, *operands: Tensor
-) -> tuple[Tensor, ...]:
+def _derive(operator: _Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
     """Compute what an operator returns, differentiably, in the operands' dtype."""
     if torch.compiler.is_compiling():
         # What is traced is to be the bare operator: the dispatcher's state cannot be traced.
-        return _dispatch(operator, geometry, normalize, *operands)
+        return _dispatch(operator, layer, *operands)
     if _is_plain(operands):
         if _is_differentiated(operands):
             results: tuple[Tensor, ...] = _Derivative.apply(  # type: ignore[no-untyped-call]
-                _compute, operator, geometry, normalize, *operands
+                _compute, operator, layer, *operands
             )
             return results
-        return _compute(operator, geometry, normalize, *operands)
+        return _compute(operator, layer, *operands)
     _learn_sharding()
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-        return _dispatch(operator, geometry, normalize, *operands)
+        return _dispatch(operator, layer, *operands)
 
 
-def _compute(
-    operator: _Operator, geometry: Geometry, normalize: bool, *operands: Tensor
-) -> tuple[Tensor, ...]:
+def _compute(operator: _Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
     """Compute what an operator returns for dense tensors, on their own memory."""
     fmap = operands[0]
-    shapes = {FMAP1: fmap.shape, FMAP2: fmap.shape, COST: geometry.cost_shape(fmap.shape)}
+    shapes = {FMAP1: fmap.shape, FMAP2: fmap.shape, COST: layer.geometry.cost_shape(fmap.shape)}
     results = tuple(fmap.new_empty(shapes[slot]) for slot in operator.results)
-    engine: Any = numpy_engine
-    memory: Callable[[Tensor], Any] = _array
-    options: dict[str, Any] = {"divisor": geometry.divisor(fmap.shape[1], normalize)}
+    what = operator.what
+    arrays = dict(zip((_INPUTS[slot] for slot in operator.operands), operands, strict=True))
+    names = ("cost",) if operator.results == (COST,) else _GRADIENTS
+    arrays |= {
+        names[slot if what == "grads" else 0]: result
+        for slot, result in zip(operator.results, results, strict=True)
+    }
+    # Engines read the shape of a map that no wanted gradient depends on: either map's.
+    arrays.setdefault("fmap1", fmap)
+    arrays.setdefault("fmap2", fmap)
     if fmap.is_cuda:
-        from cupycorr.torch import memory as torch_cuda
+        from cupycorr.torch import memory
 
-        engine, memory = torch_cuda, Tensor.detach
+        memory.run(what, arrays, layer)
     else:
-        options["threads"] = torch.get_num_threads()
-    read = dict(zip(operator.operands, map(memory, operands), strict=True))
-    written = dict(zip(operator.results, map(memory, results), strict=True))
-    if operator is _L1_TANGENT:
-        engine.tangent(*read.values(), written[COST], geometry, **options)
-        return results
-    options["similarity"] = operator.similarity
-    if COST in written:
-        engine.forward(read[FMAP1], read[FMAP2], written[COST], geometry, **options)
-        return results
-    # Of a map that no wanted gradient depends on, an engine reads the shape: either map's.
-    either = read[operator.operands[0]]
-    engine.backward(
-        read[COST],
-        read.get(FMAP1, either),
-        read.get(FMAP2, either),
-        written.get(FMAP1),
-        written.get(FMAP2),
-        geometry,
-        **options,
-    )
+        views = {name: _array(tensor) for name, tensor in arrays.items()}
+        engine.run(what, views, layer, threads=torch.get_num_threads())
     return results
 
 
@@ -227,18 +211,17 @@ class _Rules:
         ctx: Any,
         run: Callable[..., tuple[Tensor, ...]],
         operator: _Operator,
-        geometry: Geometry,
-        normalize: bool,
+        layer: Layer,
         *operands: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.operator, ctx.geometry, ctx.normalize = operator, geometry, normalize
+        ctx.operator, ctx.layer = operator, layer
         ctx.set_materialize_grads(False)
         if operator.similarity == "l1":
             ctx.save_for_backward(*operands[:2])
             ctx.save_for_forward(*operands[:2])
-            return run(operator, geometry, normalize, *operands)
+            return run(operator, layer, *operands)
         # An operand appears in the gradients of the others only.
-        needs = ctx.needs_input_grad[4:]
+        needs = ctx.needs_input_grad[3:]
         ctx.save_for_backward(
             *(
                 tensor if any(needs[:i] + needs[i + 1 :]) else None
@@ -246,30 +229,30 @@ class _Rules:
             )
         )
         ctx.save_for_forward(*operands)
-        return run(operator, geometry, normalize, *operands)
+        return run(operator, layer, *operands)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         operator: _Operator = ctx.operator
-        needs = ctx.needs_input_grad[4:]
+        needs = ctx.needs_input_grad[3:]
         if operator.similarity == "l1":
             grads: Iterable[Tensor | None] = _l1_backward(ctx, needs, upstream)
         elif operator is _COST and all(needs) and upstream[0] is not None:
-            grads = _derive(_GRADS, ctx.geometry, ctx.normalize, *ctx.saved_tensors, upstream[0])
+            grads = _derive(_GRADS, ctx.layer, *ctx.saved_tensors, upstream[0])
         else:
             changes = dict(zip(operator.results, upstream, strict=True))
             grads = (
                 _change(slot, changes, ctx) if needed else None
                 for slot, needed in zip(operator.operands, needs, strict=True)
             )
-        return None, None, None, None, *grads
+        return None, None, None, *grads
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         operator: _Operator = ctx.operator
         if operator.similarity == "l1":
-            return _l1_jvp(ctx, tangents[4:])
-        changes = dict(zip(operator.operands, tangents[4:], strict=True))
+            return _l1_jvp(ctx, tangents[3:])
+        changes = dict(zip(operator.operands, tangents[3:], strict=True))
         tangents = tuple(_change(slot, changes, ctx) for slot in operator.results)
         # Autograd fails on a result without a tangent, beside one that has one.
         fmap = ctx.saved_tensors[0]
@@ -295,7 +278,7 @@ def _change(slot: int, changes: dict[int, Tensor | None], ctx: Any) -> Tensor | 
     for changed, change in changes.items():
         if changed != slot and change is not None:
             operands = ((values | {changed: change})[other] for other in operator.operands)
-            (term,) = _derive(operator, ctx.geometry, ctx.normalize, *operands)
+            (term,) = _derive(operator, ctx.layer, *operands)
             total = term if total is None else total + term
     return total
 
@@ -310,10 +293,10 @@ def _l1_backward(
         return (*none, _l1_tangent(ctx, ctx.operator.results, upstream) if needs[2] else None)
     grads: tuple[Tensor | None, ...] = none
     if upstream[0] is not None and all(needs[-2:]):
-        grads = _derive(_L1_GRADS, ctx.geometry, ctx.normalize, *maps, upstream[0])
+        grads = _derive(_L1_GRADS, ctx.layer, *maps, upstream[0])
     elif upstream[0] is not None:
         grads = tuple(
-            _derive(operator, ctx.geometry, ctx.normalize, *maps, upstream[0])[0] if need else None
+            _derive(operator, ctx.layer, *maps, upstream[0])[0] if need else None
             for operator, need in zip(_L1_OF_SLOT, needs[-2:], strict=True)
         )
     return grads if ctx.operator is _L1_COST else (*none, *grads)
@@ -327,7 +310,7 @@ def _l1_jvp(ctx: Any, tangents: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
         return (_l1_tangent(ctx, _MAPS, tangents[-2:]),)
     if tangents[2] is None:
         return tuple(torch.zeros_like(maps[0]) for _ in operator.results)
-    return _derive(operator, ctx.geometry, ctx.normalize, *maps, tangents[2])
+    return _derive(operator, ctx.layer, *maps, tangents[2])
 
 
 def _l1_tangent(
@@ -340,7 +323,7 @@ def _l1_tangent(
     given = dict(zip(slots, changes, strict=True))
     both = (given.get(slot) for slot in _MAPS)
     filled = (torch.zeros_like(maps[0]) if change is None else change for change in both)
-    return _derive(_L1_TANGENT, ctx.geometry, ctx.normalize, *maps, *filled)[0]
+    return _derive(_L1_TANGENT, ctx.layer, *maps, *filled)[0]
 
 
 # How torch's dispatcher knows of the operators.
@@ -382,16 +365,14 @@ def _is_differentiated(tensors: Iterable[Tensor]) -> bool:
     )
 
 
-def _dispatch(
-    operator: _Operator, geometry: Geometry, normalize: bool, *operands: Tensor
-) -> tuple[Tensor, ...]:
+def _dispatch(operator: _Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
     """Call an operator through the dispatcher."""
-    results = operator.function(*operands, *_fields(geometry), normalize)
+    results = operator.function(*operands, *_fields(layer))
     return results if isinstance(results, tuple) else (results,)
 
 
 def _dispatch_below_autograd(
-    operator: _Operator, geometry: Geometry, normalize: bool, *operands: Tensor
+    operator: _Operator, layer: Layer, *operands: Tensor
 ) -> tuple[Tensor, ...]:
     """Call an operator through the dispatcher, for values at this level of differentiation.
 
@@ -403,22 +384,22 @@ def _dispatch_below_autograd(
         forward_ad._set_fwd_grad_enabled(True),
         torch._C._AutoDispatchBelowAutograd(),
     ):
-        return _dispatch(operator, geometry, normalize, *operands)
+        return _dispatch(operator, layer, *operands)
 
 
 def _autograd_kernel(operator: _Operator, *arguments: Any) -> Any:
     _learn_sharding()
     if torch.onnx.is_in_onnx_export() and operator is _COST:
         _warn_of_onnx()
-    operands, geometry, normalize = _parse(operator, arguments)
+    operands, layer = _parse(operator, arguments)
     if _is_differentiated(operands) or torch._C._are_functorch_transforms_active():
         # autograd.Function.apply would start again at the top.
         with enable_single_level_autograd_function():
             results = _SingleLevelDerivative.apply(  # type: ignore[attr-defined]
-                _dispatch_below_autograd, operator, geometry, normalize, *operands
+                _dispatch_below_autograd, operator, layer, *operands
             )
     else:
-        results = _dispatch_below_autograd(operator, geometry, normalize, *operands)
+        results = _dispatch_below_autograd(operator, layer, *operands)
     return _returned(operator, results)
 
 
@@ -448,7 +429,7 @@ def _register_sharding() -> None:
 
 
 def _kernel(operator: _Operator, *arguments: Any) -> Any:
-    operands, geometry, normalize = _parse(operator, arguments)
+    operands, layer = _parse(operator, arguments)
     # Graphs that were traced or exported come here with whatever tensors they are given, and the
     # engine would read and write outside of theirs.
     fmap = operands[0]
@@ -458,7 +439,7 @@ def _kernel(operator: _Operator, *arguments: Any) -> Any:
             f"{tuple(fmap.shape)}"
         )
     shapes = [
-        geometry.cost_shape(fmap.shape) if slot == COST else fmap.shape
+        layer.geometry.cost_shape(fmap.shape) if slot == COST else fmap.shape
         for slot in operator.operands
     ]
     if [operand.shape for operand in operands] != shapes:
@@ -478,12 +459,13 @@ def _kernel(operator: _Operator, *arguments: Any) -> Any:
             f"{', '.join(map(str, _DTYPES))}, got "
             f"{', '.join(str(operand.dtype) for operand in operands)}"
         )
-    return _returned(operator, _compute(operator, geometry, normalize, *operands))
+    return _returned(operator, _compute(operator, layer, *operands))
 
 
 def _fake_kernel(operator: _Operator, *arguments: Any) -> Any:
     """Return results without values; sizes may be symbols, of which nothing may be asked."""
-    (fmap, *_), geometry, _ = _parse(operator, arguments)
+    (fmap, *_), layer = _parse(operator, arguments)
+    geometry = layer.geometry
     batch, _, height, width = fmap.shape
     sizes = geometry.y.output_size(height), geometry.x.output_size(width)
     shapes = {FMAP1: fmap.shape, FMAP2: fmap.shape, COST: (batch, *geometry.patch_size, *sizes)}
@@ -495,14 +477,14 @@ def _vmap_kernel(
     operator: _Operator, info: Any, in_dims: tuple[int | None, ...], *arguments: Any
 ) -> Any:
     """Fold the batches of vmap into those of the maps; what has none is repeated."""
-    operands, geometry, normalize = _parse(operator, arguments)
+    operands, layer = _parse(operator, arguments)
     count = info.batch_size
     folded, samples = [], 0
     for tensor, dim in zip(operands, in_dims, strict=False):
         batched = tensor.expand(count, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
         samples = batched.shape[1]
         folded.append(batched.flatten(0, 1))
-    results = _dispatch(operator, geometry, normalize, *folded)
+    results = _dispatch(operator, layer, *folded)
     results = tuple(result.view(count, samples, *result.shape[1:]) for result in results)
     return _returned(operator, results), _returned(operator, (0,) * len(results))
 
@@ -513,34 +495,26 @@ def _autocast_kernel(operator: _Operator, fmap1: Tensor, fmap2: Tensor, *fields:
         return operator.function(fmap1, fmap2, *fields)
 
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_FIELDS = (
-    "kernel_size",
-    "patch_size",
-    "stride",
-    "padding",
-    "dilation",
-    "dilation_patch",
-    "first_displacement",
-)
+_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
+_FIELDS = Axis._fields
 """What an operator takes of a geometry, each as two ints."""
 
 
-def _fields(geometry: Geometry) -> tuple[tuple[int, int], ...]:
-    return tuple(getattr(geometry, name) for name in _FIELDS)
+def _fields(layer: Layer) -> tuple[Any, ...]:
+    """Return a layer as the arguments of an operator."""
+    return (*(getattr(layer.geometry, name) for name in _FIELDS), layer.normalize)
 
 
 @lru_cache(maxsize=1024)
-def _geometry(*fields: tuple[int, int]) -> Geometry:
-    return Geometry(*fields)
+def _layer(similarity: str, normalize: bool, *fields: tuple[int, int]) -> Layer:
+    return Layer(Geometry(*fields), similarity, normalize)
 
 
-def _parse(
-    operator: _Operator, arguments: tuple[Any, ...]
-) -> tuple[tuple[Tensor, ...], Geometry, bool]:
-    """Take an operator's arguments apart: operands, geometry, normalize."""
+def _parse(operator: _Operator, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Layer]:
+    """Take an operator's arguments apart: operands, and the layer."""
     count = len(operator.operands)
-    return arguments[:count], _geometry(*map(tuple, arguments[count:-1])), arguments[-1]
+    fields = map(tuple, arguments[count:-1])
+    return arguments[:count], _layer(operator.similarity, arguments[-1], *fields)
 
 
 def _returned(operator: _Operator, results: tuple[Any, ...]) -> Any:
@@ -550,10 +524,9 @@ def _returned(operator: _Operator, results: tuple[Any, ...]) -> Any:
 
 def _register(library: torch.library.Library) -> None:
     """Define the operators and what they mean under each dispatch key."""
-    slots = ("fmap1", "fmap2", "grad_cost", "tangent1", "tangent2")
     fields = ", ".join(f"int[2] {name}" for name in _FIELDS)
     for operator in _OPERATORS:
-        operands = ", ".join(f"Tensor {slots[slot]}" for slot in operator.operands)
+        operands = ", ".join(f"Tensor {_INPUTS[slot]}" for slot in operator.operands)
         results = ", ".join("Tensor" for _ in operator.results)
         library.define(  # type: ignore[no-untyped-call]
             f"{operator.name}({operands}, {fields}, bool normalize) -> ({results})",

@@ -195,7 +195,7 @@ def test_the_heading_says_what_was_understood():
         ("--patch-size 0", "patch_size must be at least 1, got 0"),
         ("--max-disp -4", "max_disp must be at least 0, got -4"),
         ("--patch-size 3,x", "neither an int nor two ints"),
-        ("--patch-size 3 --kernel-size 9 --size 4 5", "the window must fit"),
+        ("--patch-size 3 --kernel-size 9 --size 4 5", "the taps must fit"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_understood_is_a_usage_error(words, message):

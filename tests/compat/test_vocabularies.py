@@ -241,7 +241,7 @@ class TestTheWayBack:
             line, names() | dict(zip(("x1", "x2"), map(torch.from_numpy, maps), strict=True))
         )
         size = want if setting.similarity == "l1" else computed(setting, *map(np.abs, maps))
-        terms = 4 * setting.geometry.window_taps
+        terms = 4 * setting.geometry.taps
         assert verify.excess(got.numpy(), want, size, terms, "float64") is None
 
 

@@ -10,6 +10,7 @@ import pytest
 import cupycorr
 from cupycorr import Geometry, api, verify
 from cupycorr.cpu import engine as numpy_engine
+from cupycorr.layer import DTYPES
 
 torch = pytest.importorskip("torch")
 
@@ -49,8 +50,7 @@ def _no_work(monkeypatch):
     def work(*arguments, **options):
         raise AssertionError("the engine was reached")
 
-    monkeypatch.setattr(numpy_engine, "forward", work)
-    monkeypatch.setattr(numpy_engine, "backward", work)
+    monkeypatch.setattr(numpy_engine, "run", work)
 
 
 def refusal(function, *arguments, **options):
@@ -192,9 +192,9 @@ def test_tensors_on_different_devices_are_refused(devices, found):
 
 @pytest.mark.parametrize("make", [fmap, tensor])
 @pytest.mark.parametrize("stride", [1, 2, 9])
-def test_window_that_does_not_fit_is_refused_at_any_stride(make, stride):
+def test_taps_that_do_not_fit_are_refused_at_any_stride(make, stride):
     message = refusal(cupycorr.correlation, make(), make(), Geometry(6, stride=stride))
-    assert message.startswith("ValueError: the window must fit into the padded image")
+    assert message.startswith("ValueError: the taps must fit into the padded image")
 
 
 @pytest.mark.parametrize("thing", [None, 3, {"patch_size": 3}, (1, 3)])
@@ -238,7 +238,7 @@ def test_sample_refuses_parameters_that_are_not_integers(name, value):
 
 def test_sample_takes_the_parameters_in_the_order_of_the_original(monkeypatch):
     seen = []
-    monkeypatch.setattr(numpy_engine, "forward", lambda *a, **k: seen.append(a[3]))
+    monkeypatch.setattr(numpy_engine, "run", lambda *a, **k: seen.append(a[2].geometry))
     cupycorr.spatial_correlation_sample(fmap(), fmap(), 1, 2, 3, 4, 5, 6)
     assert seen == [Geometry(kernel_size=1, patch_size=2, stride=3, padding=4, dilation=5,
                              dilation_patch=6)]  # fmt: skip
@@ -330,7 +330,7 @@ class TestOnGoodInputs:
         got = cupycorr.spatial_correlation_sample(*maps, *parameters)
         assert not verify.difference(got, cupycorr.correlation(*maps, Geometry(*parameters)))
 
-    def test_normalizing_divides_by_the_terms_of_a_window(self):
+    def test_normalizing_divides_by_the_terms_of_all_taps(self):
         cost = cupycorr.correlation(fmap(), fmap(), Geometry((2, 3)), normalize=True)
         assert not verify.difference(cost, np.ones((1, 1, 1, 4, 4)))
 
@@ -351,8 +351,8 @@ class TestOnGoodInputs:
 
 
 def test_dtype_names_agree_between_the_libraries():
-    names = [api._dtype_name(getattr(torch, name)) for name in api.FLOATING]
-    assert names == list(api.FLOATING)
+    names = [api._dtype_name(getattr(torch, name)) for name in DTYPES]
+    assert names == list(DTYPES)
 
 
 @pytest.mark.parametrize("heavy", ["torch", "cupy", "ml_dtypes", "click", "rich"])

@@ -46,25 +46,25 @@ def test_cost_shape_is_samples_patch_and_output_size(case):
 
 
 @given(cases())
-def test_last_window_fits_and_another_would_not(case):
+def test_last_taps_fit_and_others_would_not(case):
     shape, geometry = case
     for axis, size in zip((geometry.y, geometry.x), shape[2:], strict=True):
-        end = axis.output_size(size) * axis.stride - axis.stride + axis.window_extent
+        end = axis.output_size(size) * axis.stride - axis.stride + axis.taps_extent
         padded = size + 2 * axis.padding
         assert end <= padded < end + axis.stride
 
 
 @pytest.mark.parametrize("stride", [1, 2, 7])
 @pytest.mark.parametrize("size", [(4, 9), (9, 4), (0, 9)])
-def test_window_larger_than_the_padded_image_is_refused(size, stride):
+def test_taps_that_span_more_than_the_padded_image_are_refused(size, stride):
     geometry = Geometry(kernel_size=3, stride=stride, dilation=2)
-    with pytest.raises(ValueError, match="window must fit into the padded image") as error:
+    with pytest.raises(ValueError, match="taps must fit into the padded image") as error:
         geometry.output_size(*size)
     for shown in ("(5, 5)", "kernel_size (3, 3)", "dilation (2, 2)", f"image {size}", "(0, 0)"):
         assert shown in str(error.value)
 
 
-def test_window_as_large_as_the_padded_image_has_one_output():
+def test_taps_that_span_the_padded_image_has_one_output():
     assert Geometry(3, dilation=2, padding=1, stride=5).output_size(3, 4) == (1, 1)
 
 
@@ -73,18 +73,18 @@ def test_padding_makes_an_empty_image_legal():
 
 
 @given(geometries())
-def test_window_extent_reaches_from_the_first_to_the_last_tap(geometry):
+def test_taps_extent_reaches_from_the_first_to_the_last_tap(geometry):
     for extent, k, d in zip(
-        geometry.window_extent, geometry.kernel_size, geometry.dilation, strict=True
+        geometry.taps_extent, geometry.kernel_size, geometry.dilation, strict=True
     ):
         taps = [u * d for u in range(k)]
         assert extent == max(taps) - min(taps) + 1
 
 
 @given(geometries())
-def test_window_taps_is_the_number_of_taps(geometry):
+def test_taps_is_the_number_of_taps(geometry):
     kh, kw = geometry.kernel_size
-    assert geometry.window_taps == len(list(product(range(kh), range(kw))))
+    assert geometry.taps == len(list(product(range(kh), range(kw))))
 
 
 @given(geometries())

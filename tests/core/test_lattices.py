@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import cases
 
 from cupycorr import Geometry
-from cupycorr.geometry import Band
+from cupycorr.lattice import Band, lattices
 
 
 def axes(case):
@@ -32,7 +32,7 @@ def raw_terms(axis, size):
 
 
 def all_outputs(axis, size):
-    return axis.lattices(size, 0, axis.output_size(size))
+    return lattices(axis, size, 0, axis.output_size(size))
 
 
 def met_by_phases(lattice, axis, size):
@@ -134,7 +134,7 @@ def test_lattices_of_some_outputs_hold_the_terms_of_those_outputs(case, data):
         start = data.draw(st.integers(0, outputs - 1))
         stop = data.draw(st.integers(start + 1, outputs))
         gathered = Counter()
-        for lattice in axis.lattices(size, start, stop):
+        for lattice in lattices(axis, size, start, stop):
             met = met_by_phases(lattice, axis, size)
             for tap in lattice.taps:
                 output_at = {i: start + o for o, i in enumerate(range(lattice.size)[tap])}

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from strategies import cases
 
 from cupycorr import Geometry, verify
+from cupycorr.layer import DTYPES
 
 CORRECT = verify.numpy_engine()
 WINDOW = Geometry((3, 2), (4, 3), (1, 2), (2, 1), (1, 2), (2, 1))
@@ -42,14 +43,14 @@ def altered_terms(alter, *, forward=True, vjp=True):
         cost = np.zeros(definition.cost_shape(fmap1.shape, geometry))
         for p, q, y, x, y1, x1, y2, x2 in terms(fmap1.shape, geometry):
             cost[:, p, q, y, x] += (fmap1[:, :, y1, x1] * fmap2[:, :, y2, x2]).sum(1)
-        return cost / (fmap1.shape[1] * geometry.window_taps if normalize else 1)
+        return cost / (fmap1.shape[1] * geometry.taps if normalize else 1)
 
     def vjp_altered(grad, fmap1, fmap2, geometry, dtype, normalize):
         grad1, grad2 = np.zeros(fmap1.shape), np.zeros(fmap2.shape)
         for p, q, y, x, y1, x1, y2, x2 in terms(fmap1.shape, geometry):
             grad1[:, :, y1, x1] += grad[:, p, q, y, x, None] * fmap2[:, :, y2, x2]
             grad2[:, :, y2, x2] += grad[:, p, q, y, x, None] * fmap1[:, :, y1, x1]
-        divisor = fmap1.shape[1] * geometry.window_taps if normalize else 1
+        divisor = fmap1.shape[1] * geometry.taps if normalize else 1
         return grad1 / divisor, grad2 / divisor
 
     return verify.Engine(
@@ -113,7 +114,7 @@ INDEX_ERRORS = [
 # The whole check.
 
 
-@pytest.mark.parametrize("dtype", verify.PRECISION)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_correct_engine_is_accepted(dtype):
     assert failed(CORRECT, dtype, oracle=definition.engine()) == []
 
@@ -182,7 +183,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("dtype", verify.PRECISION)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("number", [0, 1, 2], ids=NAMES)
 def test_single_wrong_element_is_caught_by_its_name(number, change, dtype):
@@ -198,7 +199,7 @@ def test_element_in_the_last_places_of_float64_is_caught(number):
     assert f"{NAMES[number]} round-off" in failed(engine, "float64")
 
 
-@pytest.mark.parametrize("dtype", verify.PRECISION)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_forgotten_normalization_of_the_cost_volume_is_caught(dtype):
     def forward(*arguments):
         return CORRECT.forward(*arguments[:-1], False)
@@ -207,7 +208,7 @@ def test_forgotten_normalization_of_the_cost_volume_is_caught(dtype):
     assert wrong == ["normalized cost round-off"]
 
 
-@pytest.mark.parametrize("dtype", verify.PRECISION)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_forgotten_normalization_of_the_gradients_is_caught(dtype):
     def vjp(*arguments):
         return CORRECT.vjp(*arguments[:-1], False)
@@ -242,7 +243,7 @@ def in_float32(values, dtype):
 def truncated(values, dtype):
     """Round towards zero."""
     rounded = verify.round_to(values, dtype)
-    spacing = np.abs(values) * verify.PRECISION[dtype].store
+    spacing = np.abs(values) * DTYPES[dtype].rounding
     below = verify.round_to(np.sign(values) * (np.abs(values) - spacing), dtype)
     return np.where(np.abs(rounded) > np.abs(values), below, rounded)
 
@@ -250,7 +251,7 @@ def truncated(values, dtype):
 def rounded_twice(values, dtype):
     """Round to one bit more than the dtype has before the last rounding."""
     mantissa, exponent = np.frexp(values)
-    finer = 1 / verify.PRECISION[dtype].store * 2
+    finer = 1 / DTYPES[dtype].rounding * 2
     coarse = np.ldexp(np.rint(mantissa * finer) / finer, exponent)
     return verify.round_to(coarse, dtype)
 

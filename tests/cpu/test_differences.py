@@ -11,6 +11,7 @@ import cupycorr
 from cupycorr import Geometry, verify
 from cupycorr.cpu import engine as numpy_engine
 from cupycorr.cpu import l1 as numpy_differences
+from cupycorr.layer import DTYPES, Layer
 
 L1 = verify.numpy_engine("l1")
 SMALL_BLOCKS = {
@@ -42,7 +43,9 @@ def integers(rng, shape, geometry, maps=2):
 
 def tangent_of(shape, geometry, arrays, dtype="float64"):
     cost = np.empty(geometry.cost_shape(shape), dtype)
-    numpy_differences.tangent(*(a.astype(dtype) for a in arrays), cost, geometry)
+    names = "fmap1", "fmap2", "tangent1", "tangent2"
+    given = {name: a.astype(dtype) for name, a in zip(names, arrays, strict=True)}
+    numpy_engine.run("tangent", given | {"cost": cost}, Layer(geometry, "l1"))
     return cost
 
 
@@ -55,7 +58,7 @@ def test_definition_of_differences_agrees_with_the_literal_loops(name):
     assert errors(verify.check(engine, *CASES[name], "float64", oracle=oracle)) == []
 
 
-@pytest.mark.parametrize("dtype", verify.PRECISION)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_differences_agree_with_the_definition(name, dtype):
     checks = verify.check(L1, *CASES[name], dtype, oracle=verify.definition("l1"))
@@ -196,9 +199,10 @@ def test_differences_have_the_same_bits_on_any_number_of_threads(name, dtype, rn
     results = []
     for threads in (1, 3):
         cost, *grads = (np.empty_like(array) for array in (grad, fmap1, fmap2))
-        options = {"similarity": "l1", "threads": threads}
-        numpy_engine.forward(fmap1, fmap2, cost, geometry, **options)
-        numpy_engine.backward(grad, fmap1, fmap2, *grads, geometry, **options)
+        layer, maps = Layer(geometry, "l1"), {"fmap1": fmap1, "fmap2": fmap2}
+        numpy_engine.run("cost", maps | {"cost": cost}, layer, threads=threads)
+        upstream = {"grad_cost": grad, "grad_fmap1": grads[0], "grad_fmap2": grads[1]}
+        numpy_engine.run("grads", maps | upstream, layer, threads=threads)
         results.append([cost, *grads])
     assert [verify.difference(*both) for both in zip(*results, strict=True)] == [None] * 3
 

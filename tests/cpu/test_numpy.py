@@ -11,6 +11,7 @@ from strategies import cases, pairs
 import cupycorr
 from cupycorr import Geometry, verify
 from cupycorr.cpu import engine as numpy_engine
+from cupycorr.layer import DTYPES, Layer
 
 # Large enough for every strategy of the engine: matrix products over whole rows, over tiles, and
 # one multiplication per displacement; windows or not; several chunks of work.
@@ -83,7 +84,7 @@ def first_difference(shape, geometry, arrays, dtype):
 # The ladder.
 
 
-@pytest.mark.parametrize("dtype", verify.PRECISION)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_engine_agrees_with_the_literal_loops(name, dtype):
     shape, geometry = CASES[name]
@@ -312,8 +313,9 @@ def test_cost_volume_has_the_same_bits_on_any_number_of_threads(name, dtype, thr
     shape, geometry = LARGE[name]
     fmap1, fmap2 = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
     one, other = (np.empty(geometry.cost_shape(shape), dtype) for _ in range(2))
-    numpy_engine.forward(fmap1, fmap2, one, geometry, threads=1)
-    numpy_engine.forward(fmap1, fmap2, other, geometry, threads=threads)
+    for count, cost in ((1, one), (threads, other)):
+        arrays = {"fmap1": fmap1, "fmap2": fmap2, "cost": cost}
+        numpy_engine.run("cost", arrays, Layer(geometry), threads=count)
     assert not verify.difference(other, one)
 
 
@@ -322,10 +324,12 @@ def test_cost_volume_has_the_same_bits_on_any_number_of_threads(name, dtype, thr
 def test_gradients_have_the_same_bits_on_any_number_of_threads(name, dtype, threads, rng):
     shape, geometry = LARGE[name]
     cost_shape = geometry.cost_shape(shape)
-    arrays = [rng.standard_normal(s).astype(dtype) for s in (cost_shape, shape, shape)]
+    shapes = {"grad_cost": cost_shape, "fmap1": shape, "fmap2": shape}
+    arrays = {name: rng.standard_normal(s).astype(dtype) for name, s in shapes.items()}
     one, other = ([np.empty(shape, dtype) for _ in range(2)] for _ in range(2))
-    numpy_engine.backward(*arrays, *one, geometry, threads=1)
-    numpy_engine.backward(*arrays, *other, geometry, threads=threads)
+    for count, grads in ((1, one), (threads, other)):
+        results = dict(zip(("grad_fmap1", "grad_fmap2"), grads, strict=True))
+        numpy_engine.run("grads", arrays | results, Layer(geometry), threads=count)
     assert not verify.difference(other[0], one[0])
     assert not verify.difference(other[1], one[1])
 

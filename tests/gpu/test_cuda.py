@@ -7,6 +7,7 @@ from cases import CASES
 
 import cupycorr
 from cupycorr import Geometry, verify
+from cupycorr.layer import Layer
 
 pytestmark = pytest.mark.gpu
 
@@ -85,7 +86,9 @@ def test_the_tangent_of_absolute_differences_is_computed_right(cp, rng, dtype):
     shape, geometry = CASES[FEW[-2]]
     arrays = rng.integers(-2, 3, (4, *shape)).astype(dtype)
     tangent = cp.empty(geometry.cost_shape(shape), dtype)
-    cuda_engine.tangent(*map(cp.asarray, arrays), tangent, geometry)
+    names = "fmap1", "fmap2", "tangent1", "tangent2"
+    given = dict(zip(names, map(cp.asarray, arrays), strict=True))
+    cuda_engine.run("tangent", given | {"cost": tangent}, Layer(geometry, "l1"))
     assert_same(tangent, definition.differences_tangent(*arrays.astype(float), geometry))
 
 
@@ -94,7 +97,8 @@ def test_the_tangent_of_no_channels_is_zero(cp):
 
     one = cp.empty((2, 0, 5, 6), cp.float32)
     tangent = cp.ones(PATCH.cost_shape(one.shape), cp.float32)
-    cuda_engine.tangent(one, one, one, one, tangent, PATCH)
+    given = dict.fromkeys(("fmap1", "fmap2", "tangent1", "tangent2"), one)
+    cuda_engine.run("tangent", given | {"cost": tangent}, Layer(PATCH, "l1"))
     assert not tangent.get().any()
 
 
@@ -103,7 +107,7 @@ def test_warming_up_compiles_what_absolute_differences_need(cp, rng, monkeypatch
 
     one, two = map(cp.asarray, maps(rng))
     geometry = Geometry(patch_size=(3, 2))
-    assert cuda_engine.warm_up(geometry, one.shape, "float32", similarity="l1")
+    assert cuda_engine.warm_up(Layer(geometry, "l1"), one.shape, "float32")
     monkeypatch.setattr(cuda_engine, "_compile", lambda launch: pytest.fail(launch.kernel))
     cost = cupycorr.correlation(one, two, geometry, similarity="l1")
     cupycorr.correlation_vjp(cost, one, two, geometry, similarity="l1")
@@ -194,7 +198,8 @@ def test_more_than_2_to_the_31_elements_are_indexed_right(cp):
     cost = cp.empty(geometry.cost_shape(shape), fmap.dtype)
     for plain in (True, False):
         cost.fill(0)
-        cuda_engine.forward(fmap, fmap, cost, geometry, plain=plain)
+        arrays = {"fmap1": fmap, "fmap2": fmap, "cost": cost}
+        cuda_engine.run("cost", arrays, Layer(geometry), plain=plain)
         assert_same(cost[:, 0, 0], values**2.0)
 
 

@@ -17,6 +17,7 @@ from host import DEVICES, ORDERS, SM_75, SM_80, SM_90
 from cupycorr import Geometry, verify
 from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda import tiles as cuda_tiles
+from cupycorr.layer import DTYPES
 
 pytestmark = pytest.mark.skipif(host.unavailable() is not None, reason=str(host.unavailable()))
 
@@ -97,7 +98,7 @@ def rounding(engine, dtype):
         # 1.5 * (1 + k * unit) lies between two numbers where k is odd.
         ties = count // 2
         one[:ties] = 1.5 * 2.0 ** rng.integers(-10, 10, ties)
-        two[:ties] = 1 + rng.integers(0, 128, ties) * verify.PRECISION[dtype].store * 2
+        two[:ties] = 1 + rng.integers(0, 128, ties) * DTYPES[dtype].rounding * 2
         want = (one * two).astype(storage).astype(np.float64)
     shape = (1, 1, 64, count // 64)
     got = engine.forward(one.reshape(shape), two.reshape(shape), Geometry(), dtype, False)
@@ -295,7 +296,7 @@ def force(monkeypatch):
                     ),
                 )
 
-    clear = (cuda_plan.forward.cache_clear, cuda_plan.backward.cache_clear)
+    clear = (cuda_plan.plan.cache_clear,)
     for function in clear:
         function()
     yield force

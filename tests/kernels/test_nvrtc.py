@@ -15,6 +15,7 @@ from devices import DEVICES, LAYERS
 
 from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda import sources as cuda_sources
+from cupycorr.layer import Layer
 
 REASON = nvrtc.missing(*nvrtc.COMPILERS)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -48,16 +49,17 @@ class Case(NamedTuple):
     capability: int
 
 
-def launches(device, dtype, layer, similarity="product"):
+def launches(device, dtype, name, similarity="product"):
     """Return the launches of a layer, forward and backward, tiled and plain, and the tangent."""
-    shape, geometry = LAYERS[layer]
+    shape, geometry = LAYERS[name]
+    layer = Layer(geometry, similarity)
     plans = [
-        plan(geometry, shape, dtype, DEVICES[device], plain=plain, similarity=similarity)
-        for plan in (cuda_plan.forward, cuda_plan.backward)
-        for plain in ((False, True) if layer == "stride 3" else (False,))
+        cuda_plan.plan(results, layer, shape, dtype, DEVICES[device], plain=plain)
+        for results in (("cost",), ("grad_fmap1", "grad_fmap2"))
+        for plain in ((False, True) if name == "stride 3" else (False,))
     ]
-    if similarity == "l1" and layer == "stride 3":
-        plans.append(cuda_plan.tangent(geometry, shape, dtype, DEVICES[device]))
+    if similarity == "l1" and name == "stride 3":
+        plans.append(cuda_plan.plan(("cost",), layer, shape, dtype, DEVICES[device], tangent=True))
     return [launch for plan in plans for launch in plan.launches]
 
 

@@ -23,6 +23,7 @@ from devices import DEVICES
 
 from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda import sources as cuda_sources
+from cupycorr.layer import DTYPES, Layer
 from cupycorr.verify import Engine
 
 COMPILER = "g++"
@@ -135,7 +136,7 @@ def host_engine(
     order : {"ascending", "descending", "shuffled"}
         Of the threads of a block, between any two barriers.
     plain, aligned, similarity
-        As for `cuda_plan.forward`; without ``aligned`` arrays begin one element behind a
+        As for `cuda.plan.plan`; without ``aligned`` arrays begin one element behind a
         multiple of 256 bytes.
     mode : {"run", "trace", "sanitize"}
         What is watched, beside the results.
@@ -150,13 +151,13 @@ def host_engine(
     def forward(fmap1, fmap2, geometry, dtype, normalize):
         inputs = {"fmap1": fmap1, "fmap2": fmap2}
         outputs = {"cost": geometry.cost_shape(fmap1.shape)}
-        plan = partial(cuda_plan.forward, **kind)
+        plan = partial(plan_of, ("cost",), **kind)
         return compute(plan, device, inputs, outputs, geometry, dtype, normalize, **how)["cost"]
 
     def vjp(grad, fmap1, fmap2, geometry, dtype, normalize):
         inputs = {"grad_cost": grad, "fmap1": fmap1, "fmap2": fmap2}
         outputs = {"grad_fmap1": fmap1.shape, "grad_fmap2": fmap2.shape}
-        plan = partial(cuda_plan.backward, **kind)
+        plan = partial(plan_of, ("grad_fmap1", "grad_fmap2"), **kind)
         results = compute(plan, device, inputs, outputs, geometry, dtype, normalize, **how)
         return tuple(results.values())
 
@@ -167,7 +168,8 @@ def tangent(device, fmap1, fmap2, tangent1, tangent2, geometry, dtype, **how):
     """Return the derivative of absolute differences along tangents; ``how`` as for `compute`."""
     inputs = {"fmap1": fmap1, "fmap2": fmap2, "tangent1": tangent1, "tangent2": tangent2}
     outputs = {"cost": geometry.cost_shape(fmap1.shape)}
-    return compute(cuda_plan.tangent, device, inputs, outputs, geometry, dtype, **how)["cost"]
+    plan = partial(plan_of, ("cost",), similarity="l1", tangent=True)
+    return compute(plan, device, inputs, outputs, geometry, dtype, **how)["cost"]
 
 
 @np.errstate(invalid="ignore")  # NaN may be rounded to a narrower NaN
@@ -199,7 +201,7 @@ def compute(
             arrays[name].array[...] = inputs[name]
         elif 0 in shape:
             arrays[name].array[...] = 0
-    divisor = geometry.divisor(shape[1], normalize)
+    divisor = Layer(geometry, normalize=normalize).divisor(shape[1])
     at_once = cuda_plan.samples_at_once(geometry, shape, dtype)
     for start in range(0, 0 if 0 in shape else shape[0], max(1, at_once)):
         part = {name: whole.array[start : start + at_once] for name, whole in arrays.items()}
@@ -219,17 +221,22 @@ def launches(shape, geometry, dtype, device, *, plain=False, aligned=True, simil
         return []
     shape = (cuda_plan.samples_at_once(geometry, shape, dtype), *shape[1:])
     options = {"plain": plain, "aligned": aligned, "similarity": similarity}
-    plans = (cuda_plan.forward, cuda_plan.backward)
     return [
         launch
-        for plan in plans
-        for launch in plan(geometry, shape, dtype, device, **options).launches
+        for results in (("cost",), ("grad_fmap1", "grad_fmap2"))
+        for launch in plan_of(results, geometry, shape, dtype, device, **options).launches
     ]
+
+
+def plan_of(results, geometry, shape, dtype, device, *, similarity="product", **options):
+    """Plan the results of a layer."""
+    layer = Layer(geometry, similarity)
+    return cuda_plan.plan(results, layer, shape, dtype, device, **options)
 
 
 def run_plan(plan, arrays, dtype, divisor=1, *, order="ascending", mode="run", patch=None):
     """Run a plan's launches as the CUDA engine does."""
-    wide = np.dtype(cuda_plan.accumulator(dtype))
+    wide = np.dtype(DTYPES[dtype].accumulator)
     volume = None
     if plan.volume is not None:
         volume = _guarded(plan.volume, str(wide), True, mode)

@@ -33,6 +33,7 @@ from kernel_costs import (
 
 from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda.plan import Launch
+from cupycorr.layer import Layer
 
 README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
 TABLED = [layer for layer in LAYERS if layer != "stride 3"]
@@ -44,9 +45,9 @@ PASSES = {"forward": 0, "gradients": 2}  # number of gradients
 def launches(layer: str, gpu: str, which: str, similarity: str = "product") -> list[Launch]:
     """Return the launches of a pass."""
     shape, geometry = LAYERS[layer]
-    plan = cuda_plan.forward if which == "forward" else cuda_plan.backward
-    found = plan(geometry, shape, "float32", DEVICES[gpu], similarity=similarity)
-    return list(found.launches)
+    results = ("cost",) if which == "forward" else ("grad_fmap1", "grad_fmap2")
+    layer = Layer(geometry, similarity)
+    return list(cuda_plan.plan(results, layer, shape, "float32", DEVICES[gpu]).launches)
 
 
 def used(launch: Launch) -> list[str]:

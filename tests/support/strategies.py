@@ -30,7 +30,7 @@ def cases(draw):
     """Draw (shape of the maps, geometry), such that the window fits and the maps are small."""
     geometry = draw(geometries())
     sizes = []
-    for extent, padding in zip(geometry.window_extent, geometry.padding, strict=True):
+    for extent, padding in zip(geometry.taps_extent, geometry.padding, strict=True):
         least = max(0, extent - 2 * padding)
         sizes.append(draw(st.integers(least, least + 14)))
     return (draw(st.integers(0, 2)), draw(st.integers(0, 3)), *sizes), geometry

@@ -199,7 +199,7 @@ class TestTraces:
         wide = [m.astype(np.float64) for m in maps]
         want = cupycorr.correlation(*wide, GEOMETRY, normalize=True)
         most = cupycorr.correlation(*map(np.abs, wide), GEOMETRY, normalize=True)
-        terms = SHAPE[1] * GEOMETRY.window_taps
+        terms = SHAPE[1] * GEOMETRY.taps
         assert not verify.excess(got.astype(np.float64), want, most, terms, "float16")
 
     def test_an_error_in_it_is_caught(self, monkeypatch):
@@ -224,7 +224,7 @@ class TestNumbers:
         wide = [m.astype(np.float64) for m in maps]
         want = cupycorr.correlation(*wide, GEOMETRY, normalize=normalize)
         most = cupycorr.correlation(*map(np.abs, wide), GEOMETRY, normalize=normalize)
-        terms = SHAPE[1] * GEOMETRY.window_taps
+        terms = SHAPE[1] * GEOMETRY.taps
         assert not verify.excess(got.astype(np.float64), want, most, terms, dtype)
 
     def test_bfloat16_inside_a_model_is_exact_on_integers(self):

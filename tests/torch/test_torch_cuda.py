@@ -15,6 +15,7 @@ from cases import CASES
 
 import cupycorr
 from cupycorr import Geometry, verify
+from cupycorr.layer import DTYPES, Layer
 
 torch = pytest.importorskip("torch")
 
@@ -74,16 +75,14 @@ def calls(monkeypatch):
 
     from cupycorr.cuda import engine as cuda_engine
 
-    recorded = []
-    for name in ("forward", "backward"):
-        compute = getattr(cuda_engine, name)
+    recorded, run = [], cuda_engine.run
 
-        def record(*arrays, compute=compute, **options):
-            device, stream = cupy.cuda.Device().id, cupy.cuda.get_current_stream().ptr
-            recorded.append((device, stream, options["allocate"]))
-            compute(*arrays, **options)
+    def record(*arguments, **options):
+        device, stream = cupy.cuda.Device().id, cupy.cuda.get_current_stream().ptr
+        recorded.append((device, stream, options["allocate"]))
+        run(*arguments, **options)
 
-        monkeypatch.setattr(cuda_engine, name, record)
+    monkeypatch.setattr(cuda_engine, "run", record)
     return recorded
 
 
@@ -120,7 +119,7 @@ class TestTheBridge:
     @pytest.mark.parametrize(
         ("name", "dtype"),
         [
-            *(("FlowNetC", dtype) for dtype in verify.PRECISION),
+            *(("FlowNetC", dtype) for dtype in DTYPES),
             *(("window at the border", dtype) for dtype in ("bfloat16", "float32")),
             *((name, "float32") for name in ("no samples", "no channels")),
         ],
@@ -139,8 +138,8 @@ class TestTheBridge:
         def results(one, two, upstream):
             cost = cupycorr.correlation(one, two, WINDOW, similarity="l1")
             with torch.no_grad():
-                grads = torch.ops.cupycorr.l1_grads(one, two, upstream, *_fields(WINDOW), False)
-            tangent = torch.ops.cupycorr.l1_tangent(one, two, two, one, *_fields(WINDOW), False)
+                grads = torch.ops.cupycorr.l1_grads(one, two, upstream, *_fields(Layer(WINDOW)))
+            tangent = torch.ops.cupycorr.l1_tangent(one, two, two, one, *_fields(Layer(WINDOW)))
             return cost, *grads, *torch.autograd.grad(cost, (one, two), upstream), tangent
 
         from cupycorr.torch.operators import _fields
@@ -164,7 +163,7 @@ class TestTheBridge:
         for one, other in zip(torch.autograd.grad(got, there, upstream), wanted, strict=True):
             assert_same(one, other)
 
-    @pytest.mark.parametrize("dtype", verify.PRECISION)
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_an_array_has_the_memory_of_its_tensor_and_keeps_it(self, tensors, dtype):
         from cupycorr.torch import memory as torch_cuda
 
@@ -208,7 +207,7 @@ class TestTheBridge:
 
 @pytest.mark.gpu
 class TestOnADevice:
-    @pytest.mark.parametrize("dtype", verify.PRECISION)
+    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("name", FEW)
     def test_results_and_gradients_are_right(self, cuda, name, dtype):
         shape, geometry = CASES[name]
@@ -286,7 +285,7 @@ class TestOnADevice:
 
         torch.library.opcheck(
             torch.ops.cupycorr.cost.default,
-            (*maps(cuda, requires_grad=True), *_fields(GEOMETRY), False),
+            (*maps(cuda, requires_grad=True), *_fields(Layer(GEOMETRY))),
         )
 
     def test_checkpoints_inference_mode_and_determinism(self, cuda):
@@ -345,21 +344,14 @@ def bridge(monkeypatch):
 
     cupy, notes = Cupy(), []
 
-    def note(compute):
-        def engine(*arguments, dtype, allocate, **options):
-            notes.append((list(cupy.now), dtype, arguments, allocate))
-            # uint16 is what the NumPy engine takes for bfloat16.
-            arrays = (
-                a.view(np.uint16) if isinstance(a, np.ndarray) and dtype == "bfloat16" else a
-                for a in arguments
-            )
-            compute(*arrays, **options)
+    def run(what, arrays, layer, *, dtype, allocate):
+        notes.append((list(cupy.now), dtype, arrays, allocate))
+        # uint16 is what the NumPy engine takes for bfloat16.
+        if dtype == "bfloat16":
+            arrays = {name: array.view(np.uint16) for name, array in arrays.items()}
+        numpy_engine.run(what, arrays, layer)
 
-        return engine
-
-    engine = types.SimpleNamespace(
-        forward=note(numpy_engine.forward), backward=note(numpy_engine.backward)
-    )
+    engine = types.SimpleNamespace(run=run)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(torch_cuda, "_engine", lambda: engine)
     monkeypatch.setattr(
@@ -375,25 +367,35 @@ class TestTheBridgeWithoutADevice:
         torch_cuda, notes = bridge
         one, two = maps("cpu", dtype=dtype)
         cost = torch.empty(GEOMETRY.cost_shape(SHAPE), dtype=dtype)
-        torch_cuda.forward(one, two, cost, GEOMETRY)
-        grads = torch.empty_like(one), torch.empty_like(two)
-        torch_cuda.backward(cost, one, two, *grads, GEOMETRY)
+        arrays = {"fmap1": one, "fmap2": two, "cost": cost}
+        torch_cuda.run("cost", arrays, Layer(GEOMETRY))
+        grads = {"grad_fmap1": torch.empty_like(one), "grad_fmap2": torch.empty_like(two)}
+        upstream = {"fmap1": one, "fmap2": two, "grad_cost": cost}
+        torch_cuda.run("grads", upstream | grads, Layer(GEOMETRY))
         assert_same(cost, cupycorr.correlation(one, two, GEOMETRY))
         (_, name, arrays, _), _ = notes
         assert name == str(dtype).removeprefix("torch.")
-        pointers = [array.ctypes.data for array in arrays[:3]]
+        pointers = [array.ctypes.data for array in arrays.values()]
         assert pointers == [t.data_ptr() for t in (one, two, cost)]
 
     def test_device_and_stream_are_current_while_it_computes(self, bridge):
         torch_cuda, notes = bridge
         one, two = maps("cpu")
-        torch_cuda.forward(one, two, torch.empty(GEOMETRY.cost_shape(SHAPE)), GEOMETRY)
+        torch_cuda.run(
+            "cost",
+            {"fmap1": one, "fmap2": two, "cost": torch.empty(GEOMETRY.cost_shape(SHAPE))},
+            Layer(GEOMETRY),
+        )
         assert notes[0][0] == ["torch's device cpu", "device None", "stream (0, 77)"]
 
     def test_workspace_is_torchs(self, bridge, monkeypatch):
         torch_cuda, notes = bridge
         one, two = maps("cpu")
-        torch_cuda.forward(one, two, torch.empty(GEOMETRY.cost_shape(SHAPE)), GEOMETRY)
+        torch_cuda.run(
+            "cost",
+            {"fmap1": one, "fmap2": two, "cost": torch.empty(GEOMETRY.cost_shape(SHAPE))},
+            Layer(GEOMETRY),
+        )
         made, empty = [], torch.Tensor.new_empty
         monkeypatch.setattr(
             torch.Tensor, "new_empty", lambda *a, **o: made.append(empty(*a, **o)) or made[-1]
@@ -412,7 +414,7 @@ class TestTheBridgeWithoutADevice:
         else:
             one.requires_grad_()
         cost = torch.empty(GEOMETRY.cost_shape(SHAPE))
-        torch_cuda.forward(one, two, cost, GEOMETRY)
+        torch_cuda.run("cost", {"fmap1": one, "fmap2": two, "cost": cost}, Layer(GEOMETRY))
         assert_same(cost, want)
 
 
@@ -420,7 +422,7 @@ def test_cuda_tensors_without_cupy_are_one_clear_error(monkeypatch):
     from cupycorr.torch import memory as torch_cuda
 
     monkeypatch.setitem(sys.modules, "cupycorr.cuda.engine", None)
-    monkeypatch.delattr(cupycorr, "cuda_engine", raising=False)
+    monkeypatch.delattr("cupycorr.cuda.engine", raising=False)
     with pytest.raises(
         RuntimeError, match=r"CuPy must be there .* pip install 'cupycorr\[cuda12\]'"
     ):
