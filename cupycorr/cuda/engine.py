@@ -1,8 +1,8 @@
 """The cost volume and its gradients on CUDA devices.
 
-A plan (`cuda_plan`) lists launches; here their sources are compiled at run time by NVRTC through
-`cupy.RawModule`, kept, and launched on the current stream of the arrays' device. Nothing here
-waits for the device.
+A plan (`cuda.plan`) lists launches. Here their sources are compiled at run time by NVRTC through
+`cupy.RawModule`, kept, and launched on the current stream. Nothing here waits for the device. A
+second call of the same layer on the same shapes finds its launches by one look-up (`_prepared`).
 
 The engine trusts its arguments: contiguous CuPy arrays of one dtype on one device.
 """
@@ -17,19 +17,18 @@ from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
-import numpy.typing as npt
 
 from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda.cost import Device
-from cupycorr.cuda.plan import Launch, Plan, Shape
+from cupycorr.cuda.plan import Launch, Shape
 from cupycorr.cuda.sources import source
 from cupycorr.layer import DTYPES, Layer
 
 Allocate = Callable[[Shape, str], Any]
 
-# C++17 is not CuPy's default. No fast-math: a sum must not depend on what is nearly equal.
+# C++17 is not CuPy's default. No fast-math: the bound of `verify` assumes IEEE arithmetic (CuPy's
+# -ftz aside).
 OPTIONS = ("-std=c++17",)
-_SUM = {"float32": np.float32, "float64": np.float64}
 ALIGNMENT = 16  # bytes, of arrays that are read and written several elements at a time
 
 RESULTS = {"cost": ("cost",), "tangent": ("cost",), "grads": ("grad_fmap1", "grad_fmap2")}
@@ -60,7 +59,7 @@ def run(
     dtype: str | None = None,
     allocate: Allocate | None = None,
 ) -> None:
-    """Compute a layer's result into arrays; nothing waits for the device.
+    """Compute a layer's result into arrays of the current device, on its current stream.
 
     Parameters
     ----------
@@ -95,17 +94,62 @@ def run(
             given[name].fill(0)
         return
     dtype = str(fmap1.dtype) if dtype is None else dtype
-    device, tangent = device_of(fmap1.device.id), what == "tangent"
     aligned = all(array.data.ptr % ALIGNMENT == 0 for array in given.values())
-    at_once = cuda_plan.samples_at_once(layer.geometry, fmap1.shape, dtype)
+    how = (results, layer, dtype, fmap1.device.id, what == "tangent", aligned, plain)
+    ready = _prepared(fmap1.shape, *how)
+    at_once, part = ready.samples, given
     for start in range(0, len(fmap1), at_once):
-        part = {name: array[start : start + at_once] for name, array in given.items()}
-        plan = cuda_plan.plan(
-            results, layer, part["fmap1"].shape, dtype, device,
-            tangent=tangent, aligned=aligned, plain=plain,
+        if at_once < len(fmap1):
+            part = {name: array[start : start + at_once] for name, array in given.items()}
+            ready = _prepared(part["fmap1"].shape, *how)
+        if ready.volume is not None:
+            volume = (allocate or cupy.empty)(ready.volume, DTYPES[dtype].accumulator)
+            part = part | {"volume": volume}
+        for function, grid, block, names, constants, shared_bytes in ready.launches:
+            operands = *[part[name] for name in names], *constants
+            function(grid, block, operands, shared_mem=shared_bytes)
+
+
+class _Ready(NamedTuple):
+    """A plan whose kernels are loaded."""
+
+    samples: int
+    """Samples at a time; the launches are for no more."""
+    volume: Shape | None
+    """Shape of the workspace "volume", if there is one."""
+    launches: tuple[tuple[Any, tuple[int], tuple[int], tuple[str, ...], tuple[Any, Any], int], ...]
+    """Function, grid, block, names of arrays, sizes and scale, bytes of shared memory."""
+
+
+@lru_cache(maxsize=1024)
+def _prepared(
+    shape: Shape,
+    results: tuple[str, ...],
+    layer: Layer,
+    dtype: str,
+    number: int,
+    tangent: bool,
+    aligned: bool,
+    plain: bool,
+) -> _Ready:
+    """Plan a layer's results on the current device, and load the kernels."""
+    samples = cuda_plan.samples_at_once(layer.geometry, shape, dtype)
+    plan = cuda_plan.plan(
+        results, layer, (samples, *shape[1:]), dtype, device_of(number),
+        tangent=tangent, aligned=aligned, plain=plain,
+    )  # fmt: skip
+    scalar = np.dtype(DTYPES[dtype].accumulator).type
+    launches = []
+    for launch in plan.launches:
+        names, values = zip(*launch.sizes, strict=True)
+        # CuPy passes a structured array of one element by value.
+        sizes = np.array([values], [(name, np.int32) for name in names])
+        scale = scalar(1 / layer.divisor(shape[1]) if launch.scaled else 1)
+        launches.append(
+            (_function(launch), (launch.blocks,), (launch.threads,), launch.arrays, (sizes, scale),
+             launch.shared_bytes)
         )  # fmt: skip
-        divisor = layer.divisor(fmap1.shape[1])
-        _launch(plan, part, DTYPES[dtype].accumulator, divisor, allocate or cupy.empty)
+    return _Ready(samples, plan.volume, tuple(launches))
 
 
 def warm_up(layer: Layer, shape: Shape, dtype: str) -> list[Compiled]:
@@ -155,30 +199,6 @@ def device_of(number: int) -> Device:
         shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
         shared_bytes_of_multiprocessor=attributes["MaxSharedMemoryPerMultiprocessor"],
     )
-
-
-def _launch(
-    plan: Plan, arrays: dict[str, Any], accumulator: str, divisor: int, allocate: Allocate
-) -> None:
-    """Launch on the current stream of the arrays' device."""
-    with arrays["fmap1"].device:
-        if plan.volume is not None:
-            arrays = {**arrays, "volume": allocate(plan.volume, accumulator)}
-        for launch in plan.launches:
-            scale = _SUM[accumulator](1 / divisor if launch.scaled else 1)
-            operands = (arrays[name] for name in launch.arrays)
-            _function(launch)(
-                (launch.blocks,),
-                (launch.threads,),
-                (*operands, _struct(launch.sizes), scale),
-                shared_mem=launch.shared_bytes,
-            )
-
-
-@lru_cache(maxsize=1024)
-def _struct(fields: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Return a struct of 32-bit integers, as CuPy passes it by value."""
-    return np.array([fields], [(f"field{i}", np.int32) for i in range(len(fields))])
 
 
 def _function(launch: Launch) -> Any:

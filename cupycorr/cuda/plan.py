@@ -8,7 +8,6 @@ means. Every launch is checked against the limits of the device that it is plann
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -39,8 +38,8 @@ class Launch(NamedTuple):
     """Dynamic shared memory of a block."""
     arrays: tuple[str, ...]
     """The arrays that it is given, by name, the one that it writes last."""
-    sizes: tuple[int, ...]
-    """The fields of its ``Sizes``, 32-bit integers."""
+    sizes: tuple[tuple[str, int], ...]
+    """The fields of its ``Sizes`` in their order, 32-bit integers, by name."""
     scaled: bool = True
     """Whether it multiplies by the caller's scale, or by 1."""
 
@@ -62,7 +61,6 @@ def samples_at_once(geometry: Geometry, shape: Shape, dtype: str) -> int:
     return max(1, min(shape[0], WORKSPACE_BYTES // bytes_per_sample))
 
 
-@lru_cache(maxsize=512)
 def plan(
     results: tuple[str, ...],
     layer: Layer,
@@ -158,7 +156,7 @@ def _types(dtype: str, **more: str) -> Constants:
     return tuple((name, DTYPES[kind].in_kernels) for name, kind in names.items())
 
 
-def _pairs(**pairs: tuple[int, int]) -> Constants:
+def _pairs(**pairs: tuple[int, int]) -> tuple[tuple[str, int], ...]:
     return tuple(
         (f"{name}_{axis}", value)
         for name, pair in pairs.items()
@@ -175,7 +173,6 @@ def _plain(kernel: str, layer: Layer, shape: Shape, dtype: str, arrays: tuple[st
     geometry = layer.geometry
     cost_shape = geometry.cost_shape(shape)
     outputs = prod(cost_shape if arrays[-1] == "cost" else shape)
-    fields = (getattr(geometry, name) for name in Axis._fields)
     return Launch(
         "plain.cu",
         kernel,
@@ -189,7 +186,19 @@ def _plain(kernel: str, layer: Layer, shape: Shape, dtype: str, arrays: tuple[st
         THREADS,
         0,
         arrays,
-        (*shape, *cost_shape[3:], *(value for pair in fields for value in pair)),
+        (
+            *zip(("samples", "channels", "height", "width"), shape, strict=True),
+            *zip(("cost_height", "cost_width"), cost_shape[3:], strict=True),
+            *_pairs(
+                kernel=geometry.kernel_size,
+                patch=geometry.patch_size,
+                stride=geometry.stride,
+                padding=geometry.padding,
+                dilation=geometry.dilation,
+                spacing=geometry.dilation_patch,
+                first=geometry.first_displacement,
+            ),
+        ),
     )
 
 
@@ -219,7 +228,12 @@ def _window(
         THREADS,
         0,
         arrays,
-        (samples, patch_y * patch_x, *cost_size, *volume_shape[3:]),
+        (
+            ("samples", samples),
+            ("displacements", patch_y * patch_x),
+            *zip(("cost_height", "cost_width"), cost_size, strict=True),
+            *zip(("lattice_height", "lattice_width"), volume_shape[3:], strict=True),
+        ),
     )
 
 
@@ -292,7 +306,11 @@ def _product(
         tile.threads,
         tile.shared_bytes,
         ("fmap1", "fmap2", "cost" if geometry.taps == 1 else "volume"),
-        (*shape[1:], lattice_height, lattice_width, *origin, *first, blocks_y, blocks_x),
+        (
+            *zip(("channels", "height", "width"), shape[1:], strict=True),
+            *(("lattice_height", lattice_height), ("lattice_width", lattice_width)),
+            *_pairs(origin=origin, first=first, blocks=(blocks_y, blocks_x)),
+        ),
         scaled=geometry.taps == 1,
     )
 
@@ -367,17 +385,19 @@ def _gradient(
         tile.shared_bytes,
         ("grad_cost" if geometry.taps == 1 else "volume", "fmap1", "fmap2", f"grad_fmap{which}"),
         (
-            *shape[1:],
-            *lattice,
-            -geometry.padding[0],
-            -geometry.padding[1],
-            *(value for field in ("target", "number", "shift", "first")
-              for value in (getattr(y, field), getattr(x, field))),
-            blocks_y,
-            blocks_x,
-            blocks_c,
+            *zip(("channels", "height", "width"), shape[1:], strict=True),
+            *zip(("lattice_height", "lattice_width"), lattice, strict=True),
+            *_pairs(
+                origin=_pair(-axis.padding for axis in (geometry.y, geometry.x)),
+                target=(y.target, x.target),
+                targets=(y.number, x.number),
+                shift=(y.shift, x.shift),
+                first=(y.first, x.first),
+                blocks=(blocks_y, blocks_x),
+            ),
+            ("blocks_c", blocks_c),
         ),
-    )  # fmt: skip
+    )
 
 
 class _Targets(NamedTuple):

@@ -208,13 +208,13 @@ def test_work_is_queued_on_the_current_stream_of_the_arrays_device(cp, rng, monk
 
     one, two = map(cp.asarray, maps(rng))
     streams = []
-    function = cuda_engine._function
+    prepared = cuda_engine._prepared
 
-    def spy(launch):
+    def spy(*arguments):
         streams.append(cp.cuda.get_current_stream().ptr)
-        return function(launch)
+        return prepared(*arguments)
 
-    monkeypatch.setattr(cuda_engine, "_function", spy)
+    monkeypatch.setattr(cuda_engine, "_prepared", spy)
     with cp.cuda.Stream(non_blocking=True) as stream:
         cost = cupycorr.correlation(one, two, PATCH)
         stream.synchronize()
@@ -298,6 +298,7 @@ def test_a_source_that_does_not_compile_is_one_clear_error(cp, monkeypatch):
     one = cp.ones((1, 1, 4, 4), cp.float32)
     monkeypatch.setattr(cuda_engine, "source", lambda launch: "this is not CUDA C")
     monkeypatch.setattr(cuda_engine, "_functions", {})
+    cuda_engine._prepared.cache_clear()
     with pytest.raises(RuntimeError, match=r"product\.cu must compile for sm_\d+, got from NVRTC"):
         cupycorr.correlation(one, one, PATCH)
 

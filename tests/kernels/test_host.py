@@ -15,7 +15,6 @@ from cases import CASES
 from host import DEVICES, ORDERS, SM_75, SM_80, SM_90
 
 from cupycorr import Geometry, verify
-from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda import tiles as cuda_tiles
 from cupycorr.layer import DTYPES
 
@@ -296,12 +295,7 @@ def force(monkeypatch):
                     ),
                 )
 
-    clear = (cuda_plan.plan.cache_clear,)
-    for function in clear:
-        function()
-    yield force
-    for function in clear:
-        function()
+    return force
 
 
 def most(value):

@@ -259,7 +259,7 @@ def run(library, launch, arrays, scale, *, order="ascending", log="none"):
         raise ValueError("arrays must be contiguous")
     values = [
         *(np.array(array.ctypes.data, np.uintp) for array in used),
-        np.array(launch.sizes, np.int32),
+        np.array([value for _, value in launch.sizes], np.int32),
         np.array(scale),
     ]
     arguments = (_Bytes * len(values))(*((v.ctypes.data, v.nbytes) for v in values))

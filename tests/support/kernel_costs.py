@@ -206,7 +206,7 @@ def counts(launch: Launch, channels: int) -> Counts:
     if tile.is_product:
         rounds = ceil(channels / tile.chunk)
         busy = tile.lanes * tile.strips
-        blocks_y = launch.sizes[-2]
+        blocks_y = dict(launch.sizes)["blocks_y"]
         some = [_product_accesses(tile, block) for block in range(min(blocks_y, 6))]
         accesses = [
             sum(one) * channels / tile.channel_groups / len(some) for one in zip(*some, strict=True)

@@ -1,0 +1,42 @@
+"""The sizes that a launch passes are the fields of its kernel's struct, in their order."""
+
+import re
+
+import host
+import pytest
+from cases import CASES
+from host import DEVICES
+
+from cupycorr.cuda.sources import _read
+
+KERNELS = ("plain.cu", "product.cu", "product_adjoint.cu", "window.cu")
+
+
+def fields(text):
+    """Return the names of the ints that `struct Sizes` of a source declares."""
+    body = re.search(r"struct Sizes \{(.*?)\};", text, re.DOTALL)[1]
+    body = re.sub(r"//.*", "", body)
+    return [name for declared in re.findall(r"int ([^;]+);", body)
+            for name in re.split(r",\s*", declared.strip())]  # fmt: skip
+
+
+def launches():
+    """Return a launch of each source."""
+    found = {}
+    for shape, geometry in CASES.values():
+        for plain in (False, True):
+            for launch in host.launches(shape, geometry, "float32", DEVICES["sm_80"], plain=plain):
+                found.setdefault(launch.source, launch)
+    return found
+
+
+@pytest.mark.parametrize("source", KERNELS)
+def test_sizes_are_named_as_the_struct_names_them(source):
+    assert [name for name, _ in launches()[source].sizes] == fields(_read(source))
+
+
+def test_a_field_that_moved_is_caught():
+    text = _read("product.cu").replace(
+        "int channels, height, width;", "int height, channels, width;"
+    )
+    assert [name for name, _ in launches()["product.cu"].sizes] != fields(text)
