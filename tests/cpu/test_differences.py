@@ -79,7 +79,7 @@ def test_differences_agree_with_the_definition_on_any_small_case(case):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", [pytest.param("FlowNetC", marks=pytest.mark.slow), *[*LARGE][1:]])
 def test_differences_of_large_maps_agree_with_the_definition(name, dtype):
     checks = verify.check(L1, *LARGE[name], dtype, oracle=verify.definition("l1"))
     assert errors(checks) == []
@@ -170,10 +170,13 @@ def test_gradients_that_are_not_needed_are_none_and_change_no_other(needs, rng):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["grad_cost", "fmap1", "fmap2"])
-@pytest.mark.parametrize("name", [*CASES, *LARGE])
+@pytest.mark.parametrize(
+    "name",
+    [*CASES, *[*LARGE][1:], pytest.param("FlowNetC", marks=pytest.mark.slow, id="FlowNetC, large")],
+)
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_value_that_is_not_finite_reaches_only_what_its_taps_touch(name, which, value, rng):
-    shape, geometry = {**CASES, **LARGE}[name]
+    shape, geometry = (CASES | LARGE)[name]
     arrays = integers(rng, shape, geometry)
     flat = arrays[which].reshape(-1)
     if flat.size:

@@ -14,6 +14,7 @@ from torch.export import Dim, export  # noqa: E402
 from cupycorr import SpatialCorrelationSampler  # noqa: E402
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs g++"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]

@@ -15,6 +15,7 @@ if not torch.distributed.is_available():
 
 from distributed_checks import CHECKS  # noqa: E402
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -63,6 +63,7 @@ def test_every_parameter_and_image_has_a_gradient(net, images):
     assert all(grad.isfinite().all() and grad.any() for grad in grads)
 
 
+@pytest.mark.slow
 def test_a_network_compiles_to_one_graph(net, images):
     torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")

@@ -108,6 +108,7 @@ class TestCompile:
             result.backward()
         assert not difference([m.grad for m in maps], want)
 
+    @pytest.mark.slow
     def test_the_first_call_of_a_process_may_be_compiled(self):
         program = (
             "import torch, cupycorr; fmap = torch.ones(1, 2, 3, 4);"
@@ -121,12 +122,14 @@ class TestCompile:
         )
         assert done.stdout == "torch.Size([1, 3, 3, 3, 4])\n", done.stderr
 
+    @pytest.mark.slow
     @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
     def test_inductor_generates_code_for_both_passes(self, compiled):
         maps = pair(dtype="float32", differentiable=True)
         got = torch.autograd.grad(compiled(cubes, backend="inductor")(*maps), maps)
         assert not difference(got, torch.autograd.grad(cubes(*maps), maps))
 
+    @pytest.mark.slow
     @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
     def test_inductor_takes_other_sizes_without_compiling_again(self, compiled):
         function = compiled(cubes, backend="inductor", dynamic=True)
