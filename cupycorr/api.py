@@ -181,11 +181,13 @@ def correlate(
     """Check two maps, which the caller knows by ``names``, and dispatch; see `correlation`."""
     library = _library(names, (fmap1, fmap2))
     if library == "torch":
-        from cupycorr.torch import operators
+        from cupycorr.torch import derivatives, operators
 
         fmap1, fmap2 = operators.autocast(fmap1, fmap2)
         _check(names, (fmap1, fmap2), layer.geometry)
-        return operators.cost(fmap1, fmap2, layer)
+        operators.check(fmap1, fmap2)
+        operator = derivatives.OF_L1_COST if layer.l1 else derivatives.OF_COST
+        return derivatives.derive(operator, layer, fmap1, fmap2)[0]
     shapes = {"cost": _check(names, (fmap1, fmap2), layer.geometry)}
     inputs = {"fmap1": fmap1, "fmap2": fmap2}
     return (_on_device if library == "cupy" else _on_cpu)("cost", inputs, shapes, layer)["cost"]

@@ -12,7 +12,20 @@ from cupycorr.geometry import Axis, Geometry, IntOrPair
 from cupycorr.layer import Layer
 
 PARAMETERS = Axis._fields[:-1]
-"""The parameters of the module, and its attributes."""
+"""The parameters of the module."""
+
+
+def _parameter(name: str) -> Any:
+    """Return a read-only attribute of a module: what its layer computes with."""
+
+    def get(self: SpatialCorrelationSampler) -> IntOrPair:
+        y, x = getattr(self.layer.geometry, name)
+        return y if y == x else (y, x)
+
+    def refuse(self: SpatialCorrelationSampler, value: object) -> None:
+        raise AttributeError(f"{name} must not be changed, got {value!r}; make another module")
+
+    return property(get, refuse, doc=f"{name}: int or (int, int), read-only.")
 
 
 class SpatialCorrelationSampler(torch.nn.Module):
@@ -42,7 +55,7 @@ class SpatialCorrelationSampler(torch.nn.Module):
 
     Notes
     -----
-    Under torch.autocast the maps are cast to the dtype of the region: 16 bits in, 16 bits out,
+    The parameters are read-only attributes. Under torch.autocast the maps are cast to the dtype of the region: 16 bits in, 16 bits out,
     with sums accumulated in float32 and rounded once.
     """
 
@@ -61,19 +74,10 @@ class SpatialCorrelationSampler(torch.nn.Module):
 
     @property
     def geometry(self) -> Geometry:
-        """The geometry; like the parameters, it cannot be changed."""
+        """The geometry, read-only."""
         return self.layer.geometry
 
-    def __getattr__(self, name: str) -> Any:
-        if name in PARAMETERS:
-            y, x = getattr(self.layer.geometry, name)
-            return y if y == x else (y, x)
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in PARAMETERS:
-            raise AttributeError(f"{name} must not be changed; make another module")
-        super().__setattr__(name, value)
+    kernel_size, patch_size, stride, padding, dilation, dilation_patch = map(_parameter, PARAMETERS)
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         """Compute the cost volume of two feature maps.
@@ -98,8 +102,9 @@ class SpatialCorrelationSampler(torch.nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a pickled module, spatial-correlation-sampler's as well."""
-        parameters = {name: state.pop(name) for name in PARAMETERS if name in state}
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        parameters = {name: state[name] for name in PARAMETERS if name in state}
+        others = {name: value for name, value in state.items() if name not in parameters}
+        super().__setstate__(others)  # type: ignore[no-untyped-call]
         if "layer" not in state:
             self.layer = Layer(Geometry(**parameters))
 

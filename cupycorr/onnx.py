@@ -3,30 +3,29 @@
 An exported model needs neither cupycorr nor a custom operator where it runs. Its cost volume is
 one batched matrix product, however many displacements there are, of the maps cut into tiles::
 
-    fmap1 (N, groups, tile_y * tile_x, C)      lattice positions of one residue class
+    fmap1 (N, groups, tile_y * tile_x, C)      lattice positions of one phase
     fmap2 (N, groups, C, reach_y * reach_x)    all positions that these meet
 
 A group's product holds, for each position of a tile, the terms of every displacement beside those
 of pairs that do not meet. An index, the sum of a vertical and a horizontal part, picks the terms of
 the cost volume. One more pixel, and one more group that holds it alone, give the zeros of terms
-outside the maps. Windows are summed tap by tap, last.
+outside the maps. The taps are summed last, one by one.
 
 Sizes that a model leaves open are computed when it runs, by the same formulas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from onnxscript import evaluator, ir
+from onnxscript import ir
 from onnxscript import opset18 as op
-from torch.onnx.symbolic_helper import parse_args
 
-import cupycorr.torch.operators  # noqa: F401 - defines the operators
+import cupycorr.torch  # noqa: F401 - defines the operators
 from cupycorr.geometry import Axis, Geometry
 from cupycorr.layer import Layer
 
@@ -47,77 +46,11 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {torch.ops.cupycorr.cost.default: _cost}
 
 
-def register_symbolic() -> None:
-    """Teach ``torch.onnx.export(..., dynamo=False)`` cupycorr's operator, from now on.
-
-    That is torch's older exporter, of TorchScript traces, for runtimes that need an opset below 18:
-    ``opset_version`` may be 16 or more. Calling this again changes nothing.
-
-    Notes
-    -----
-    As for `translation_table`. Sizes stay open that ``dynamic_axes`` names.
-    """
-    torch.onnx.register_custom_op_symbolic(  # type: ignore[attr-defined]
-        "cupycorr::cost", _traced_cost, OLDEST_OPSET
-    )
-
-
-OLDEST_OPSET = 16
-"""The first that has all operators that are used here, for all dtypes."""
-
-
 def _cost(fmap1: Any, fmap2: Any, *arguments: Any) -> Any:
-    """Translate ``cupycorr::cost`` of an exported program."""
-    return _translate(fmap1, fmap2, fmap1.shape, fmap1.dtype.bitwidth, arguments)
-
-
-@parse_args("v", "v", "is", "is", "is", "is", "is", "is", "is", "b")
-def _traced_cost(
-    graph: Any,
-    fmap1: Any,
-    fmap2: Any,
-    kernel_size: list[int],
-    patch_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    dilation_patch: list[int],
-    first_displacement: list[int],
-    normalize: bool,
-) -> Any:
-    """Translate ``cupycorr::cost`` of a TorchScript trace."""
-    known = fmap1.type()
-    shape, bits = known.varyingSizes() or [None] * 4, known.dtype().itemsize * 8
-    fields = kernel_size, patch_size, stride, padding, dilation, dilation_patch, first_displacement
-    with evaluator.default_as(_Recorder(graph)):  # type: ignore[arg-type]
-        return _translate(fmap1, fmap2, shape, bits, (*fields, normalize))
-
-
-class _Recorder:
-    """Adds the operators that are called to a TorchScript graph."""
-
-    def __init__(self, graph: Any) -> None:
-        self._graph = graph
-
-    def eval_op(self, called: Any, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
-        # The graph knows an attribute's type by the end of its name.
-        typed: dict[str, Any] = {}
-        for name, value in attributes.items():
-            if isinstance(value, str):
-                typed[f"{name}_s"] = value
-            elif isinstance(value, ir.TensorProtocol):
-                typed[f"{name}_t"] = torch.from_numpy(value.numpy())
-            else:
-                typed[f"{name}_i"] = value
-        return self._graph.op(called.name, *inputs, **typed)
-
-
-def _translate(
-    fmap1: Any, fmap2: Any, shape: Sequence[Any], bits: int, arguments: Sequence[Any]
-) -> Any:
-    """Return the cost volume of two maps of a shape, partly open, and a dtype of so many bits."""
+    """Translate ``cupycorr::cost``; sizes of the maps may be open."""
     *fields, normalize = arguments
     geometry = Geometry(*map(tuple, fields))
+    shape, bits = fmap1.shape, fmap1.dtype.bitwidth
     _, channels, height, width = (_size(fmap1, dim, size) for dim, size in enumerate(shape))
     wide = bits > 16
     one, two = (fmap if wide else op.Cast(fmap, to=_FLOAT) for fmap in (fmap1, fmap2))
@@ -137,8 +70,8 @@ def _translate(
         met = op.Transpose(met, perm=[0, 1, 3, 2])
     products = op.MatMul(tiles, met)
     cost = _pick(products, y, x)
-    cost = _sum_window(cost, geometry.y, height, dim=3)
-    cost = _sum_window(cost, geometry.x, width, dim=4)
+    cost = _sum_taps(cost, geometry.y, height, dim=3)
+    cost = _sum_taps(cost, geometry.x, width, dim=4)
     if normalize:
         cost = op.Div(cost, op.CastLike(_value(_divisor(geometry, channels)), cost))
     return cost if wide else op.CastLike(cost, fmap1)
@@ -169,42 +102,42 @@ class _Tiles(NamedTuple):
 
     @classmethod
     def of(cls, axis: Axis, size: Any, tile: int) -> _Tiles:
-        """Split an axis into residue classes, as `Axis.lattices` does, and these into tiles."""
+        """Split an axis into phases, as `lattice.lattices` does, and these into tiles."""
         step, spacing = axis.lattice_step, axis.dilation_patch
-        lattice_classes, patch_classes = axis.phases
-        period = step * lattice_classes
+        lattice_phases, patch_phases = axis.phases
+        period = step * lattice_phases
         reach = _reach(axis, tile)
         count = axis.lattice_size(axis.output_size(size))
-        tiles = (count + (lattice_classes * tile - 1)) // (lattice_classes * tile)
-        groups = tiles * (lattice_classes * patch_classes)
+        tiles = (count + (lattice_phases * tile - 1)) // (lattice_phases * tile)
+        groups = tiles * (lattice_phases * patch_phases)
 
-        # Groups are numbered by tile, class of positions and class of displacements.
+        # Groups are numbered by tile, phase of positions and phase of displacements.
         number = _range(groups)[:, None]
-        residue = number // patch_classes % lattice_classes
-        first = number // (lattice_classes * patch_classes) * (tile * period) + residue * step
+        phase = number // patch_phases % lattice_phases
+        first = number // (lattice_phases * patch_phases) * (tile * period) + phase * step
         first = first - axis.padding
-        second = first + number % patch_classes * spacing + axis.first_displacement
+        second = first + number % patch_phases * spacing + axis.first_displacement
 
         lattice, patch = _range(count)[None, :], np.arange(axis.patch_size)[:, None]
         position = lattice * step - axis.padding
         partner = position + (patch * spacing + axis.first_displacement)
-        place = lattice // lattice_classes
-        residue = place // tile * lattice_classes + lattice % lattice_classes
+        place = lattice // lattice_phases
+        phase = place // tile * lattice_phases + lattice % lattice_phases
         return cls(
             tile,
             reach,
             groups,
             read1=first + np.arange(tile) * period,
             read2=second + np.arange(reach) * period,
-            group=residue * patch_classes + patch % patch_classes,
+            group=phase * patch_phases + patch % patch_phases,
             row=place % tile,
-            column=place % tile + patch // patch_classes,
+            column=place % tile + patch // patch_phases,
             inside=_inside(position, size) & _inside(partner, size),
         )
 
 
 def _reach(axis: Axis, tile: int) -> int:
-    """Return how many positions of one class those of a tile meet."""
+    """Return how many positions of one phase those of a tile meet."""
     return tile + -(-axis.patch_size // axis.phases[1]) - 1
 
 
@@ -271,8 +204,8 @@ def _pick(products: Any, y: _Tiles, x: _Tiles) -> Any:
     return op.Gather(products, index, axis=1)
 
 
-def _sum_window(volume: Any, axis: Axis, size: Any, dim: int) -> Any:
-    """Sum the window's taps along one axis of a product volume."""
+def _sum_taps(volume: Any, axis: Axis, size: Any, dim: int) -> Any:
+    """Sum the taps along one axis of a product volume."""
     if axis.kernel_size == 1:
         return volume
     outputs = axis.output_size(size)

@@ -1,1 +1,7 @@
-"""torch: operators, their derivatives, and the memory of tensors."""
+"""torch: operators, their derivatives, and the memory of tensors.
+
+Importing this package registers the operators, which is all that a process needs to run an exported
+program that holds them.
+"""
+
+from cupycorr.torch import operators as operators

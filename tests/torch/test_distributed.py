@@ -30,7 +30,12 @@ def launch(script):
         capture_output=True,
         text=True,
         timeout=600,  # of a hang; a busy machine takes a minute
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ
+        | {
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(ROOT / "examples"),
+        },
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -77,21 +77,6 @@ def run_file(file, maps):
     return session.run(None, dict(zip([i.name for i in session.get_inputs()], maps, strict=True)))
 
 
-def export_trace(model, maps, sizes=None, opset=20):
-    """Return a file that torch's exporter of TorchScript traces wrote; ``sizes`` stay open."""
-    names, file = [f"map{i}" for i in range(len(maps))], io.BytesIO()
-    torch.onnx.export(
-        model.eval(),
-        tuple(map(torch.from_numpy, maps)),
-        file,
-        dynamo=False,
-        opset_version=opset,
-        input_names=names,
-        dynamic_axes=sizes and {name: {dim: f"{name}_{dim}" for dim in sizes} for name in names},
-    )
-    return file
-
-
 def integers(shape, seed=0, dtype="float32"):
     return np.random.default_rng(seed).integers(-2, 3, shape).astype(dtype)
 
@@ -151,62 +136,6 @@ class TestEveryGeometry:
         monkeypatch.setattr(onnx_export, "_inside", lambda at, size: whole(at, size - 1))
         shape, geometry = CASES["odd patch"]
         (got,) = run(export(Costs([geometry]), pair(shape), optimize=False), pair(shape))
-        assert difference(got, pair(shape), geometry)
-
-
-@pytest.fixture
-def symbolic():
-    """Teach the exporter of TorchScript traces the operator, for the time of a test."""
-    onnx_export.register_symbolic()
-    yield
-    torch.onnx.unregister_custom_op_symbolic("cupycorr::cost", onnx_export.OLDEST_OPSET)
-
-
-@pytest.mark.usefixtures("symbolic")
-class TestTraces:
-    @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-    def test_every_geometry_is_exact_on_integers(self, dtype):
-        maps = [m for shape, _ in CASES.values() for m in pair(shape, dtype)]
-        file = export_trace(Costs([geometry for _, geometry in CASES.values()]), maps)
-        costs = dict(zip(CASES, run_file(file, maps), strict=True))
-        wrong = {
-            name: difference(costs[name], pair(shape), geometry)
-            for name, (shape, geometry) in CASES.items()
-        }
-        assert not {name: error for name, error in wrong.items() if error}
-
-    @pytest.mark.parametrize("case", OPEN_CASES)
-    def test_it_is_exact_on_maps_of_other_sizes(self, case):
-        (n, c, h, w), geometry = CASES[case]
-        file = export_trace(Costs([geometry]), pair((n + 2, c, h + 3, w + 4)), OPEN)
-        (got,) = run_file(file, pair((n, c, h, w)))
-        assert not difference(got, pair((n, c, h, w)), geometry)
-
-    @pytest.mark.parametrize("sizes", [None, {0: None}, OPEN], ids=["fixed", "any batch", "any"])
-    def test_a_network_computes_the_same(self, sizes):
-        network = Network()
-        file = export_trace(network, pair((2, 3, 16, 20)), sizes)
-        maps = pair(tuple(s + 4 * (d in (sizes or {})) for d, s in enumerate((2, 3, 16, 20))))
-        (got,) = run_file(file, maps)
-        with torch.no_grad():
-            want = network(*map(torch.from_numpy, maps)).double().numpy()
-        assert not verify.difference(got.astype(np.float64), want)
-
-    def test_normalized_costs_in_the_oldest_opset_round_as_the_engine(self):
-        maps = pair(SHAPE, "float16")
-        file = export_trace(Costs([GEOMETRY], normalize=True), maps, opset=onnx_export.OLDEST_OPSET)
-        (got,) = run_file(file, maps)
-        wide = [m.astype(np.float64) for m in maps]
-        want = cupycorr.correlation(*wide, GEOMETRY, normalize=True)
-        most = cupycorr.correlation(*map(np.abs, wide), GEOMETRY, normalize=True)
-        terms = SHAPE[1] * GEOMETRY.taps
-        assert not verify.excess(got.astype(np.float64), want, most, terms, "float16")
-
-    def test_an_error_in_it_is_caught(self, monkeypatch):
-        whole = onnx_export._inside
-        monkeypatch.setattr(onnx_export, "_inside", lambda at, size: whole(at, size - 1))
-        shape, geometry = CASES["odd patch"]
-        (got,) = run_file(export_trace(Costs([geometry]), pair(shape)), pair(shape))
         assert difference(got, pair(shape), geometry)
 
 
@@ -297,20 +226,21 @@ maps = torch.ones(1, 2, 4, 5), torch.ones(1, 2, 4, 5)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     try:
-        torch.onnx.export(SpatialCorrelationSampler(), maps, io.BytesIO(), dynamo=DYNAMO)
+        torch.onnx.export(SpatialCorrelationSampler(), maps, io.BytesIO(), dynamo=True)
     except Exception as error:
         print(type(error).__name__)
 print(*(warning.message for warning in caught))
 """
 
 
-@pytest.mark.parametrize("dynamo", [False, True])
-def test_who_forgets_the_translation_is_told(dynamo):
-    # In a process of its own: torch keeps traces of what was ever registered.
-    code = FORGETFUL.replace("DYNAMO", str(dynamo))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+@pytest.mark.slow
+def test_who_forgets_the_translation_is_told():
+    # In a process of its own: this one has imported the translation.
+    done = subprocess.run(
+        [sys.executable, "-c", FORGETFUL], capture_output=True, text=True, check=True
+    )
     assert re.search(r"^\w+Error$", done.stdout, re.MULTILINE)
-    assert "translation_table(), with dynamo=False call" in done.stdout
+    assert "custom_translation_table=cupycorr.onnx.translation_table()" in done.stdout
 
 
 def test_importing_the_operators_does_not_import_onnx():

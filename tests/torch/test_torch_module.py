@@ -146,3 +146,11 @@ def test_errors_name_the_modules_own_arguments():
     one, other = torch.ones(1, 2, 5, 6), torch.ones(1, 2, 5, 7)
     with pytest.raises(ValueError, match="input1 and input2 must have equal shapes"):
         SpatialCorrelationSampler()(one, other)
+
+
+@pytest.mark.parametrize("name", ["kernel_size", "patch_size", "stride", "padding", "dilation"])
+def test_parameters_are_what_is_computed_with_and_cannot_be_changed(name):
+    module = SpatialCorrelationSampler(3, (5, 3), padding=1)
+    assert (module.kernel_size, module.patch_size, module.dilation_patch) == (3, (5, 3), 1)
+    with pytest.raises(AttributeError, match=f"{name} must not be changed, got 2"):
+        setattr(module, name, 2)

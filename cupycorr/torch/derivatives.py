@@ -1,0 +1,354 @@
+"""What the operators compute, and their derivatives.
+
+The cost volume and its two gradients are three faces of one trilinear form of three *slots*::
+
+    T(fmap1, fmap2, cost) = sum of cost[n, p, q, y, x]
+                                   * fmap1[n, c, Y, X] * fmap2[n, c, Y + dy, X + dx]
+
+with the symbols of `Geometry`. Each is the derivative of T with respect to one slot, as a function
+of the two others; so the derivatives of each, of any order, are these three again. They are the
+operators ``cupycorr::cost``, ``cupycorr::grad_fmap1`` and ``cupycorr::grad_fmap2``;
+``cupycorr::grads`` computes the latter two at once, which shares work.
+
+Absolute differences have operators of their own, closed under derivatives as well. Given the signs
+of the differences, which are constant almost everywhere, ``cupycorr::l1_tangent`` is a linear map
+from changes of the feature maps to that of the cost, and ``cupycorr::l1_grads`` its adjoint;
+``cupycorr::l1_cost`` is the cost itself.
+
+A call takes one of two ways (`derive`). Dense tensors in plain eager mode go straight to the
+engine, with the rules as an autograd function. Everything else (transforms of torch.func, tracers,
+dispatch modes, subclasses) calls the registered operator, and torch's dispatcher finds out what
+that means; its autograd kernel has the same rules for one level of differentiation.
+
+Private names of torch that are used, tried with torch 2.13, each with a test of ``tests/torch``
+that fails without it:
+
+==============================================  ===============================================
+name                                            test
+==============================================  ===============================================
+``_C._dispatch_keys``, ``_C.DispatchKey[Set]``  test_gradients_agree_with_finite_differences
+``_C._dispatch_tls_local_include_set``          test_make_fx_records_the_operator
+``enable_single_level_autograd_function``       test_transforms_inside_are_the_same
+``autograd.function._SingleLevelFunction``      test_transforms_inside_are_the_same
+``_C._AutoDispatchBelowAutograd``               test_transforms_inside_are_the_same
+``forward_ad._set_fwd_grad_enabled``            test_hessians_of_all_modes_are_that_of_autograd
+``DTensor._op_dispatcher`` (`sharding`)         test_processes_compute_what_one_computes
+==============================================  ===============================================
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import unpack_dual
+
+from cupycorr.cpu import engine
+from cupycorr.geometry import Axis
+from cupycorr.layer import Layer
+
+FMAP1, FMAP2, COST, TANGENT1, TANGENT2 = range(5)
+"""The slots of the trilinear form, and changes of the maps."""
+INPUTS = ("fmap1", "fmap2", "grad_cost", "tangent1", "tangent2")
+"""The names of slots as inputs, in engines and schemas."""
+_RESULTS = ("grad_fmap1", "grad_fmap2", "cost")
+"""The names of slots as results, in engines."""
+_MAPS = (FMAP1, FMAP2)
+
+
+class Operator(NamedTuple):
+    """One operator: it takes the tensors of ``operands`` and returns those of ``results``.
+
+    For products, the result of a slot is dT/d(slot).
+    """
+
+    name: str
+    operands: tuple[int, ...]
+    """The slots that it takes; the first is a feature map."""
+    results: tuple[int, ...]
+    similarity: str = "product"
+
+    @property
+    def what(self) -> str:
+        """What the engines call it."""
+        if self.results != (COST,):
+            return "grads"
+        return "tangent" if TANGENT1 in self.operands else "cost"
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The registered operator."""
+        return getattr(torch.ops.cupycorr, self.name).default  # type: ignore[no-any-return]
+
+
+OF_COST = Operator("cost", _MAPS, (COST,))
+_GRADS = Operator("grads", (*_MAPS, COST), _MAPS)
+_OF_SLOT = (
+    Operator("grad_fmap1", (FMAP2, COST), (FMAP1,)),
+    Operator("grad_fmap2", (FMAP1, COST), (FMAP2,)),
+    OF_COST,
+)
+OF_L1_COST = Operator("l1_cost", _MAPS, (COST,), "l1")
+_L1_TANGENT = Operator("l1_tangent", (*_MAPS, TANGENT1, TANGENT2), (COST,), "l1")
+_L1_GRADS = Operator("l1_grads", (*_MAPS, COST), _MAPS, "l1")
+_L1_OF_SLOT = (
+    Operator("l1_grad_fmap1", (*_MAPS, COST), (FMAP1,), "l1"),
+    Operator("l1_grad_fmap2", (*_MAPS, COST), (FMAP2,), "l1"),
+)
+OPERATORS = (*_OF_SLOT, _GRADS, OF_L1_COST, _L1_TANGENT, *_L1_OF_SLOT, _L1_GRADS)
+
+
+def derive(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
+    """Compute what an operator returns, differentiably, in the operands' dtype."""
+    if torch.compiler.is_compiling():
+        # What is traced is to be the bare operator: the rest of this function cannot be traced.
+        return dispatch(operator, layer, *operands)
+    if not _are_plain(operands):
+        _learn_sharding()
+        device = operands[0].device.type
+        # Operands have the dtype that they are meant to have, whatever region this is called in.
+        with torch.autocast(device if device == "cuda" else "cpu", enabled=False):
+            return dispatch(operator, layer, *operands)
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    if differentiated or any(_has_tangent(t) for t in operands):
+        results: tuple[Tensor, ...] = _Derivative.apply(operator, layer, *operands)  # type: ignore[no-untyped-call]
+        return results
+    return _Derivative.forward(None, operator, layer, *operands)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def dispatch(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
+    """Call the registered operator."""
+    results = operator.function(*operands, *fields(layer))
+    return results if isinstance(results, tuple) else (results,)
+
+
+def derive_on_one_level(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
+    """Do what the autograd kernel of an operator must do: derive on this level, dispatch below it.
+
+    ``autograd.Function.apply`` would start again at the top level of torch.func's transforms.
+    """
+    with enable_single_level_autograd_function():
+        results: tuple[Tensor, ...] = _SingleLevelDerivative.apply(operator, layer, *operands)  # type: ignore[attr-defined]
+    return results
+
+
+def fields(layer: Layer) -> tuple[Any, ...]:
+    """Return a layer as the arguments of an operator."""
+    return (*(getattr(layer.geometry, name) for name in Axis._fields), layer.normalize)
+
+
+def _plain_keys() -> int:
+    """Return the dispatch keys that only ask for derivatives and values of dense tensors."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+    for name in ("", "Autograd", "Autocast"):
+        for device in ("CPU", "CUDA"):
+            key = getattr(torch._C.DispatchKey, name + device)
+            keys = keys | torch._C.DispatchKeySet(key)
+    in_place = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    return (keys | in_place).raw_repr()
+
+
+_PLAIN = _plain_keys()
+
+
+def _are_plain(tensors: tuple[Tensor, ...]) -> bool:
+    """Tell whether tensors are memory of the CPU or a CUDA device, and torch is in no mode."""
+    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    for tensor in tensors:
+        keys |= torch._C._dispatch_keys(tensor).raw_repr()
+    return not keys & ~_PLAIN and not torch.overrides.has_torch_function(tensors)
+
+
+def _learn_sharding() -> None:
+    """Tell distributed tensors about the operators, once somebody has imported those."""
+    if "torch.distributed.tensor" in sys.modules:
+        _register_sharding()
+
+
+@cache
+def _register_sharding() -> None:
+    from cupycorr.torch import sharding
+
+    for operator in OPERATORS:
+        sharding.register(operator.function)
+
+
+class _Rules:
+    """The derivatives of an operator."""
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        operator: Operator = ctx.operator
+        needs = ctx.needs_input_grad[2:]
+        grads: Iterable[Tensor | None]
+        if operator.similarity == "l1":
+            grads = _l1_backward(ctx, needs, upstream)
+        elif operator is OF_COST and all(needs) and upstream[0] is not None:
+            grads = derive(_GRADS, ctx.layer, *ctx.saved_tensors, upstream[0])
+        else:
+            changes = dict(zip(operator.results, upstream, strict=True))
+            grads = (
+                _change(slot, changes, ctx) if needed else None
+                for slot, needed in zip(operator.operands, needs, strict=True)
+            )
+        return None, None, *grads
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        operator: Operator = ctx.operator
+        if operator.similarity == "l1":
+            return _l1_jvp(ctx, tangents[2:])
+        changes = dict(zip(operator.operands, tangents[2:], strict=True))
+        results = tuple(_change(slot, changes, ctx) for slot in operator.results)
+        # Autograd fails on a result without a tangent, beside one that has one.
+        fmap = ctx.saved_tensors[0]
+        return tuple(fmap.new_zeros(fmap.shape) if t is None else t for t in results)
+
+
+class _Derivative(_Rules, torch.autograd.Function):
+    """An operator on dense tensors; `derive` calls ``forward`` alone where nothing is derived."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, operator: Operator, layer: Layer, *operands: Tensor
+    ) -> tuple[Tensor, ...]:
+        if ctx is not None:
+            _save(ctx, operator, layer, operands)
+        return compute(operator, layer, *operands)
+
+
+class _SingleLevelDerivative(_Rules, torch.autograd.function._SingleLevelFunction):
+    """An operator on the level that the dispatcher has come down to."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, operator: Operator, layer: Layer, *operands: Tensor
+    ) -> tuple[Tensor, ...]:
+        _save(ctx, operator, layer, operands)
+        # A transform may differentiate on a level below, which autograd.Function switched off.
+        with (
+            torch.enable_grad(),
+            forward_ad._set_fwd_grad_enabled(True),
+            torch._C._AutoDispatchBelowAutograd(),
+        ):
+            return dispatch(operator, layer, *operands)
+
+
+def compute(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
+    """Compute what an operator returns for dense tensors, on their own memory."""
+    fmap = operands[0]
+    shapes = {FMAP1: fmap.shape, FMAP2: fmap.shape, COST: layer.geometry.cost_shape(fmap.shape)}
+    results = tuple(fmap.new_empty(shapes[slot]) for slot in operator.results)
+    arrays = {
+        INPUTS[slot]: tensor for slot, tensor in zip(operator.operands, operands, strict=True)
+    }
+    arrays |= {
+        _RESULTS[slot]: tensor for slot, tensor in zip(operator.results, results, strict=True)
+    }
+    # Engines read the shape of a map that no wanted gradient depends on: either map's.
+    arrays.setdefault("fmap1", fmap)
+    arrays.setdefault("fmap2", fmap)
+    if fmap.is_cuda:
+        from cupycorr.torch import memory
+
+        memory.run(operator.what, arrays, layer)
+    else:
+        views = {name: _array(tensor) for name, tensor in arrays.items()}
+        engine.run(operator.what, views, layer, threads=torch.get_num_threads())
+    return results
+
+
+def _array(tensor: Tensor) -> Any:
+    """Return a tensor's memory as an array, bfloat16 as its uint16 bits."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype is torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    return tensor.numpy()
+
+
+def _save(ctx: Any, operator: Operator, layer: Layer, operands: tuple[Tensor, ...]) -> None:
+    ctx.operator, ctx.layer = operator, layer
+    ctx.set_materialize_grads(False)
+    if operator.similarity == "l1":
+        ctx.save_for_backward(*operands[:2])
+        ctx.save_for_forward(*operands[:2])
+        return
+    # An operand appears in the gradients of the others only.
+    needs = ctx.needs_input_grad[2:]
+    ctx.save_for_backward(
+        *(tensor if any(needs[:i] + needs[i + 1 :]) else None for i, tensor in enumerate(operands))
+    )
+    ctx.save_for_forward(*operands)
+
+
+def _change(slot: int, changes: dict[int, Tensor | None], ctx: Any) -> Tensor | None:
+    """Return how the derivative with respect to a slot changes with the slots in ``changes``.
+
+    The sum over them of the derivative at that change, and at the third slot's saved value.
+    """
+    values = dict(zip(ctx.operator.operands, ctx.saved_tensors, strict=True))
+    operator = _OF_SLOT[slot]
+    total: Tensor | None = None
+    for changed, change in changes.items():
+        if changed != slot and change is not None:
+            operands = ((values | {changed: change})[other] for other in operator.operands)
+            (term,) = derive(operator, ctx.layer, *operands)
+            total = term if total is None else total + term
+    return total
+
+
+def _l1_backward(
+    ctx: Any, needs: tuple[bool, ...], upstream: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of an l1 operator with respect to its operands.
+
+    The maps enter through signs, which are constant almost everywhere, so their gradients are None.
+    """
+    maps: tuple[Tensor, Tensor] = ctx.saved_tensors
+    none: tuple[None, None] = None, None
+    if COST in ctx.operator.operands:
+        return (*none, _l1_tangent(ctx, ctx.operator.results, upstream) if needs[2] else None)
+    grads: tuple[Tensor | None, ...] = none
+    if upstream[0] is not None and all(needs[-2:]):
+        grads = derive(_L1_GRADS, ctx.layer, *maps, upstream[0])
+    elif upstream[0] is not None:
+        grads = tuple(
+            derive(operator, ctx.layer, *maps, upstream[0])[0] if need else None
+            for operator, need in zip(_L1_OF_SLOT, needs[-2:], strict=True)
+        )
+    return grads if ctx.operator is OF_L1_COST else (*none, *grads)
+
+
+def _l1_jvp(ctx: Any, tangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Return how the results of an l1 operator change with its operands, while signs stay."""
+    maps: tuple[Tensor, Tensor] = ctx.saved_tensors
+    operator: Operator = ctx.operator
+    if COST not in operator.operands:
+        return (_l1_tangent(ctx, _MAPS, tangents[-2:]),)
+    if tangents[2] is None:
+        return tuple(torch.zeros_like(maps[0]) for _ in operator.results)
+    return derive(operator, ctx.layer, *maps, tangents[2])
+
+
+def _l1_tangent(
+    ctx: Any, slots: tuple[int, ...], changes: tuple[Tensor | None, ...]
+) -> Tensor | None:
+    """Return how the l1 cost volume changes with the maps, if any of them do."""
+    maps: tuple[Tensor, Tensor] = ctx.saved_tensors
+    if all(change is None for change in changes):
+        return None
+    given = dict(zip(slots, changes, strict=True))
+    both = (given.get(slot) for slot in _MAPS)
+    filled = (torch.zeros_like(maps[0]) if change is None else change for change in both)
+    return derive(_L1_TANGENT, ctx.layer, *maps, *filled)[0]
