@@ -55,7 +55,8 @@ class SpatialCorrelationSampler(torch.nn.Module):
 
     Notes
     -----
-    The parameters are read-only attributes. Under torch.autocast the maps are cast to the dtype of the region: 16 bits in, 16 bits out,
+    The parameters are read-only attributes. Under torch.autocast the maps are cast to the dtype of
+    the region: 16 bits in, 16 bits out,
     with sums accumulated in float32 and rounded once.
     """
 

@@ -8,10 +8,10 @@ displacement p, both two-dimensional::
     grad2[c, j]  = sum_p volume[p, m] * map1[c, m],   m = j - p - shift
 
 Positions that do not exist contribute nothing. The targets (m in the first two lines, j in the
-third) are cut into *tiles*; the *window* of a tile is the block of source positions that it meets.
-The matrix of all products of a tile's window with its targets holds the wanted ones on diagonals,
-its *band*: a target (row, column) and a displacement (p, q) stand for the source position
-(row + p, column + q), counted from the corner of the window::
+third) are cut into *tiles*; the *source block* of a tile holds the source positions that it meets.
+The matrix of all products of a tile's source block with its targets holds the wanted ones on
+diagonals, its *band*: a target (row, column) and a displacement (p, q) stand for the source
+position (row + p, column + q), counted from the corner of the source block::
 
     source 0   x . .
     source 1   x x .
@@ -19,8 +19,8 @@ its *band*: a target (row, column) and a displacement (p, q) stand for the sourc
     source 3   . x x
     source 4   . . x
 
-For the gradients the band is filled, zeros elsewhere, and multiplied with the window. Seen from
-the second map displacements run backwards, (row - p + P - 1, column - q + Q - 1): *mirrored*.
+For the gradients the band is filled, zeros elsewhere, and multiplied with the source block. Seen
+from the second map displacements run backwards, (row - p + P - 1, column - q + Q - 1): *mirrored*.
 
 Sources are packed with their columns in reverse. Then a step to the next target moves in memory a
 little less far than a step to the next displacement, and NumPy, which runs copies along the axis
@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cupycorr.cpu.plan import Block, Tiles
+from cupycorr.cpu.plan import Block, Tiles, split
 from cupycorr.cpu.threads import Scratch
 
 Array = npt.NDArray[Any]
@@ -47,70 +47,88 @@ BAND_TARGETS = 1024
 
 
 def multiply(
-    block: Block, tiles: Tiles, targets: Array, source: Array, volume: Array, scratch: Scratch
+    blocks: tuple[Block, ...],
+    tiles: Tiles,
+    n: slice,
+    all_targets: list[Array],
+    sources: list[Array],
+    values: list[Array],
+    scratch: Scratch,
 ) -> None:
-    """Write the products of some rows of tiles into the volume.
+    """Write the products of some rows of tiles of all blocks, and of samples n, into the volume.
 
-    ``targets`` and ``source`` (N, tile, C, rows, columns) have the rows and columns of the block's
-    target_shape and source_shape, the source's columns in reverse; for matrix products they are
-    contiguous. ``volume`` (N, P, Q, rows, columns) covers all targets of the block; with shifts it
-    must be zero where a displacement leads out of the map.
+    Each block has its arrays. Targets and sources (N, tile, C, rows, columns) have the rows and
+    columns of the block's target_shape and source_shape, the sources' columns in reverse; for
+    matrix products they are contiguous. Values, the volume (N, P, Q, rows, columns), cover all
+    targets of the block; with shifts they must be zero where a displacement leads out of the map.
     """
-    if not block.as_matrix:
-        one, two = targets[:, 0], source[:, 0, ..., ::-1]
-        for p, q, here, there in _shifts(block, tiles):
-            np.einsum("ncyx,ncyx->nyx", one[here], two[there], out=volume[:, p, q][here])
-        return
-    if 0 in (tiles.extent, block.across.extent):
-        volume[:, :, :, tiles.targets] = 0
-        return
-    dense, full, inside = _matrices("products", len(volume), block, tiles, source.dtype, scratch)
-    np.matmul(
-        _tile_view(source, tiles.window, tiles, tiles.extent).swapaxes(-1, -2),
-        _tile_view(targets, tiles.start, tiles, tiles.size),
-        out=dense.reshape(*dense.shape[:3], -1, dense.shape[5]),
-    )
-    if dense.shape != full.shape:
-        full[:, :, :, inside[0], inside[1]] = dense
-        full[:, :, :, : inside[0].start] = 0
-        full[:, :, :, inside[0].stop :] = 0
-    for values, band in _band(block, tiles, volume, full):
-        values[...] = band
+    for number, block in enumerate(blocks):
+        targets, source, volume = all_targets[number][n], sources[number][n], values[number][n]
+        if not block.as_matrix:
+            one, two = targets[:, 0], source[:, 0, ..., ::-1]
+            for p, q, here, there in _shifts(block, tiles):
+                np.einsum("ncyx,ncyx->nyx", one[here], two[there], out=volume[:, p, q][here])
+            continue
+        if 0 in (tiles.extent, block.across.extent):
+            volume[:, :, :, tiles.targets] = 0
+            continue
+        dense, full, inside = _matrices(
+            "products", len(volume), block, tiles, source.dtype, scratch
+        )
+        np.matmul(
+            _tile_view(source, tiles.source, tiles, tiles.extent).swapaxes(-1, -2),
+            _tile_view(targets, tiles.start, tiles, tiles.size),
+            out=dense.reshape(*dense.shape[:3], -1, dense.shape[5]),
+        )
+        if dense.shape != full.shape:
+            full[:, :, :, inside[0], inside[1]] = dense
+            full[:, :, :, : inside[0].start] = 0
+            full[:, :, :, inside[0].stop :] = 0
+        for cells, band in _band(block, tiles, volume, full):
+            cells[...] = band
 
 
 def multiply_adjoint(
-    block: Block, tiles: Tiles, volume: Array, source: Array, result: Array, scratch: Scratch
+    blocks: tuple[Block, ...],
+    tiles: Tiles,
+    n: slice,
+    values: list[Array],
+    sources: list[Array],
+    results: list[Array],
+    scratch: Scratch,
 ) -> None:
-    """Write the gradient with respect to some rows of tiles, from the volume's gradient.
+    """Write the gradients with respect to some rows of tiles, from the volume's gradient.
 
-    ``volume`` (N, P, Q, rows, columns) gives for each displacement and target the value that
-    belongs to it; ``source`` and ``result`` (N, tile, C, rows, columns) have the rows and columns
-    of the block's source_shape, columns in reverse, and target_shape; for matrix products they are
-    contiguous. Zeros beside the band are multiplied too, so the result is right only where it is
-    finite; `multiply_adjoint_by_shifts` is right everywhere.
+    Values (N, P, Q, rows, columns) give for each displacement and target what belongs to it.
+    Sources and results (N, tile, C, rows, columns) have the rows and columns of the block's
+    source_shape, columns in reverse, and target_shape; for matrix products they are contiguous.
+    Zeros beside the band are multiplied too, so a result is right only where it is finite;
+    `multiply_adjoint_by_shifts` is right everywhere.
     """
-    if not block.as_matrix:
-        multiply_adjoint_by_shifts(block, tiles, volume, source, result, scratch)
-        return
-    if 0 in (tiles.extent, block.across.extent):
-        result[..., tiles.targets, :] = 0
-        return
-    dense, full, inside = _matrices("band", len(volume), block, tiles, source.dtype, scratch)
-    for values, band in _band(block, tiles, volume, full):
-        band[...] = values
-    if dense.shape != full.shape:
-        dense[...] = full[:, :, :, inside[0], inside[1]]
-    np.matmul(
-        _tile_view(source, tiles.window, tiles, tiles.extent),
-        dense.reshape(*dense.shape[:3], -1, dense.shape[5]),
-        out=_tile_view(result, tiles.start, tiles, tiles.size),
-    )
+    for number, block in enumerate(blocks):
+        volume, source, result = values[number][n], sources[number][n], results[number][n]
+        if not block.as_matrix:
+            multiply_adjoint_by_shifts(block, tiles, volume, source, result, scratch)
+            continue
+        if 0 in (tiles.extent, block.across.extent):
+            result[..., tiles.targets, :] = 0
+            continue
+        dense, full, inside = _matrices("band", len(volume), block, tiles, source.dtype, scratch)
+        for cells, band in _band(block, tiles, volume, full):
+            band[...] = cells
+        if dense.shape != full.shape:
+            dense[...] = full[:, :, :, inside[0], inside[1]]
+        np.matmul(
+            _tile_view(source, tiles.source, tiles, tiles.extent),
+            dense.reshape(*dense.shape[:3], -1, dense.shape[5]),
+            out=_tile_view(result, tiles.start, tiles, tiles.size),
+        )
 
 
 def multiply_adjoint_by_shifts(
     block: Block, tiles: Tiles, volume: Array, source: Array, result: Array, scratch: Scratch
 ) -> None:
-    """Do the work of `multiply_adjoint` without any product of positions that do not meet."""
+    """Do the work of `multiply_adjoint` for a block, without products of what does not meet."""
     result[..., tiles.targets, :] = 0
     for number in range(block.across.repeat):
         values = volume[..., number * block.across.size :]
@@ -177,7 +195,7 @@ def _matrices(
 
 
 def _tile_view(packed: Array, first_row: int, tiles: Tiles, rows: int) -> Array:
-    """View packed tiles as (N, tile across, tile down, C, positions); windows overlap."""
+    """View packed tiles as (N, tile across, tile down, C, positions); source blocks overlap."""
     batch, across, channels, _, columns = packed.shape
     per_n, per_across, per_channel, per_row, item = packed.strides
     return np.ndarray(
@@ -214,7 +232,7 @@ def _band(
         per_across,
         item - per_column,
     )
-    for few in tiles.split(max(1, BAND_TARGETS // (tiles.size * across.size * across.repeat))):
+    for few in split(tiles, max(1, BAND_TARGETS // (tiles.size * across.size * across.repeat))):
         shape = (len(volume), patch_y, patch_x, few.repeat, tiles.size, across.repeat, across.size)
         offset = corner + (few.start - tiles.start) // tiles.size * per_down
         cells = np.ndarray(shape, matrix.dtype, matrix, offset, strides)

@@ -1,6 +1,6 @@
 """The cost volume of absolute differences, its subgradients and its tangent, on the CPU.
 
-With zeros outside the maps, over all taps of the windows::
+With zeros outside the maps, over all taps::
 
     cost    = sum of |fmap1 - fmap2|              s = sign(fmap1 - fmap2), 0 where equal or NaN
     tangent = sum of s * (tangent1 - tangent2)    grad_fmap1 = sum of s * grad_cost (fmap2: -s)
@@ -29,7 +29,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from cupycorr.cpu.plan import spans
 from cupycorr.cpu.taps import accumulator, spread_taps, store, sum_taps
-from cupycorr.cpu.threads import Scratch, workers
+from cupycorr.cpu.threads import Scratch, Team
 from cupycorr.geometry import Geometry
 from cupycorr.lattice import Lattice, lattices
 from cupycorr.layer import Layer
@@ -85,8 +85,8 @@ def _grads(
     at_once = max(1, min(at_once, MAP_ELEMENTS // plane))
     together = max(-(-batch // UNITS), SAMPLE_ELEMENTS // (at_once * plane))
     together = max(1, min(together, _samples((at_once, plane))))
-    with workers(_work(fmap1.shape, grad_cost.shape, geometry), threads) as (run, _):
-        run(
+    with Team(_work(fmap1.shape, grad_cost.shape, geometry), threads) as team:
+        team.run(
             [
                 partial(
                     _differentiate,
@@ -153,23 +153,22 @@ def _sum_volume(maps: tuple[Array, ...], cost: Array, layer: Layer, threads: int
     """Compute the cost volume of two maps, or its tangent from two maps and their tangents."""
     batch, channels, *size = maps[0].shape
     geometry, divisor = layer.geometry, layer.divisor(channels)
-    dtype, columns = accumulator(cost), _Columns.of(geometry, size[1])
-    with workers(_work(maps[0].shape, cost.shape, geometry), threads) as (run, arena):
+    dtype, columns = accumulator(cost.dtype), _Columns.of(geometry, size[1])
+    with Team(_work(maps[0].shape, cost.shape, geometry), threads) as team:
         for samples in spans(batch, _samples(maps[0].shape[1:])):
-            arena.reset()
             shape = (samples.stop - samples.start, size[0], columns.total, channels)
             packed = [
-                _channels_last(arena.scratch, f"map {i}", shape, dtype) for i, _ in enumerate(maps)
+                _channels_last(team.arena, f"map {i}", shape, dtype) for i, _ in enumerate(maps)
             ]
-            alone = [arena.take(shape[:3], dtype) for _ in range(2)]
-            run(
+            alone = [team.arena.take(f"alone {i}", shape[:3], dtype) for i in (1, 2)]
+            team.run(
                 [
                     partial(_prepare, maps[i::2], packed[i::2], alone[i], columns, samples, rows)
                     for i in (0, 1)
                     for rows in spans(size[0], -(-size[0] // UNITS))
                 ]
             )
-            run(
+            team.run(
                 [
                     partial(
                         _sum_rows,
@@ -277,7 +276,7 @@ def _differentiate(
 ) -> None:
     """Compute the subgradients of some channels of some samples."""
     geometry = layer.geometry
-    dtype = accumulator(grad_cost)
+    dtype = accumulator(grad_cost.dtype)
     samples, channels, *size = maps[0].shape
     columns = _Columns.of(geometry, size[1])
     shape = samples, size[0], columns.total, channels
@@ -391,7 +390,7 @@ def _displaced(array: Array, columns: slice, spacing: int, count: int) -> Array:
     return as_strided(first, (count, *first.shape), strides, writeable=False)
 
 
-def _rows(geometry: Geometry, size: Sequence[int], samples: int, pieces: int) -> list[slice]:
+def _rows(geometry: Geometry, size: Sequence[int], samples: int, pieces: int) -> tuple[slice, ...]:
     """Cut the output rows into pieces, more of them where their lattice would be too large."""
     rows, columns = geometry.output_size(*size)
     row = samples * geometry.patch_size[1] * geometry.x.lattice_size(columns)

@@ -2,9 +2,9 @@
 
 - A *chunk* is a part of the cost volume that is computed at a time, small enough that its scratch
   arrays take `CHUNK_BYTES` or so, whatever the size of the problem.
-- A chunk's products lie on one lattice per axis (or one per tap, see `Axis.lattices`); on each pair
-  of lattices the phases are cut into *tiles* with their *windows*. Equal tiles beside each other
-  make a *block*, whose products are one batch.
+- A chunk's products lie on one lattice per axis (or one per tap, see `lattice.lattices`). On each
+  pair of lattices the phases are cut into *tiles*; the *source block* of a tile is what it meets.
+  Equal tiles beside each other make a *block*, whose products are one batch.
 
 The cut depends on shapes alone, never on the number of threads, so results do not either.
 """
@@ -43,7 +43,7 @@ class Tiling(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Tiles along an axis, one after the other, that lie alike in their windows."""
+    """Tiles along an axis, one after the other, that lie alike in their source blocks."""
 
     start: int
     """First target."""
@@ -51,12 +51,12 @@ class Tiles(NamedTuple):
     """Targets per tile."""
     repeat: int
     """Number of tiles."""
-    window: int
+    source: int
     """First source position of the first tile that exists."""
     extent: int
     """Source positions per tile that exist."""
     cut: int
-    """Source positions before ``window`` that the tile would meet, were they there."""
+    """Source positions before the first that are cut off because the map begins there."""
 
     @property
     def targets(self) -> slice:
@@ -66,18 +66,20 @@ class Tiles(NamedTuple):
     @property
     def sources(self) -> slice:
         """The source positions of all tiles."""
-        return slice(self.window, self.window + (self.repeat - 1) * self.size + self.extent)
+        return slice(self.source, self.source + (self.repeat - 1) * self.size + self.extent)
 
-    def split(self, at_once: int) -> list[Tiles]:
-        """Split into groups of at most so many tiles."""
-        return [
-            self._replace(
-                start=self.start + done * self.size,
-                window=self.window + done * self.size,
-                repeat=min(at_once, self.repeat - done),
-            )
-            for done in range(0, self.repeat, at_once)
-        ]
+
+@lru_cache(maxsize=1024)
+def split(tiles: Tiles, at_once: int) -> tuple[Tiles, ...]:
+    """Split tiles into groups of at most so many."""
+    return tuple(
+        tiles._replace(
+            start=tiles.start + done * tiles.size,
+            source=tiles.source + done * tiles.size,
+            repeat=min(at_once, tiles.repeat - done),
+        )
+        for done in range(0, tiles.repeat, at_once)
+    )
 
 
 class Block(NamedTuple):
@@ -94,20 +96,14 @@ class Block(NamedTuple):
     across: Tiles
     as_matrix: bool
     mirrored: bool
-
-    @property
-    def target_shape(self) -> tuple[int, int]:
-        """Rows and columns of the targets of a column of tiles."""
-        return self.y.count1, self.across.size
-
-    @property
-    def source_shape(self) -> tuple[int, int]:
-        """Rows and columns of the windows of a column of tiles."""
-        return self.y.count2, self.across.extent
-
-    def columns(self, which: int) -> slice:
-        """Return the columns of the horizontal phase in map 1 or 2."""
-        return self.phase.image1 if which == 1 else self.phase.image2
+    images: tuple[slice, slice]
+    """The columns of the horizontal phase in map 1 and in map 2."""
+    target_shape: tuple[int, int]
+    """Rows and columns of the targets of a column of tiles."""
+    source_shape: tuple[int, int]
+    """Rows and columns of the source blocks of a column of tiles."""
+    volume: tuple[slice, slice, slice, slice, slice]
+    """Where the products of both phases lie in the volume."""
 
 
 class Group(NamedTuple):
@@ -120,10 +116,10 @@ class Group(NamedTuple):
     blocks: tuple[Block, ...]
     samples: int
     """Samples per unit of work."""
-
-    def rows(self, which: int) -> slice:
-        """Return the rows of the vertical phase in map 1 or 2."""
-        return self.phase.image1 if which == 1 else self.phase.image2
+    images: tuple[slice, slice]
+    """The rows of the vertical phase in map 1 and in map 2."""
+    dense: tuple[bool, bool]
+    """Whether shifts may work on map 1, or on map 2, as it is."""
 
 
 class Targets(NamedTuple):
@@ -143,6 +139,9 @@ class Step(NamedTuple):
     lattice_x: Lattice
     untouched: tuple[list[int], list[int]]
     """Indices on either lattice that no tap touches."""
+    hides: bool
+    """Whether there are such indices."""
+    taps: int
     complete: bool
     """Whether every product on the lattice, of every displacement, exists."""
     targets: tuple[Targets, ...]
@@ -182,7 +181,7 @@ def plan(shape: tuple[int, int, int], geometry: Geometry, itemsize: int, adjoint
     )
 
     def scratch_bytes() -> int:
-        # Parts of all rows; those of the second map overlap by the patch, and windows by theirs.
+        # Parts of all rows; those of the second map overlap by the patch, and source blocks by theirs.
         part1 = min(1.0, (size[2] + geometry.y.taps_extent // geometry.y.stride) / rows)
         part2 = min(1.0, part1 + size[0] * geometry.y.dilation_patch / height)
         packed = channels * (part1 * prod(packed1) + 2 * part2 * prod(packed2))
@@ -214,9 +213,10 @@ def _per_lattice(all_lattices: tuple[Lattice, ...]) -> tuple[int, int, int]:
     return all_lattices[0].size, sum(b.count1 for b in bands), sum(b.count2 for b in bands)
 
 
-def spans(count: int, size: int) -> list[slice]:
+@lru_cache(maxsize=1024)
+def spans(count: int, size: int) -> tuple[slice, ...]:
     """Split ``count`` indices into slices of ``size``."""
-    return [slice(i, min(count, i + size)) for i in range(0, count, size)]
+    return tuple(slice(i, min(count, i + size)) for i in range(0, count, size))
 
 
 def _step(
@@ -233,7 +233,8 @@ def _step(
         _targets(shape, y, x, itemsize, adjoint, mirrored)
         for mirrored in ((False, True) if adjoint else (False,))
     )
-    return Step(y, x, (y.untouched, x.untouched), complete, targets)
+    untouched = y.untouched, x.untouched
+    return Step(y, x, untouched, any(untouched), len(y.taps) * len(x.taps), complete, targets)
 
 
 def _targets(
@@ -260,9 +261,9 @@ def _targets(
             columns = min(columns, band_x.count1)
             tile_bytes = cell_bytes * columns * (columns + band_x.count_patch - 1)
             blocks += [
-                Block(phase_x, band, band_x, across, tiling.as_matrix, mirrored)
+                _block(phase, phase_x, band, band_x, across, tiling.as_matrix, mirrored)
                 for tiles in cover(band_x, columns)
-                for across in tiles.split(max(1, MATRIX_BYTES // tile_bytes))
+                for across in split(tiles, max(1, MATRIX_BYTES // tile_bytes))
             ]
         # As many tiles down, and samples, as stay within the limit.
         if tiling.as_matrix:
@@ -279,11 +280,15 @@ def _targets(
         if pairs * channels > UNIT_MULTIPLY_ADDS:
             count = sum(tiles.repeat for tiles in tiles_down)
             at_once = min(at_once, -(-count // UNITS))
-        down = tuple(part for tiles in tiles_down for part in tiles.split(at_once))
+        down = tuple(part for tiles in tiles_down for part in split(tiles, at_once))
         samples = max(1, at_once // max(tiles.repeat for tiles in down)) if len(down) < 4 else 1
-        groups.append(Group(phase, down, tuple(blocks), samples))
-    which = 2 if mirrored else 1
-    spans_y = [group.rows(which) for group in groups]
+        images = phase.image1, phase.image2
+        dense = tuple(
+            not tiling.as_matrix and all(block.images[i].step <= 2 for block in blocks)
+            for i in (0, 1)
+        )
+        groups.append(Group(phase, down, tuple(blocks), samples, images, (dense[0], dense[1])))
+    spans_y = [group.images[mirrored] for group in groups]
     spans_x = [phase.image2 if mirrored else phase.image1 for phase in x.phases]
     low = min((span.start for span in spans_y), default=0)
     high = max((span.stop for span in spans_y), default=0)
@@ -292,6 +297,24 @@ def _targets(
         slice(low, high),
         _is_partition(spans_y, high - low) and _is_partition(spans_x, width),
     )
+
+
+def _block(
+    phase_y: Phase,
+    phase_x: Phase,
+    y: Band,
+    x: Band,
+    across: Tiles,
+    as_matrix: bool,
+    mirrored: bool,
+) -> Block:
+    return Block(
+        phase_x, y, x, across, as_matrix, mirrored,
+        images=(phase_x.image1, phase_x.image2),
+        target_shape=(y.count1, across.size),
+        source_shape=(y.count2, across.extent),
+        volume=(slice(None), phase_y.patch, phase_x.patch, phase_y.lattice, phase_x.lattice),
+    )  # fmt: skip
 
 
 def _is_partition(parts: list[slice], size: int) -> bool:
@@ -351,8 +374,8 @@ def choose_tiling(channels: int, y: Band, x: Band, itemsize: int, adjoint: bool)
         across = cover(x, columns)
         extent = max(t.extent for t in across)
         for rows in _even_sizes(y.count1):
-            window = (rows + y.count_patch - 1) * extent
-            if rows * columns * window * itemsize > MATRIX_BYTES:
+            source = (rows + y.count_patch - 1) * extent
+            if rows * columns * source * itemsize > MATRIX_BYTES:
                 continue
             cost = _cost_of_tiles(channels, y, x, cover(y, rows), across, adjoint)
             if cost < best_cost:

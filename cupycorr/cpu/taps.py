@@ -1,4 +1,4 @@
-"""What surrounds products and differences on the CPU: windows' sums, and number formats.
+"""Sums over the taps, and number formats, on the CPU.
 
 A uint16 array holds the bits of bfloat16 numbers; sums are formed in the *accumulator's* dtype.
 """
@@ -12,24 +12,21 @@ import numpy.typing as npt
 
 from cupycorr.cpu.threads import Scratch
 from cupycorr.lattice import Lattice
+from cupycorr.layer import DTYPES
 
 Array = npt.NDArray[Any]
 
 
 def sum_taps(volume: Array, y: Lattice, x: Lattice) -> Array:
-    """Sum over the taps of each window: (..., lattice rows, columns) to (..., OH, OW)."""
-    rows = [volume[..., tap, :] for tap in y.taps]
-    volume = _sum(rows)
-    return _sum([volume[..., tap] for tap in x.taps])
-
-
-def _sum(parts: list[Array]) -> Array:
-    if len(parts) == 1:
-        return parts[0]
-    total = parts[0] + parts[1]
-    for part in parts[2:]:
-        total += part
-    return total
+    """Sum over the taps: (..., lattice rows, columns) to (..., OH, OW)."""
+    for taps, columns in ((y.taps, (slice(None),)), (x.taps, ())):
+        total = volume[(..., taps[0], *columns)]
+        if len(taps) > 1:
+            total = total + volume[(..., taps[1], *columns)]
+        for tap in taps[2:]:
+            total += volume[(..., tap, *columns)]
+        volume = total
+    return volume
 
 
 def spread_taps(
@@ -52,9 +49,16 @@ def spread_taps(
 # Number formats.
 
 
-def accumulator(array: Array) -> np.dtype[Any]:
-    """Return the dtype in which sums of an array's values are formed."""
-    return array.dtype if array.dtype == np.float64 else np.dtype(np.float32)
+def accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype in which sums of stored values are formed."""
+    return ACCUMULATORS[dtype]
+
+
+# bfloat16 is stored as its bits.
+ACCUMULATORS = {
+    np.dtype("uint16" if name == "bfloat16" else name): np.dtype(kind.accumulator)
+    for name, kind in DTYPES.items()
+}
 
 
 def widen(out: Array, values: Array) -> None:

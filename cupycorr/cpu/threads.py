@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -23,34 +23,33 @@ Array = npt.NDArray[Any]
 
 
 class Scratch:
-    """Named buffers of one thread, reused from unit to unit and from call to call."""
+    """Named buffers, reused from unit to unit and from call to call; for one thread at a time."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
+        self.nbytes = 0
+        """Bytes of all buffers."""
+        self._buffers: dict[object, npt.NDArray[np.uint8]] = {}
         self._layout: object = None
         self._zeroed = 0
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(buffer.size for buffer in self._buffers.values())
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    def take(self, name: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Return an uninitialised contiguous array, valid until the name is taken again."""
         size = prod(shape) * dtype.itemsize
         buffer = self._buffers.get(name)
         if buffer is None or buffer.size < size:
+            self.nbytes += size - (0 if buffer is None else buffer.size)
             self._buffers[name] = buffer = np.empty(size, np.uint8)
             self._layout = None
         return np.ndarray(shape, dtype, buffer)
 
     def take_zeroed(
-        self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], layout: object
+        self, name: object, shape: tuple[int, ...], dtype: np.dtype[Any], layout: object
     ) -> Array:
-        """Return an array that is zero, but for the cells that this ``layout`` always writes.
+        """Return an array whose cells beside the layout are zero.
 
-        The layout is that of the last axes; along the first all cells are alike. Only one name
-        can be asked for.
+        Callers with an equal layout write the same cells, so the array is cleared only when the
+        layout changes. The layout is that of the last axes; along the first all cells are alike.
+        Only one name can be asked for.
         """
         array = self.take(name, shape, dtype)
         if self._layout != (shape[1:], dtype, layout) or shape[0] > self._zeroed:
@@ -59,36 +58,7 @@ class Scratch:
         return array
 
 
-class Arena:
-    """Memory for the arrays of one chunk of work after the other."""
-
-    def __init__(self) -> None:
-        self.scratch = Scratch()
-        self._taken = 0
-
-    def reset(self) -> None:
-        """Give back all arrays taken so far."""
-        self._taken = 0
-
-    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """Return an uninitialised contiguous array."""
-        self._taken += 1
-        return self.scratch.take(str(self._taken), shape, dtype)
-
-
-class _Memory:
-    """The scratch memory of one call."""
-
-    def __init__(self) -> None:
-        self.arena = Arena()
-        self.scratches = [Scratch()]
-
-    @property
-    def nbytes(self) -> int:
-        return self.arena.scratch.nbytes + sum(scratch.nbytes for scratch in self.scratches)
-
-
-_idle: deque[_Memory] = deque()
+_idle: deque[list[Scratch]] = deque()
 RETAINED_BYTES = 32 << 20
 """Scratch memory kept for the next call: fetching pages anew can take longer than small work."""
 
@@ -98,66 +68,78 @@ def release_scratch() -> None:
     _idle.clear()
 
 
-@contextmanager
-def _memory() -> Iterator[_Memory]:
-    try:
-        memory = _idle.pop()
-    except IndexError:
-        memory = _Memory()
-    memory.arena.reset()
-    try:
-        yield memory
-    finally:
-        if memory.nbytes + sum(idle.nbytes for idle in list(_idle)) <= RETAINED_BYTES:
-            _idle.append(memory)
-
-
 WORTH_LIMITING_BLAS = 1 << 18
 """Multiply-adds from which on BLAS might use several threads for a product."""
 WORTH_THREADS = 1 << 22
 """Multiply-adds from which on several threads are used."""
 
 Unit = Callable[[Scratch], None]
-Runner = Callable[[Sequence[Unit]], None]
 
 
-@contextmanager
-def workers(multiply_adds: int, threads: int | None) -> Iterator[tuple[Runner, Arena]]:
-    """Provide memory, and a function that runs units and returns when all are done.
+class Team:
+    """The threads and the scratch memory of one call, for a ``with`` statement.
 
-    The units of one call may run in any order and at the same time, on at most ``threads``
-    threads, by default as many as BLAS would use; small work stays on the calling thread.
+    Parameters
+    ----------
+    multiply_adds : int
+        The work; little of it stays on the calling thread.
+    threads : int, optional
+        Threads to use at most; by default as many as BLAS would use.
     """
-    with _memory() as memory:
-        scratches = memory.scratches
-        if multiply_adds < WORTH_LIMITING_BLAS:
-            yield lambda units: _drain(deque(units), scratches[0]), memory.arena
-            return
-        with _blas.one_thread():
-            count = 1
-            if multiply_adds >= WORTH_THREADS:
-                count = max(1, thread_count() if threads is None else threads)
-            scratches += [Scratch() for _ in range(count - len(scratches))]
-            with ThreadPoolExecutor(max(1, count - 1), initializer=_limit_blas) as pool:
-                yield lambda units: _run(units, scratches[:count], pool), memory.arena
 
+    def __init__(self, multiply_adds: int, threads: int | None) -> None:
+        self._blas: AbstractContextManager[None] | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._count = 1
+        if multiply_adds >= WORTH_LIMITING_BLAS:
+            self._blas = _blas.one_thread()
+        if multiply_adds >= WORTH_THREADS:
+            self._count = max(1, thread_count() if threads is None else threads)
 
-def _run(units: Sequence[Unit], scratches: list[Scratch], pool: ThreadPoolExecutor) -> None:
-    queue = deque(units)
-    helpers = scratches[1 : len(queue)]
-    futures = [pool.submit(_drain, queue, scratch) for scratch in helpers]
-    try:
-        _drain(queue, scratches[0])
-    finally:
-        # After an error here, what is left must not run on.
-        queue.clear()
-        for future in futures:
-            future.result()
+    def __enter__(self) -> Team:
+        try:
+            self._scratches = _idle.pop()
+        except IndexError:
+            self._scratches = [Scratch(), Scratch()]
+        self.arena = self._scratches[0]
+        """Memory for the arrays that all units share."""
+        self._scratches += [Scratch() for _ in range(self._count + 1 - len(self._scratches))]
+        if self._blas is not None:
+            self._blas.__enter__()
+        if self._count > 1:
+            self._pool = ThreadPoolExecutor(self._count - 1, initializer=_limit_blas)
+        return self
 
+    def __exit__(self, *error: Any) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+        if self._blas is not None:
+            self._blas.__exit__(*error)
+        retained = 0
+        for scratches in [self._scratches, *_idle]:
+            for scratch in scratches:
+                retained += scratch.nbytes
+        if retained <= RETAINED_BYTES:
+            _idle.append(self._scratches)
 
-def thread_count() -> int:
-    """Return the number of threads that NumPy's BLAS would use."""
-    return _blas.thread_count()
+    def run(self, units: Sequence[Unit]) -> None:
+        """Run units, in any order and at the same time, and return when all are done."""
+        queue = deque(units)
+        helpers = self._scratches[2 : 1 + min(self._count, len(queue))]
+        futures = [self._pool.submit(_drain, queue, s) for s in helpers if self._pool]
+        try:
+            with np.errstate(all="ignore"):
+                while queue:
+                    try:
+                        unit = queue.popleft()
+                    except IndexError:
+                        break
+                    unit(self._scratches[1])
+        finally:
+            # After an error here, what is left must not run on.
+            queue.clear()
+            for future in futures:
+                future.result()
 
 
 def _drain(queue: deque[Unit], scratch: Scratch) -> None:
@@ -168,6 +150,11 @@ def _drain(queue: deque[Unit], scratch: Scratch) -> None:
             except IndexError:
                 return
             unit(scratch)
+
+
+def thread_count() -> int:
+    """Return the number of threads that NumPy's BLAS would use."""
+    return _blas.thread_count()
 
 
 class _Blas:
