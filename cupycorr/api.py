@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,17 @@ def spatial_correlation_sample(
     The sum is not normalised; terms whose positions lie outside a map are left out. float16 and
     bfloat16 accumulate in float32 and are rounded once. Definition: `Geometry`.
     """
-    geometry = Geometry(kernel_size, patch_size, stride, padding, dilation, dilation_patch)
-    return correlate(input1, input2, Layer(geometry), names=("input1", "input2"))
+    parameters = kernel_size, patch_size, stride, padding, dilation, dilation_patch
+    # Other types may be equal to ints, and are refused or widened: they are looked at each time.
+    layer = (_remembered if {*map(type, parameters)} == {int} else _layer)(*parameters)
+    return correlate(input1, input2, layer, names=("input1", "input2"))
+
+
+def _layer(*parameters: Any) -> Layer:
+    return Layer(Geometry(*parameters))
+
+
+_remembered = lru_cache(maxsize=1024)(_layer)
 
 
 def correlation(
@@ -199,10 +209,19 @@ def _on_cpu(
     """Compute results of some names and shapes from checked NumPy arrays."""
     dtype = inputs["fmap1"].dtype
     native = dtype if dtype.isnative else dtype.newbyteorder("=")
-    results = {name: np.empty(shape, native) for name, shape in shapes.items()}
-    arrays = {name: _storage(array) for name, array in (inputs | results).items()}
+    results = {}
+    for name, shape in shapes.items():
+        results[name] = np.empty(shape, native)
+    arrays = dict(inputs, **results)
+    for name, array in arrays.items():
+        if type(array) is not np.ndarray or array.dtype not in _STORED:
+            arrays[name] = _storage(array)
     cpu.run(what, arrays, layer)
     return results
+
+
+_STORED = {np.dtype(name) for name in DTYPES if name != "bfloat16"}
+"""The dtypes that the engine takes as they are."""
 
 
 def _on_device(
@@ -223,6 +242,8 @@ def _on_device(
 
 def _library(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
     """Return the library that arrays belong to; raise unless it is one and the same."""
+    if {*map(type, arrays)} == {np.ndarray}:
+        return "numpy"
     libraries = [_library_of(array) for array in arrays]
     known = ("numpy", "cupy", "torch")
     if libraries.count(libraries[0]) == len(libraries) and libraries[0] in known:
@@ -250,13 +271,15 @@ def _library_of(array: Any) -> str:
 
 def _check(names: tuple[str, ...], arrays: tuple[Any, ...], geometry: Geometry) -> Shape:
     """Check maps, and a gradient if given as third, of one library; return the cost's shape."""
-    dtypes = [_dtype_name(array.dtype) for array in arrays]
+    dtypes, shapes = [], []
+    for array in arrays:
+        dtypes.append(_dtype_name(array.dtype))
+        shapes.append(tuple(array.shape))
     if dtypes.count(dtypes[0]) != len(dtypes):
         raise TypeError(f"{_all(names)} must have equal dtypes, got {_all(dtypes)}")
     if dtypes[0] not in DTYPES:
         allowed = _all(list(DTYPES), "or")
         raise TypeError(f"{_all(names)} must have dtype {allowed}, got {dtypes[0]}")
-    shapes = [tuple(array.shape) for array in arrays]
     if shapes[0] != shapes[1]:
         raise ValueError(f"{_all(names[:2])} must have equal shapes, got {_all(shapes[:2])}")
     if len(shapes[0]) != 4:

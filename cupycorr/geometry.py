@@ -34,7 +34,8 @@ class Axis(NamedTuple):
 
     def output_size(self, size: int) -> int:
         """Return the number of output positions on ``size`` pixels; below 1 where none fits."""
-        return (size + 2 * self.padding - self.taps_extent) // self.stride + 1
+        extent = self.dilation * (self.kernel_size - 1) + 1
+        return (size + 2 * self.padding - extent) // self.stride + 1
 
     def patch_part(self, part: slice) -> Axis:
         """Return the axis with only the displacements numbered ``part`` (step 1)."""

@@ -62,12 +62,9 @@ def run(
             result = arrays.get(name)
             if result is not None:
                 result.fill(0)
-    elif layer.similarity == "l1":
-        l1.run(what, arrays, layer, threads)
-    elif what == "cost":
-        _cost(arrays, layer, threads)
-    else:
-        _grads(arrays, layer, threads)
+        return
+    cost, grads = (l1.cost, l1.grads) if layer.similarity == "l1" else (_cost, _grads)
+    (grads if what == "grads" else cost)(arrays, layer, threads)
 
 
 def _cost(arrays: Mapping[str, Any], layer: Layer, threads: int | None) -> None:
@@ -101,11 +98,11 @@ def _cost(arrays: Mapping[str, Any], layer: Layer, threads: int | None) -> None:
                                     bands.multiply, group.blocks, tiles, n, targets, sources, values
                                 )
                             )
-                team.run(units)
-                team.run(products)
+                team.work(units)
+                team.work(products)
                 if not direct:
                     last = step is part.steps[-1]
-                    team.run(
+                    team.work(
                         [
                             partial(
                                 _store_cost, out[at], volume[at], step,
@@ -159,10 +156,10 @@ def _grads(arrays: Mapping[str, Any], layer: Layer, threads: int | None) -> None
                     partial(spread_taps, volume[at], upstream[at], step.lattice_y, step.lattice_x)
                     for at in volume_parts(volume.shape)
                 ]
-                team.run(spread + [unit for one in products for unit in one.pack])
-                team.run([unit for one in products for unit in one.multiply])
-                team.run([unit for one in products for unit in one.add_units()])
-            team.run([unit for gradient in gradients for unit in gradient.leave_units()])
+                team.work(spread + [unit for one in products for unit in one.pack])
+                team.work([unit for one in products for unit in one.multiply])
+                team.work([unit for one in products for unit in one.add_units()])
+            team.work([unit for gradient in gradients for unit in gradient.leave_units()])
 
 
 class _Gradient:

@@ -57,26 +57,10 @@ WORK_OF_TERM = 8
 """The time that a term takes, in multiply-adds of a matrix product."""
 
 
-def run(what: str, arrays: Mapping[str, Any], layer: Layer, threads: int | None) -> None:
-    """Compute a layer of absolute differences; the parameters are those of `engine.run`."""
-    maps = arrays["fmap1"], arrays["fmap2"]
-    if what == "grads":
-        _grads(arrays["grad_cost"], maps, arrays, layer, threads)
-    elif what == "tangent":
-        _sum_volume((*maps, arrays["tangent1"], arrays["tangent2"]), arrays["cost"], layer, threads)
-    else:
-        _sum_volume(maps, arrays["cost"], layer, threads)
-
-
-def _grads(
-    grad_cost: Array,
-    maps: tuple[Array, Array],
-    arrays: Mapping[str, Any],
-    layer: Layer,
-    threads: int | None,
-) -> None:
-    fmap1, fmap2 = maps
-    grads = [arrays.get("grad_fmap1"), arrays.get("grad_fmap2")]
+def grads(arrays: Mapping[str, Any], layer: Layer, threads: int | None) -> None:
+    """Compute the subgradients; the parameters are those of `engine.run`."""
+    fmap1, fmap2, grad_cost = arrays["fmap1"], arrays["fmap2"], arrays["grad_cost"]
+    results = [arrays.get("grad_fmap1"), arrays.get("grad_fmap2")]
     geometry = layer.geometry
     batch, channels = fmap1.shape[:2]
     # Channels are independent of one another, as samples are.
@@ -86,13 +70,13 @@ def _grads(
     together = max(-(-batch // UNITS), SAMPLE_ELEMENTS // (at_once * plane))
     together = max(1, min(together, _samples((at_once, plane))))
     with Team(_work(fmap1.shape, grad_cost.shape, geometry), threads) as team:
-        team.run(
+        team.work(
             [
                 partial(
                     _differentiate,
                     grad_cost[n],
                     (fmap1[n, part], fmap2[n, part]),
-                    [None if grad is None else grad[n, part] for grad in grads],
+                    [None if grad is None else grad[n, part] for grad in results],
                     layer,
                     layer.divisor(channels),
                 )
@@ -149,39 +133,45 @@ class _Columns(NamedTuple):
 # The volume, summed over channels.
 
 
-def _sum_volume(maps: tuple[Array, ...], cost: Array, layer: Layer, threads: int | None) -> None:
-    """Compute the cost volume of two maps, or its tangent from two maps and their tangents."""
+def cost(arrays: Mapping[str, Any], layer: Layer, threads: int | None) -> None:
+    """Compute the cost volume, or its change with "tangent1" and "tangent2" where they are given.
+
+    The parameters are those of `engine.run`.
+    """
+    names = "fmap1", "fmap2", "tangent1", "tangent2"
+    maps = tuple(arrays[name] for name in names if name in arrays)
+    out = arrays["cost"]
     batch, channels, *size = maps[0].shape
     geometry, divisor = layer.geometry, layer.divisor(channels)
-    dtype, columns = accumulator(cost.dtype), _Columns.of(geometry, size[1])
-    with Team(_work(maps[0].shape, cost.shape, geometry), threads) as team:
+    dtype, columns = accumulator(out.dtype), _Columns.of(geometry, size[1])
+    with Team(_work(maps[0].shape, out.shape, geometry), threads) as team:
         for samples in spans(batch, _samples(maps[0].shape[1:])):
             shape = (samples.stop - samples.start, size[0], columns.total, channels)
             packed = [
                 _channels_last(team.arena, f"map {i}", shape, dtype) for i, _ in enumerate(maps)
             ]
             alone = [team.arena.take(f"alone {i}", shape[:3], dtype) for i in (1, 2)]
-            team.run(
+            team.work(
                 [
                     partial(_prepare, maps[i::2], packed[i::2], alone[i], columns, samples, rows)
                     for i in (0, 1)
                     for rows in spans(size[0], -(-size[0] // UNITS))
                 ]
             )
-            team.run(
+            team.work(
                 [
                     partial(
                         _sum_rows,
                         packed,
                         alone,
-                        cost[samples, p, :, rows],
+                        out[samples, p, :, rows],
                         _lattices(geometry, size, rows),
                         columns,
                         (dy, geometry.displacements[1]),
                         divisor,
                     )
                     for p, dy in enumerate(geometry.displacements[0])
-                    for rows in _rows(geometry, size, shape[0], -(-UNITS // cost.shape[1]))
+                    for rows in _rows(geometry, size, shape[0], -(-UNITS // out.shape[1]))
                 ]
             )
 
@@ -198,10 +188,11 @@ def _prepare(
     """Pack rows of one map and of its tangent, and sum what its positions add alone."""
     for fmap, array in zip(maps, packed, strict=True):
         _pack(array[:, rows], fmap[samples, :, rows], columns)
-    zeros = [np.zeros((1, 1, 1, 1, 1), alone.dtype)] * len(maps)
+    zero = np.zeros((1, 1, 1, 1), alone.dtype)
     for _, part, across in _blocks((1, *alone[:, rows].shape, packed[0].shape[3])):
-        blocks = [array[None, :, rows][:, :, part, across] for array in packed]
-        alone[:, rows][:, part, across] = _sum_block(blocks, zeros, scratch)[0]
+        values, *tangents = (array[:, rows][:, part, across] for array in packed)
+        terms = _sign(values, zero, scratch) * tangents[0] if tangents else np.abs(values)
+        np.add.reduce(terms, axis=-1, out=alone[:, rows][:, part, across])
 
 
 def _sum_rows(
@@ -218,6 +209,7 @@ def _sum_rows(
     _, height, _, channels = maps[0].shape
     (dy, all_dx), patch = displacements, columns.patch
     count = patch.stop - patch.start
+    ones_of_channels = np.ones(channels, maps[0].dtype)
     total: Array | None = None
     for y, x in all_lattices:
         volume = scratch.take("volume", (*out.shape[:2], y.size, x.size), maps[0].dtype)
@@ -238,29 +230,23 @@ def _sum_rows(
         for q, rows, across in _blocks((*sums.shape, channels)):
             ones = [array[:, :, rows, across] for array in firsts]
             twos = [array[q, :, rows, across] for array in seconds]
-            sums[q, :, rows, across] = _sum_block(ones, twos, scratch)
+            shape = np.broadcast_shapes(ones[0].shape, twos[0].shape)
+            terms = _channels_last(scratch, "terms", shape, volume.dtype)
+            np.subtract(ones[-1], twos[-1], out=terms)
+            if len(ones) == 1:
+                np.abs(terms, out=terms)
+            else:
+                np.multiply(terms, _sign(ones[0], twos[0], scratch), out=terms)
+            if channels < CHANNELS_LAST:
+                sums[q, :, rows, across] = np.add.reduce(terms, axis=-1)
+            else:
+                # A product with ones takes half the time of a sum.
+                total_of_channels = np.dot(terms.reshape(-1, channels), ones_of_channels)
+                sums[q, :, rows, across] = total_of_channels.reshape(shape[:-1])
         sums = sum_taps(volume, y, x)
         total = sums if len(all_lattices) == 1 else sums + (0 if total is None else total)
     if total is not None:
         store(out, total, divisor)
-
-
-def _sum_block(ones: list[Array], twos: list[Array], scratch: Scratch) -> Array:
-    """Sum over the channels of blocks (Q, N, rows, columns, C): of maps, and of their tangents."""
-    shape = np.broadcast_shapes(ones[0].shape, twos[0].shape)
-    terms = _channels_last(scratch, "terms", shape, ones[0].dtype)
-    np.subtract(ones[-1], twos[-1], out=terms)
-    if len(ones) == 1:
-        np.abs(terms, out=terms)
-    else:
-        np.multiply(terms, _sign(ones[0], twos[0], scratch), out=terms)
-    channels = shape[-1]
-    if channels < CHANNELS_LAST:
-        total: Array = np.add.reduce(terms, axis=-1)
-        return total
-    # A product with ones takes half the time of a sum.
-    total = np.dot(terms.reshape(-1, channels), np.ones(channels, terms.dtype))
-    return total.reshape(shape[:-1])
 
 
 # Subgradients.

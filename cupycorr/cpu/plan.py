@@ -181,7 +181,7 @@ def plan(shape: tuple[int, int, int], geometry: Geometry, itemsize: int, adjoint
     )
 
     def scratch_bytes() -> int:
-        # Parts of all rows; those of the second map overlap by the patch, and source blocks by theirs.
+        # Parts of all rows; those of map 2 overlap by the patch, and source blocks by theirs.
         part1 = min(1.0, (size[2] + geometry.y.taps_extent // geometry.y.stride) / rows)
         part2 = min(1.0, part1 + size[0] * geometry.y.dilation_patch / height)
         packed = channels * (part1 * prod(packed1) + 2 * part2 * prod(packed2))

@@ -122,7 +122,7 @@ class Team:
         if retained <= RETAINED_BYTES:
             _idle.append(self._scratches)
 
-    def run(self, units: Sequence[Unit]) -> None:
+    def work(self, units: Sequence[Unit]) -> None:
         """Run units, in any order and at the same time, and return when all are done."""
         queue = deque(units)
         helpers = self._scratches[2 : 1 + min(self._count, len(queue))]

@@ -101,6 +101,8 @@ _L1_OF_SLOT = (
     Operator("l1_grad_fmap1", (*_MAPS, COST), (FMAP1,), "l1"),
     Operator("l1_grad_fmap2", (*_MAPS, COST), (FMAP2,), "l1"),
 )
+_BOTH = {OF_COST: _GRADS, OF_L1_COST: _L1_GRADS}
+"""The operators that compute both gradients of a cost volume."""
 OPERATORS = (*_OF_SLOT, _GRADS, OF_L1_COST, _L1_TANGENT, *_L1_OF_SLOT, _L1_GRADS)
 
 
@@ -191,10 +193,11 @@ class _Rules:
         operator: Operator = ctx.operator
         needs = ctx.needs_input_grad[2:]
         grads: Iterable[Tensor | None]
-        if operator.similarity == "l1":
+        both = _BOTH.get(operator)
+        if both is not None and all(needs) and upstream[0] is not None:
+            grads = derive(both, ctx.layer, *ctx.saved_tensors, upstream[0])
+        elif operator.similarity == "l1":
             grads = _l1_backward(ctx, needs, upstream)
-        elif operator is OF_COST and all(needs) and upstream[0] is not None:
-            grads = derive(_GRADS, ctx.layer, *ctx.saved_tensors, upstream[0])
         else:
             changes = dict(zip(operator.results, upstream, strict=True))
             grads = (
@@ -216,7 +219,10 @@ class _Rules:
 
 
 class _Derivative(_Rules, torch.autograd.Function):
-    """An operator on dense tensors; `derive` calls ``forward`` alone where nothing is derived."""
+    """An operator on dense tensors, computed on their own memory.
+
+    `derive` calls ``forward`` alone, without a context, where nothing is to be derived.
+    """
 
     @staticmethod
     def forward(
@@ -224,7 +230,31 @@ class _Derivative(_Rules, torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         if ctx is not None:
             _save(ctx, operator, layer, operands)
-        return compute(operator, layer, *operands)
+        fmap = operands[0]
+        shapes = {FMAP1: fmap.shape, FMAP2: fmap.shape, COST: layer.geometry.cost_shape(fmap.shape)}
+        results = tuple(fmap.new_empty(shapes[slot]) for slot in operator.results)
+        arrays = {
+            INPUTS[slot]: tensor for slot, tensor in zip(operator.operands, operands, strict=True)
+        }
+        arrays |= {
+            _RESULTS[slot]: tensor for slot, tensor in zip(operator.results, results, strict=True)
+        }
+        # Engines read the shape of a map that no wanted gradient depends on: either map's.
+        arrays.setdefault("fmap1", fmap)
+        arrays.setdefault("fmap2", fmap)
+        if fmap.is_cuda:
+            from cupycorr.torch import memory
+
+            memory.run(operator.what, arrays, layer)
+        else:
+            views = {name: _array(tensor) for name, tensor in arrays.items()}
+            engine.run(operator.what, views, layer, threads=torch.get_num_threads())
+        return results
+
+
+def compute(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
+    """Compute what an operator returns for dense tensors, on their own memory."""
+    return _Derivative.forward(None, operator, layer, *operands)
 
 
 class _SingleLevelDerivative(_Rules, torch.autograd.function._SingleLevelFunction):
@@ -242,30 +272,6 @@ class _SingleLevelDerivative(_Rules, torch.autograd.function._SingleLevelFunctio
             torch._C._AutoDispatchBelowAutograd(),
         ):
             return dispatch(operator, layer, *operands)
-
-
-def compute(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
-    """Compute what an operator returns for dense tensors, on their own memory."""
-    fmap = operands[0]
-    shapes = {FMAP1: fmap.shape, FMAP2: fmap.shape, COST: layer.geometry.cost_shape(fmap.shape)}
-    results = tuple(fmap.new_empty(shapes[slot]) for slot in operator.results)
-    arrays = {
-        INPUTS[slot]: tensor for slot, tensor in zip(operator.operands, operands, strict=True)
-    }
-    arrays |= {
-        _RESULTS[slot]: tensor for slot, tensor in zip(operator.results, results, strict=True)
-    }
-    # Engines read the shape of a map that no wanted gradient depends on: either map's.
-    arrays.setdefault("fmap1", fmap)
-    arrays.setdefault("fmap2", fmap)
-    if fmap.is_cuda:
-        from cupycorr.torch import memory
-
-        memory.run(operator.what, arrays, layer)
-    else:
-        views = {name: _array(tensor) for name, tensor in arrays.items()}
-        engine.run(operator.what, views, layer, threads=torch.get_num_threads())
-    return results
 
 
 def _array(tensor: Tensor) -> Any:

@@ -1,6 +1,7 @@
 """The CUDA engine on real CuPy arrays, on whatever CUDA device is there."""
 
 import definition
+import frames
 import numpy as np
 import pytest
 from cases import CASES
@@ -316,3 +317,28 @@ def test_threads_may_call_at_once(cp, rng):
         for geometry, got in zip(geometries, pool.map(call, geometries), strict=True):
             want = cupycorr.correlation(one, two, geometry)
             assert verify.difference(got.astype(float), want.astype(float)) is None
+
+
+@pytest.mark.parametrize("similarity", ["product", "l1"])
+def test_few_functions_lie_between_a_call_and_its_launches(cp, rng, monkeypatch, similarity):
+    from cupycorr.cuda import engine as cuda_engine
+
+    stacks, load = [], cuda_engine._function
+
+    def spied(launch):
+        def function(*arguments, **options):
+            stacks.append(frames.stack())
+            load(launch)(*arguments, **options)
+
+        return function
+
+    monkeypatch.setattr(cuda_engine, "_function", spied)
+    cuda_engine._prepared.cache_clear()
+    one, two = map(cp.asarray, maps(rng))
+    cost = cupycorr.correlation(one, two, PATCH, similarity=similarity)
+    cupycorr.correlation_vjp(cost, one, two, PATCH, similarity=similarity)
+    cuda_engine._prepared.cache_clear()
+    assert len(stacks) == 3
+    for names in stacks:
+        assert len(names) <= 6, names
+        assert len(set(names)) == len(names), names

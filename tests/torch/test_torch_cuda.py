@@ -9,6 +9,7 @@ import contextlib
 import sys
 import types
 
+import frames
 import numpy as np
 import pytest
 from cases import CASES
@@ -403,6 +404,19 @@ class TestTheBridgeWithoutADevice:
         volume = notes[0][3]((2, 3), "float64")
         assert (volume.shape, volume.dtype) == ((2, 3), np.float64)
         assert volume.ctypes.data == made[0].data_ptr()
+
+    def test_few_functions_lie_between_a_call_and_the_engine(self, bridge, monkeypatch):
+        torch_cuda, _ = bridge
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        stacks, engine = [], torch_cuda._engine()
+        monkeypatch.setattr(engine, "run", lambda *a, **o: stacks.append(frames.stack()))
+        one, two = (fmap.requires_grad_() for fmap in maps("cpu"))
+        cupycorr.correlation(one, two, GEOMETRY).sum().backward()
+        assert len(stacks) == 2
+        for names in stacks:
+            # The engine itself launches: a test in tests/gpu.
+            assert len([*names, "run of the engine"]) <= 7, names
+            assert len(set(names)) == len(names), names
 
     @pytest.mark.parametrize("layout", ["strided", "differentiated"])
     def test_it_takes_any_tensor(self, bridge, layout):
