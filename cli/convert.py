@@ -1,33 +1,18 @@
-"""``cupycorr convert``: one layer's parameters in the words of every system."""
+"""``cupycorr convert``: another system's layer in cupycorr's words."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
-from cupycorr.compat import vocabularies
-from cupycorr.compat.vocabularies import REQUIRED, VOCABULARIES, Inexpressible, Setting
+from cupycorr.compat.systems import REQUIRED, SYSTEMS
+from cupycorr.layer import SIMILARITIES, Layer
 
 from .options import IntOrPairType
 
-IMPORTS = (
-    "from cupycorr import Geometry, correlation, spatial_correlation_sample\n"
-    "from cupycorr.compat import caffe, mmcv, nvidia, sniklaus, taichi"
-)
-CHOICES = {"similarity": ("product", "l1"), "correlation_type": ("multiply", "subtract")}
-
-
-class Row(NamedTuple):
-    """A system, the Python for its layer or why there is none, and the shape of its own result."""
-
-    system: str
-    python: str
-    shape: str
-    possible: bool
+CHOICES = {"similarity": SIMILARITIES, "correlation_type": ("multiply", "subtract")}
 
 
 def flag(parameter: str) -> str:
@@ -36,13 +21,13 @@ def flag(parameter: str) -> str:
     return f"--{words.replace('_', '-')}"
 
 
-def _vocabulary_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command with an option per parameter; it gets those given as ``given``."""
+def _parameter_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command with an option per parameter."""
     systems: dict[str, list[str]] = {}
-    for system, vocabulary in VOCABULARIES.items():
-        for parameter in vocabulary.defaults:
-            systems.setdefault(parameter, []).append(system)
-    pairs = VOCABULARIES["cupycorr"].defaults
+    for name, system in SYSTEMS.items():
+        for parameter in system.defaults:
+            systems.setdefault(parameter, []).append(name)
+    pairs = SYSTEMS["cupycorr"].defaults
     # Each decorator puts its option in front of those before it.
     for parameter, names in reversed(systems.items()):
         options: dict[str, Any] = {"type": IntOrPairType() if parameter in pairs else int}
@@ -51,17 +36,16 @@ def _vocabulary_options(function: Callable[..., None]) -> Callable[..., None]:
             options = {"type": click.Choice(CHOICES[parameter])}
         if parameter == "normalize":
             options = {"is_flag": True, "default": None}
-        function = click.option(
-            flag(parameter), parameter, help=f"Of {', '.join(names)}.", **options
-        )(function)
+        text = f"A parameter of {', '.join(names)}."
+        function = click.option(flag(parameter), parameter, help=text, **options)(function)
     return function
 
 
-@click.command(short_help="Translate a layer's parameters between systems.")
+@click.command(short_help="Translate another system's layer.")
 @click.option(
     "--from",
     "system",
-    type=click.Choice(list(VOCABULARIES)),
+    type=click.Choice(list(SYSTEMS)),
     help="Whose parameters these are.  [default: whose words they are]",
 )
 @click.option(
@@ -69,15 +53,15 @@ def _vocabulary_options(function: Callable[..., None]) -> Callable[..., None]:
     type=click.IntRange(min=1),
     nargs=2,
     metavar="H W",
-    help="Show the shape of each system's result for maps of this height and width.",
+    help="Show the shape of the result for maps of this height and width.",
 )
-@_vocabulary_options
+@_parameter_options
 def convert(system: str | None, size: tuple[int, int] | None, **parameters: Any) -> None:
-    """Translate a correlation layer's parameters into the words of every system.
+    """Translate a correlation layer's parameters, in any system's words, into cupycorr's.
 
-    Prints for each a line of Python that has the values and the shape of the given layer, on torch
-    tensors x1 and x2, or a few words on why it has none. What is divided and how displacements are
-    laid out differs between systems; the lines make up for it.
+    Prints the geometry and what is summed, the call that computes the layer on torch tensors x1
+    and x2, and the drop-in that keeps the system's own words. The guide to migrating has a table
+    for the way back.
 
     FlowNetC's layer, for instance: cupycorr convert --pad-size 20 --max-displacement 20 --stride2 2
 
@@ -85,20 +69,28 @@ def convert(system: str | None, size: tuple[int, int] | None, **parameters: Any)
     """
     given = {name: value for name, value in parameters.items() if value is not None}
     try:
-        name, setting = _recognise(given, [system] if system else list(VOCABULARIES))
-        rows = [_row(one, setting, size) for one in VOCABULARIES]
+        name, layer = _recognise(given, [system] if system else list(SYSTEMS))
+        shape = None if size is None else layer.geometry.cost_shape((0, 0, *size))[1:]
     except (TypeError, ValueError) as error:
         raise click.UsageError(str(error)) from None
-    order = VOCABULARIES[name].defaults
-    words = ", ".join(
-        f"{parameter}={given[parameter]!r}" for parameter in order if parameter in given
-    )
-    click.echo(f"{name}: {words}" if words else name)
-    click.echo(f"{_describe(setting)}\n\n{IMPORTS}\n")
-    _show(rows)
+    words = {p: given[p] for p in SYSTEMS[name].defaults if p in given}
+    click.echo(f"{name}: {_arguments(words)}" if words else name)
+    what = "absolute differences" if layer.l1 else "products"
+    how = "mean" if layer.normalize else "sum"
+    click.echo(f"{layer.geometry!r}, {how} of {what}\n")
+    click.echo(f"from cupycorr import Geometry, correlation\n{_call(name, layer)}")
+    drop_in = SYSTEMS[name].call
+    if drop_in is not None:
+        module, dot, _ = drop_in.partition(".")
+        source = "cupycorr.compat" if dot else "cupycorr"
+        line = drop_in.format(_arguments(_values(name, given)))
+        click.echo(f"\nfrom {source} import {module.partition('(')[0]}\n{line}")
+    if shape is not None:
+        sizes = (shape[0] * shape[1], *shape[2:]) if SYSTEMS[name].flat else shape
+        click.echo(f"\nshape: (N, {', '.join(map(str, sizes))})")
 
 
-def _recognise(given: Mapping[str, Any], systems: list[str]) -> tuple[str, Setting]:
+def _recognise(given: Mapping[str, Any], names: list[str]) -> tuple[str, Layer]:
     """Return the system whose parameters these are, and what they mean.
 
     Raises
@@ -106,19 +98,22 @@ def _recognise(given: Mapping[str, Any], systems: list[str]) -> tuple[str, Setti
     TypeError, ValueError
         If no system has them, if they are not valid, or if they mean several things.
     """
-    if not given and len(systems) > 1:
+    if not given and len(names) > 1:
         raise ValueError("give a layer's parameters, or --from with a system that needs none")
     flags = " and ".join(map(flag, given))
-    systems = [name for name in systems if given.keys() <= VOCABULARIES[name].defaults.keys()]
-    if not systems:
+    names = [name for name in names if given.keys() <= SYSTEMS[name].defaults.keys()]
+    if not names:
         raise ValueError(f"no system has {flags} together; --help lists whose words they are")
-    found: dict[str, Setting] = {}
+    found: dict[str, Layer] = {}
     errors: list[TypeError | ValueError] = []
-    missing = {name: _missing(name, given) for name in systems}
-    for name in systems:
+    missing = {
+        name: [flag(p) for p, value in _values(name, given).items() if value is REQUIRED]
+        for name in names
+    }
+    for name in names:
         if not missing[name]:
             try:
-                found[name] = vocabularies.read(name, given)
+                found[name] = SYSTEMS[name].layer(**_values(name, given))
             except (TypeError, ValueError) as error:
                 errors.append(error)
     if not found and errors:
@@ -126,11 +121,7 @@ def _recognise(given: Mapping[str, Any], systems: list[str]) -> tuple[str, Setti
     if not found:
         needs = "; ".join(f"{name} needs {' and '.join(lack)}" for name, lack in missing.items())
         raise ValueError(f"more must be given than {flags or 'nothing'}: {needs}")
-    meanings = {
-        replace(setting.layer, geometry=vocabularies.canonical(setting.layer.geometry))
-        for setting in found.values()
-    }
-    if len(meanings) > 1:
+    if len(set(found.values())) > 1:
         raise ValueError(
             f"by {flags} {' and '.join(found)} mean different things; say whose words they are "
             "with --from"
@@ -138,44 +129,18 @@ def _recognise(given: Mapping[str, Any], systems: list[str]) -> tuple[str, Setti
     return next(iter(found.items()))
 
 
-def _missing(system: str, given: Mapping[str, Any]) -> list[str]:
-    defaults = VOCABULARIES[system].defaults
-    return [flag(p) for p, default in defaults.items() if default is REQUIRED and p not in given]
+def _values(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {**SYSTEMS[name].defaults, **given}
 
 
-def _row(system: str, setting: Setting, size: tuple[int, int] | None) -> Row:
-    try:
-        line = vocabularies.python(system, setting)
-    except Inexpressible as error:
-        return Row(system, f"cannot: it {error}", "", possible=False)
-    if size is None:
-        return Row(system, line, "", possible=True)
-    _, *sizes = vocabularies.shape(system, setting, 1, *size)
-    return Row(system, line, f"(N, {', '.join(map(str, sizes))})", possible=True)
+def _call(name: str, layer: Layer) -> str:
+    """Return Python for a layer: its values, laid out as the system does."""
+    options: dict[str, Any] = {"normalize": True} if layer.normalize else {}
+    if layer.l1:
+        options["similarity"] = "l1"
+    words = ", ".join(filter(None, ("x1", "x2", repr(layer.geometry), _arguments(options))))
+    return f"correlation({words})" + (".flatten(1, 2)" if SYSTEMS[name].flat else "")
 
 
-def _describe(setting: Setting) -> str:
-    what = "absolute differences" if setting.layer.l1 else "products"
-    how = "mean" if setting.layer.normalize else "sum"
-    return f"{setting.layer.geometry!r}, {how} of {what}"
-
-
-def _show(rows: list[Row]) -> None:
-    """Print a table on a terminal, elsewhere a line per system."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(file=sys.stdout, highlight=False, markup=False)
-    shapes = any(row.shape for row in rows)
-    if console.is_terminal:
-        table = Table("system", "Python", *(["shape"] if shapes else []), padding=(0, 1))
-        for row in rows:
-            cells = [row.system, row.python, row.shape]
-            style = None if row.possible else "dim"
-            table.add_row(*cells[: len(table.columns)], style=style)
-        console.print(table)
-        return
-    width = max(len(row.system) for row in rows)
-    for row in rows:
-        shape = f"  # {row.shape}" if row.shape else ""
-        click.echo(f"{row.system:<{width}}  {row.python}{shape}")
+def _arguments(parameters: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in parameters.items())

@@ -160,9 +160,8 @@ class Geometry:
         # The class is frozen: attributes can only be set past its own __setattr__.
         self.__dict__.update(zip(Axis._fields, pairs, strict=True), y=y, x=x)
 
-    @classmethod
+    @staticmethod
     def from_flownet(
-        cls,
         pad_size: int = 0,
         kernel_size: int = 1,
         max_displacement: int = 0,
@@ -189,27 +188,18 @@ class Geometry:
 
         Notes
         -----
-        FlowNet anchors the window at its corner, so that output (y, x) reads taps from
-        ``y * stride1 + max_displacement - pad_size`` on: `padding` is
-        ``pad_size - max_displacement``. Its output size is
+        The first tap of output (y, x) is at ``y * stride1 + max_displacement - pad_size``.
+        FlowNet's output size is
         ``ceil((H + 2 * pad_size - 2 * (max_displacement + (kernel_size - 1) // 2)) / stride1)``;
-        for an even window that is one position more than fit, and the last one is left out here.
+        for an even kernel_size that is one position more than fits, and it is left out here.
         Source: A. Dosovitskiy et al., "FlowNet", ICCV 2015, section 3, and its Caffe layer.
         """
-        pad = _integer("pad_size", pad_size)
-        reach = _integer("max_displacement", max_displacement, least=0)
-        step = _integer("stride2", stride2, least=1)
-        return cls(
-            kernel_size=_integer("kernel_size", kernel_size, least=1),
-            patch_size=2 * (reach // step) + 1,
-            stride=_integer("stride1", stride1, least=1),
-            padding=pad - reach,
-            dilation_patch=step,
-        )
+        from cupycorr.compat import flownet
 
-    @classmethod
+        return flownet.geometry(pad_size, kernel_size, max_displacement, stride1, stride2)
+
+    @staticmethod
     def from_correlation1d(
-        cls,
         pad: int = 0,
         kernel_size: int = 1,
         max_displacement: int = 0,
@@ -231,25 +221,14 @@ class Geometry:
         TypeError, ValueError
             As `from_flownet`; ValueError also for another single_direction.
         """
-        single_direction = _integer("single_direction", single_direction)
-        if single_direction not in (-1, 0, 1):
-            raise ValueError(f"single_direction must be -1, 0 or 1, got {single_direction}")
-        pad = _integer("pad", pad)
-        flow = cls.from_flownet(pad, kernel_size, max_displacement, stride1, stride2)
-        radius = flow.patch_size[1] // 2
-        patch = 2 * radius + 1 if single_direction == 0 else radius + 1
-        first = 0 if single_direction == 1 else -radius * flow.dilation_patch[1]
-        return cls(
-            kernel_size=flow.kernel_size,
-            patch_size=(1, patch),
-            stride=flow.stride,
-            padding=(0, flow.padding[1]),
-            dilation_patch=(1, flow.dilation_patch[1]),
-            first_displacement=(0, first),
+        from cupycorr.compat import flownet
+
+        return flownet.stereo_geometry(
+            pad, kernel_size, max_displacement, stride1, stride2, single_direction
         )
 
-    @classmethod
-    def from_taichi(cls, max_disp: int, dila_patch: int = 1) -> Geometry:
+    @staticmethod
+    def from_taichi(max_disp: int, dila_patch: int = 1) -> Geometry:
         """Translate the parameters of the Taichi correlation layer.
 
         Parameters
@@ -264,13 +243,12 @@ class Geometry:
         TypeError, ValueError
             As `Geometry`, naming the parameter of this vocabulary.
         """
-        reach = _integer("max_disp", max_disp, least=0)
-        step = _integer("dila_patch", dila_patch, least=1)
-        return cls(patch_size=2 * reach // step + 1, dilation_patch=step, first_displacement=-reach)
+        from cupycorr.compat import taichi
 
-    @classmethod
+        return taichi.geometry(max_disp, dila_patch)
+
+    @staticmethod
     def from_mmcv(
-        cls,
         kernel_size: IntOrPair = 1,
         max_displacement: int = 1,
         stride: IntOrPair = 1,
@@ -292,8 +270,16 @@ class Geometry:
         TypeError, ValueError
             As `Geometry`, naming the parameter of this vocabulary.
         """
-        patch = 2 * _integer("max_displacement", max_displacement, least=0) + 1
-        return cls(kernel_size, patch, stride, padding, dilation, dilation_patch)
+        from cupycorr.compat import systems
+
+        return systems.mmcv_geometry(
+            max_displacement,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            dilation_patch=dilation_patch,
+        )
 
     @property
     def displacements(self) -> tuple[range, range]:
@@ -374,7 +360,7 @@ def _pair(name: str, value: object, least: int | None = None) -> Pair:
     if type(value) is int and (least is None or value >= least):
         return value, value
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(_is_integer(number) for number in pair):
+    if len(pair) != 2 or not all(_isinteger(number) for number in pair):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     y, x = map(index, pair)
     if least is not None and min(y, x) < least:
@@ -382,9 +368,9 @@ def _pair(name: str, value: object, least: int | None = None) -> Pair:
     return y, x
 
 
-def _integer(name: str, value: object, least: int | None = None) -> int:
-    """Check one integer."""
-    if not _is_integer(value):
+def integer(name: str, value: object, least: int | None = None) -> int:
+    """Check one integer; ``name`` is what the error calls it."""
+    if not _isinteger(value):
         raise TypeError(f"{name} must be an int, got {value!r}")
     number = index(value)
     if least is not None and number < least:
@@ -392,7 +378,7 @@ def _integer(name: str, value: object, least: int | None = None) -> int:
     return number
 
 
-def _is_integer(value: object) -> TypeGuard[SupportsIndex]:
+def _isinteger(value: object) -> TypeGuard[SupportsIndex]:
     """Tell integers of any library from everything else; a bool is not one."""
     try:
         index(value)  # type: ignore[arg-type]

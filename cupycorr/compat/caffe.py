@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cupycorr.compat import systems
 from cupycorr.compat.channels import correlate_channels
-from cupycorr.compat.vocabularies import SIMILARITIES
-from cupycorr.geometry import Geometry
-from cupycorr.layer import Layer
 
 
 class Correlation(torch.nn.Module):
@@ -54,8 +52,14 @@ class Correlation(torch.nn.Module):
         correlation_type: str = "multiply",
     ) -> None:
         super().__init__()
-        geometry = Geometry.from_flownet(pad, kernel_size, max_displacement, stride_1, stride_2)
-        self.layer = Layer(geometry, _checked(kernel_size, do_abs, correlation_type), True)
+        if do_abs:
+            raise ValueError(
+                f"do_abs must be False, got {do_abs!r}: the Caffe layer does not use it; take "
+                "absolute values of the result with .abs()"
+            )
+        self.layer = systems.caffe(
+            kernel_size, max_displacement, pad, stride_1, stride_2, correlation_type
+        )
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         """Compute the cost volume of two feature maps.
@@ -126,23 +130,7 @@ class Correlation1D(Correlation):
         super().__init__(
             kernel_size, max_displacement, pad, stride_1, stride_2, do_abs, correlation_type
         )
-        geometry = Geometry.from_correlation1d(
-            pad, kernel_size, max_displacement, stride_1, stride_2, single_direction
-        )
-        self.layer = Layer(geometry, self.layer.similarity, True)
-
-
-def _checked(kernel_size: int, do_abs: bool, correlation_type: str) -> str:
-    """Check what is not in the geometry; return the similarity."""
-    if kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-    if do_abs:
-        raise ValueError(
-            f"do_abs must be False, got {do_abs!r}: the Caffe layer does not use it; take absolute "
-            "values of the result with .abs()"
-        )
-    if correlation_type.lower() not in SIMILARITIES:
-        raise ValueError(
-            f"correlation_type must be 'multiply' or 'subtract', got {correlation_type!r}"
-        )
-    return SIMILARITIES[correlation_type.lower()]
+        self.layer = systems.caffe(
+            kernel_size, max_displacement, pad, stride_1, stride_2, correlation_type,
+            single_direction,
+        )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cupycorr.compat.channels import correlate_channels
-from cupycorr.compat.vocabularies import read
+from cupycorr.compat.systems import pwc
 
 # What the two maps have been called.
 _SPELLINGS = {
@@ -71,8 +71,4 @@ class ModuleCorrelation(torch.nn.Module):
 
 
 def _correlation(tenOne: Any, tenTwo: Any, intStride: int | None = None) -> Any:
-    if intStride is None:
-        setting = read("pytorch-pwc", {})
-    else:
-        setting = read("pytorch-liteflownet", {"intStride": intStride})
-    return correlate_channels(tenOne, tenTwo, setting.layer, names=("tenOne", "tenTwo"))
+    return correlate_channels(tenOne, tenTwo, pwc(intStride), names=("tenOne", "tenTwo"))

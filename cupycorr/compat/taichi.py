@@ -5,8 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from cupycorr.compat.channels import correlate_channels
-from cupycorr.geometry import Geometry
+from cupycorr.geometry import Geometry, integer
 from cupycorr.layer import Layer
+
+
+def geometry(max_disp: int, dila_patch: int = 1) -> Geometry:
+    """Translate the layer's parameters; see `Geometry.from_taichi`."""
+    reach = integer("max_disp", max_disp, least=0)
+    step = integer("dila_patch", dila_patch, least=1)
+    patch = 2 * reach // step + 1
+    return Geometry(patch_size=patch, dilation_patch=step, first_displacement=-reach)
 
 
 class CorrTaichi:
@@ -34,7 +42,7 @@ class CorrTaichi:
     """
 
     def __init__(self, max_disp: int, dila_patch: int = 1) -> None:
-        self.geometry = Geometry.from_taichi(max_disp, dila_patch)
+        self.geometry = geometry(max_disp, dila_patch)
 
     @property
     def patch_size(self) -> int:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from command import installed, invoke
 
-from cupycorr import verify
-from cupycorr.compat.vocabularies import VOCABULARIES
+from cupycorr import Geometry, verify
+from cupycorr.compat.systems import SYSTEMS
+from cupycorr.layer import Layer
 
 TERMS = 36  # of a window at most: 9 taps and 4 channels
 # Options, whose words they are, and the layer as users of that system write it.
@@ -64,12 +65,10 @@ LAYERS = {
 
 
 def converted(words):
-    """Return the first line, the imports, and what stands beside each system."""
+    """Return the paragraphs that are printed: the heading, the call, and the drop-in if any."""
     outcome = invoke("convert", *shlex.split(words))
     assert outcome.exit_code == 0, outcome.output
-    heading, imports, table = outcome.stdout.split("\n\n")
-    rows = (line.split(maxsplit=1) for line in table.splitlines())
-    return heading.splitlines(), imports, dict(rows)
+    return outcome.stdout.rstrip().split("\n\n")
 
 
 @pytest.fixture
@@ -79,102 +78,80 @@ def maps():
     return [torch.from_numpy(rng.standard_normal((2, 4, 21, 23))) for _ in range(2)]
 
 
-def results(words, maps, line, sampler=None):
-    """Return what the original layer and a line compute, and the size of the former's terms."""
-    _, original = LAYERS[words]
+def computed(paragraph, maps):
+    """Run an import and a call that were printed."""
     namespace = dict(zip(("x1", "x2"), maps, strict=True))
-    exec(converted(words)[1], namespace)
-    want = eval(original, namespace)
-    absolute = {name: namespace[name].abs() for name in ("x1", "x2")}
-    size = want if "subtract" in original else eval(original, namespace | absolute)
-    own = {} if sampler is None else {"spatial_correlation_sample": sampler}
-    got = eval(line, namespace | own)
-    return want.numpy(), size.numpy(), got.numpy()
+    imports, call = paragraph.splitlines()
+    exec(imports, namespace)
+    return eval(call, namespace)
 
 
 def mistakes(words, maps):
-    """Return the lines whose results are not those of the original layer."""
-    heading, _, lines = converted(words)
-    system = LAYERS[words][0]
-    assert heading[0].partition(":")[0] == system
-    assert list(lines) == list(VOCABULARIES)
-    possible = [line for line in lines.values() if not line.startswith("cannot: ")]
-    assert {lines[system], lines["cupycorr"]} <= set(possible)
-    wrong = []
-    for line in possible:
-        want, size, got = results(words, maps, line)
-        if verify.excess(got, want, size, TERMS, "float64"):
-            wrong.append(line)
-    return wrong
+    """Return the printed calls whose results are not those of the layer as its users write it."""
+    system, original = LAYERS[words]
+    heading, *calls = converted(words)
+    assert heading.splitlines()[0].partition(":")[0] == system
+    namespace = dict(zip(("x1", "x2"), maps, strict=True))
+    exec("from cupycorr import *\nfrom cupycorr.compat import *", namespace)
+    want = eval(original, namespace)
+    absolute = {name: namespace[name].abs() for name in ("x1", "x2")}
+    size = want if "subtract" in original else eval(original, namespace | absolute)
+    assert len(calls) == 1 + (SYSTEMS[system].call is not None)
+    results = [computed(call, maps).numpy() for call in calls]
+    return [
+        call
+        for call, got in zip(calls, results, strict=True)
+        if verify.excess(got, want.numpy(), size.numpy(), TERMS, "float64")
+    ]
 
 
 @pytest.mark.parametrize("words", LAYERS)
-def test_every_line_computes_what_the_layer_computes(words, maps):
+def test_every_call_computes_what_the_layer_computes(words, maps):
     assert mistakes(words, maps) == []
 
 
-@pytest.mark.parametrize("words", LAYERS)
-def test_the_samplers_line_is_right_for_the_original_too(words, maps):
-    sampler = pytest.importorskip("spatial_correlation_sampler")
-    line = converted(words)[2]["spatial-correlation-sampler"]
-    if not line.startswith("cannot: "):
-        want, size, got = results(words, maps, line, sampler.spatial_correlation_sample)
-        assert verify.excess(got, want, size, TERMS, "float64") is None
-
-
 @pytest.mark.parametrize(
-    ("system", "error"),
+    "error",
     [
-        ("taichi", {"normalize": True}),
-        ("spatial-correlation-sampler", {"flat": True}),
-        ("nvidia", {"write": lambda setting: {"max_displacement": 8, "kernel_size": 1}}),
+        {"flat": False},
+        {"layer": lambda **words: Layer(Geometry.from_flownet(**words))},
+        {"layer": lambda **words: Layer(Geometry(patch_size=9, dilation_patch=2), "product", True)},
     ],
+    ids=["layout", "division", "geometry"],
 )
-def test_a_planted_error_is_caught(monkeypatch, maps, system, error):
-    monkeypatch.setitem(VOCABULARIES, system, VOCABULARIES[system]._replace(**error))
-    (line,) = mistakes("--pad-size 8 --max-displacement 8 --stride2 2", maps)
-    assert line == converted("--pad-size 8 --max-displacement 8 --stride2 2")[2][system]
+def test_a_planted_error_is_caught(monkeypatch, maps, error):
+    monkeypatch.setitem(SYSTEMS, "nvidia", SYSTEMS["nvidia"]._replace(**error))
+    words = "--pad-size 8 --max-displacement 8 --stride2 1"
+    monkeypatch.setitem(LAYERS, words, ("nvidia", "nvidia.Correlation(8, 1, 8, 1, 1)(x1, x2)"))
+    wrong = mistakes(words, maps)
+    assert len(wrong) == 1
+    assert "correlation(x1, x2, Geometry" in wrong[0]
 
 
 @pytest.mark.parametrize("words", LAYERS)
-def test_sizes_are_those_of_each_systems_result(words, maps):
-    _, imports, lines = converted(f"{words} --size 21 23")
-    namespace = dict(zip(("x1", "x2"), maps, strict=True))
-    exec(imports, namespace)
-    for line in lines.values():
-        call, _, size = line.partition("  # ")
-        # What follows the layer makes up for its layout.
-        layer = call.partition(".flatten(")[0].partition(".unflatten(")[0].split(" / ")[0]
-        if not line.startswith("cannot"):
-            shape = tuple(eval(layer, namespace).shape)
-            assert eval(size, {"N": 2}) == shape
+def test_the_size_is_that_of_the_result(words, maps):
+    _, call, *_, size = converted(f"{words} --size 21 23")
+    assert eval(size.removeprefix("shape: "), {"N": 2}) == tuple(computed(call, maps).shape)
 
 
-@pytest.mark.parametrize(
-    ("words", "system", "line"),
-    [
-        ("--pad-size 20 --max-displacement 20 --stride2 2", "spatial-correlation-sampler",
-         "spatial_correlation_sample(x1, x2, patch_size=21, dilation_patch=2).flatten(1, 2)"
-         " / x1.shape[1]"),
-        ("--patch-size 21 --dilation-patch 2", "taichi",
-         "taichi.CorrTaichi(max_disp=20, dila_patch=2)(x1, x2).unflatten(1, (21, 21))"),
-        ("--max-disp 20 --dila-patch 2", "mmcv",
-         "mmcv.Correlation(max_displacement=10, dilation_patch=2)(x1, x2).flatten(1, 2)"),
-        ("--patch-size 3 --kernel-size 3", "nvidia",
-         "nvidia.Correlation(pad_size=1, kernel_size=3, max_displacement=1, stride1=1, stride2=1)"
-         "(x1, x2).unflatten(1, (3, 3)) * (9 * x1.shape[1])"),
-        ("--max-disp 3 --dila-patch 2", "spatial-correlation-sampler",
-         "cannot: it has centred patches only"),
-        ("--max-disp 4", "caffe-1d", "cannot: it displaces horizontally only"),
-    ],
-)  # fmt: skip
-def test_known_layers_are_translated_as_by_hand(words, system, line):
-    assert converted(words)[2][system] == line
+def test_known_layers_are_translated_as_by_hand():
+    assert converted("--pad-size 20 --max-displacement 20 --stride2 2")[1:] == [
+        "from cupycorr import Geometry, correlation\n"
+        "correlation(x1, x2, Geometry(patch_size=21, dilation_patch=2), normalize=True)"
+        ".flatten(1, 2)",
+        "from cupycorr.compat import nvidia\n"
+        "nvidia.Correlation(pad_size=20, kernel_size=1, max_displacement=20, stride1=1, stride2=2)"
+        "(x1, x2)",
+    ]
+    assert converted("--max-disp 3 --dila-patch 2")[1].splitlines()[1] == (
+        "correlation(x1, x2, Geometry(patch_size=4, dilation_patch=2, first_displacement=-3))"
+        ".flatten(1, 2)"
+    )
 
 
 def test_the_heading_says_what_was_understood():
-    heading, _, _ = converted("--max-displacement 4 --pad 4 --kernel-size 1 --stride-2 2")
-    assert heading == [
+    heading, *_ = converted("--max-displacement 4 --pad 4 --kernel-size 1 --stride-2 2")
+    assert heading.splitlines() == [
         "caffe: kernel_size=1, max_displacement=4, pad=4, stride_2=2",
         "Geometry(patch_size=5, dilation_patch=2), mean of products",
     ]
@@ -206,17 +183,8 @@ def test_what_cannot_be_understood_is_a_usage_error(words, message):
 
 def test_an_option_says_whose_word_it_is():
     text = " ".join(invoke("convert", "--help").stdout.split())
-    assert "--dila-patch INT Of taichi." in text
-    assert "--max-displacement INT Of nvidia, caffe, caffe-1d, mmcv." in text
-
-
-def test_a_terminal_gets_a_table(monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "300")
-    out = invoke("convert", "--max-disp", "4", "--size", "8", "9").stdout
-    assert "│" in out
-    assert "taichi.CorrTaichi(max_disp=4)(x1, x2)" in out
-    assert "(N, 81, 8, 9)" in out
+    assert "--dila-patch INT A parameter of taichi." in text
+    assert "--max-displacement INT A parameter of nvidia, caffe, caffe-1d, mmcv." in text
 
 
 def test_piped_output_is_plain():

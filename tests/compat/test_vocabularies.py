@@ -1,4 +1,4 @@
-"""The vocabularies of other systems against their formulas, written out, and the way back."""
+"""The vocabularies of other systems against their formulas, written out, and their layers."""
 
 from math import ceil
 
@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import geometries, pairs
+from strategies import pairs
 
 import cupycorr
 from cupycorr import Geometry, verify
-from cupycorr.compat import vocabularies
-from cupycorr.compat.vocabularies import VOCABULARIES, Inexpressible, Setting
+from cupycorr.compat.systems import SYSTEMS
 
 flownets = {
     "pad_size": st.integers(0, 12),
@@ -182,136 +181,51 @@ PARAMETERS = {
 }
 
 
-def meaning(setting):
-    """Return what of a setting is not a matter of words."""
-    return setting._replace(geometry=vocabularies.canonical(setting.geometry))
-
-
-@st.composite
-def settings(draw, system=None):
-    """Draw a setting in a system's words, or in those of any."""
-    system = draw(st.sampled_from(list(VOCABULARIES))) if system is None else system
-    return vocabularies.read(system, draw(st.fixed_dictionaries(PARAMETERS[system])))
-
-
-def test_every_vocabulary_has_parameters_to_draw():
-    assert {name: set(v.defaults) for name, v in VOCABULARIES.items()} == {
+def test_every_system_has_parameters_to_draw():
+    assert {name: set(system.defaults) for name, system in SYSTEMS.items()} == {
         name: set(drawn) for name, drawn in PARAMETERS.items()
     }
 
 
-@pytest.mark.parametrize("system", VOCABULARIES)
-class TestTheWayBack:
-    @given(data=st.data())
-    def test_a_system_finds_its_own_parameters_again(self, system, data):
-        setting = data.draw(settings(system))
-        assert meaning(vocabularies.read(system, vocabularies.write(system, setting))) == meaning(
-            setting
-        )
-
-    @given(setting=settings())
-    def test_what_it_writes_compares_the_same(self, system, setting):
-        try:
-            parameters = vocabularies.write(system, setting)
-        except Inexpressible:
-            return
-        found = meaning(vocabularies.read(system, parameters))
-        assert (found.geometry, found.similarity) == meaning(setting)[::2]
-
-    @given(geometry=geometries())
-    def test_it_writes_only_what_it_can_read(self, system, geometry):
-        try:
-            parameters = vocabularies.write(system, Setting(geometry))
-        except Inexpressible:
-            return
-        found = vocabularies.read(system, parameters).geometry
-        assert vocabularies.canonical(found) == vocabularies.canonical(geometry)
-
-    @given(data=st.data())
-    def test_its_python_has_the_values_and_the_shape_of_the_setting(self, system, data):
-        torch = pytest.importorskip("torch")
-        setting = data.draw(settings(system) | settings())
-        maps = [np.random.default_rng(seed).standard_normal((1, 4, 22, 24)) for seed in (0, 1)]
-        try:
-            line = vocabularies.python(system, setting)
-            want = computed(setting, *maps)
-        except ValueError:  # the system cannot, or the window does not fit
-            return
-        got = eval(
-            line, names() | dict(zip(("x1", "x2"), map(torch.from_numpy, maps), strict=True))
-        )
-        size = want if setting.similarity == "l1" else computed(setting, *map(np.abs, maps))
-        terms = 4 * setting.geometry.taps
-        assert verify.excess(got.numpy(), want, size, terms, "float64") is None
-
-
-def computed(setting, fmap1, fmap2):
-    """Return a setting's cost volume."""
-    geometry, normalize, similarity, flat = setting
-    cost = cupycorr.correlation(fmap1, fmap2, geometry, normalize=normalize, similarity=similarity)
-    return cost.reshape(1, -1, *cost.shape[3:]) if flat else cost
-
-
-def names():
-    """Return what lines of Python name."""
+def difference(system, parameters):
+    """Compare what parameters mean with what the system's layer in compat computes, if it fits."""
+    torch = pytest.importorskip("torch")
     from cupycorr import compat
 
-    own = {name: getattr(cupycorr, name) for name in cupycorr.__all__}
-    return own | {name: getattr(compat, name) for name in compat.__all__}
+    layer = SYSTEMS[system].layer(**parameters)
+    maps = [np.random.default_rng(seed).integers(-2, 3, (1, 4, 22, 24)).astype(float)
+            for seed in (0, 1)]  # fmt: skip
+    options = {"normalize": layer.normalize, "similarity": layer.similarity}
+    try:
+        want = cupycorr.correlation(*maps, layer.geometry, **options)
+    except ValueError:  # the taps do not fit
+        return None
+    if SYSTEMS[system].flat:
+        want = want.reshape(1, -1, *want.shape[3:])
+    words = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
+    names = {name: getattr(compat, name) for name in compat.__all__}
+    names["spatial_correlation_sample"] = cupycorr.spatial_correlation_sample
+    names |= dict(zip(("x1", "x2"), map(torch.from_numpy, maps), strict=True))
+    got = eval(SYSTEMS[system].call.format(words), names)
+    return verify.difference(got.numpy(), want)
 
 
-def test_an_error_in_a_translation_is_caught(monkeypatch):
-    right = vocabularies._flownet
-
-    def wrong(axis, radius):
-        pad, *others = right(axis, radius)
-        return (pad + 1, *others)
-
-    monkeypatch.setattr(vocabularies, "_flownet", wrong)
-    setting = vocabularies.read("nvidia", {"max_displacement": 4, "pad_size": 4})
-    assert meaning(vocabularies.read("nvidia", vocabularies.write("nvidia", setting))) != meaning(
-        setting
-    )
+@pytest.mark.parametrize("system", [name for name in SYSTEMS if name != "cupycorr"])
+@given(data=st.data())
+def test_parameters_mean_what_the_systems_layer_computes(system, data):
+    assert difference(system, data.draw(st.fixed_dictionaries(PARAMETERS[system]))) is None
 
 
-@pytest.mark.parametrize(
-    ("system", "geometry", "reason"),
-    [
-        ("spatial-correlation-sampler", Geometry(first_displacement=1), "has centred patches only"),
-        ("nvidia", Geometry(kernel_size=(3, 1)), "has one kernel_size for both axes"),
-        ("nvidia", Geometry(patch_size=4), "has patches of odd size only"),
-        ("nvidia", Geometry(patch_size=3, first_displacement=0), "has centred patches only"),
-        ("nvidia", Geometry(kernel_size=2), "has one output position more for even windows"),
-        ("nvidia", Geometry(kernel_size=3, dilation=2), "has dense windows only"),
-        ("nvidia", Geometry(1, 3, padding=-2), "crops no more than its largest displacement"),
-        ("caffe", Geometry(kernel_size=2), "has windows of odd size only"),
-        ("caffe-1d", Geometry(patch_size=3), "displaces horizontally only"),
-        ("caffe-1d", Geometry(padding=1), "pads horizontally only"),
-        ("caffe-1d", Geometry(stride=(1, 2)), "has one stride for both axes"),
-        ("caffe-1d", Geometry(patch_size=(1, 4)), "displaces to one side, or as far to both"),
-        ("taichi", Geometry(stride=2), "has stride 1, not 2"),
-        ("taichi", Geometry(patch_size=3, first_displacement=1), "has patch_size 1, not 3"),
-        ("mmcv", Geometry(patch_size=(3, 5)), "has square patches of odd size only"),
-        ("pytorch-pwc", Geometry(patch_size=7), "has patch_size 9, not 7"),
-        ("pytorch-liteflownet", Geometry(patch_size=7, stride=2), "has dilation_patch 2, not 1"),
-    ],
-)  # fmt: skip
-def test_what_a_system_cannot_express_it_says_why(system, geometry, reason):
-    with pytest.raises(Inexpressible) as error:
-        vocabularies.write(system, Setting(geometry))
-    assert str(error.value) == reason
-
-
-@pytest.mark.parametrize("system", ["nvidia", "taichi", "mmcv", "pytorch-pwc"])
-def test_only_caffe_has_differences(system):
-    with pytest.raises(Inexpressible, match="has products only"):
-        vocabularies.write(system, Setting(Geometry(patch_size=9), similarity="l1"))
+def test_an_error_in_a_meaning_is_caught(monkeypatch):
+    right = SYSTEMS["mmcv"]
+    wrong = right._replace(layer=lambda padding, **words: right.layer(padding=padding + 1, **words))
+    monkeypatch.setitem(SYSTEMS, "mmcv", wrong)
+    assert difference("mmcv", right.defaults | {"max_displacement": 1}) is not None
 
 
 @pytest.mark.parametrize(
     ("system", "parameters", "message"),
     [
-        ("nvidia", {}, "max_displacement must be given for nvidia, got no value"),
         ("nvidia", {"max_displacement": 4, "kernel_size": 2}, "kernel_size must be odd"),
         ("caffe", {"max_displacement": 4, "kernel_size": 2}, "kernel_size must be odd"),
         ("caffe", {"max_displacement": 4, "kernel_size": 1, "correlation_type": "add"},
@@ -322,10 +236,4 @@ def test_only_caffe_has_differences(system):
 )  # fmt: skip
 def test_parameters_that_mean_nothing_are_refused(system, parameters, message):
     with pytest.raises(ValueError, match=message):
-        vocabularies.read(system, parameters)
-
-
-def test_the_shape_is_that_of_the_systems_own_result():
-    setting = vocabularies.read("taichi", {"max_disp": 4, "dila_patch": 2})
-    assert vocabularies.shape("taichi", setting, 2, 7, 9) == (2, 25, 7, 9)
-    assert vocabularies.shape("mmcv", setting, 2, 7, 9) == (2, 5, 5, 7, 9)
+        SYSTEMS[system].layer(**SYSTEMS[system].defaults | parameters)
