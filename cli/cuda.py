@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
-import cupycorr
-from cupycorr import Geometry
+from cupycorr import api
 from cupycorr.cuda.cost import LANES
-from cupycorr.layer import Layer
+from cupycorr.verify import plain_cost, plain_grads
 
 from .bench.measure import Implementation, Timing
 from .environment import Unavailable
@@ -100,40 +98,11 @@ def line(found: dict[str, Any]) -> str:
     )
 
 
-def implementation(engine: str, similarity: str) -> Implementation:
+def implementation(engine: str) -> Implementation:
     """Return this package on CuPy arrays: all of it, or its plain kernels."""
-    if engine == "plain":
-        compute = partial(_plain, similarity)
-        return Implementation(
-            f"cupycorr {engine}", "cupy", compute, partial(_plain_vjp, similarity)
-        )
-    correlate = partial(cupycorr.correlation, similarity=similarity)
-    vjp = partial(cupycorr.correlation_vjp, similarity=similarity)
+    plain = engine == "plain"
+    correlate, vjp = (plain_cost, plain_grads) if plain else (api.correlate, api.differentiate)
     return Implementation(f"cupycorr {engine}", "cupy", correlate, vjp)
-
-
-def _plain(similarity: str, fmap1: Any, fmap2: Any, geometry: Geometry) -> Any:
-    import cupy
-
-    from cupycorr.cuda import engine
-
-    cost = cupy.empty(geometry.cost_shape(fmap1.shape), fmap1.dtype)
-    arrays = {"fmap1": fmap1, "fmap2": fmap2, "cost": cost}
-    engine.run("cost", arrays, Layer(geometry, similarity), plain=True)
-    return cost
-
-
-def _plain_vjp(
-    similarity: str, grad_cost: Any, fmap1: Any, fmap2: Any, geometry: Geometry
-) -> tuple[Any, Any]:
-    import cupy
-
-    from cupycorr.cuda import engine
-
-    grads = {"grad_fmap1": cupy.empty_like(fmap1), "grad_fmap2": cupy.empty_like(fmap2)}
-    arrays = {"fmap1": fmap1, "fmap2": fmap2, "grad_cost": grad_cost} | grads
-    engine.run("grads", arrays, Layer(geometry, similarity), plain=True)
-    return grads["grad_fmap1"], grads["grad_fmap2"]
 
 
 def kernels(problem: Problem, dtype: str) -> list[dict[str, Any]]:
@@ -148,8 +117,7 @@ def kernels(problem: Problem, dtype: str) -> list[dict[str, Any]]:
 
     if 0 in problem.shape:
         return []  # nothing will be launched
-    _, shape, geometry, similarity = problem
-    compiled = cuda_engine.warm_up(Layer(geometry, similarity), shape, dtype)
+    compiled = cuda_engine.warm_up(problem.layer, problem.shape, dtype)
     return [one._asdict() for one in compiled]
 
 
@@ -163,7 +131,7 @@ def refuse_too_large(problem: Problem, itemsize: int, cold: bool) -> None:
     """
     import cupy
 
-    maps, cost = prod(problem.shape), prod(problem.geometry.cost_shape(problem.shape))
+    maps, cost = prod(problem.shape), prod(problem.cost_shape)
     # At most at once: the maps that are timed, those that are compared, and results of these. The
     # workspace is bounded (`cuda_plan.WORKSPACE_BYTES`).
     needed = (6 * maps + 3 * cost) * itemsize + (_flushed_bytes() if cold else 0)
@@ -171,7 +139,7 @@ def refuse_too_large(problem: Problem, itemsize: int, cold: bool) -> None:
     if needed > available:
         raise Unavailable(
             f"{problem.name}: maps {problem.shape} and a cost volume of "
-            f"{problem.geometry.cost_shape(problem.shape)} need about {needed / 1e9:.1f} GB, "
+            f"{problem.cost_shape} need about {needed / 1e9:.1f} GB, "
             f"got {available / 1e9:.1f} GB of free memory on the device"
         )
 

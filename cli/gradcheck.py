@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import click
 
 from cupycorr import verify
+from cupycorr.api import correlate
 from cupycorr.layer import DTYPES
 
 from . import cuda, environment
@@ -110,22 +111,21 @@ def _torch_has(device: str) -> bool:
     return device == "cpu" or torch.cuda.is_available()
 
 
-def _engine(name: str, device: str, similarity: str) -> verify.Engine:
+def _engine(name: str, device: str) -> verify.Engine:
     if name == "torch":
-        return verify.torch_engine(device, similarity)
+        return verify.torch_engine(device)
     if name == "numpy":
-        return verify.numpy_engine(similarity)
-    return verify.cupy_engine(similarity, plain=name == "plain")
+        return verify.numpy_engine()
+    return verify.cupy_engine(plain=name == "plain")
 
 
 def _checks(
     name: str, device: str, problem: Problem, dtype: str
 ) -> Iterator[tuple[verify.Check, str]]:
     """Yield each check of one engine, and what it compares with."""
-    _, shape, geometry, similarity = problem
-    engine, oracle = _engine(name, device, similarity), verify.definition(similarity)
+    engine, oracle = _engine(name, device), verify.definition()
     try:
-        for check in verify.check(engine, shape, geometry, dtype, oracle=oracle):
+        for check in verify.check(engine, problem.shape, problem.layer, dtype, oracle=oracle):
             alone = check.name == "adjoint identity"
             yield check, "with itself" if alone else "with the definition"
     except RuntimeError as failure:
@@ -142,8 +142,6 @@ def _torch_checks(device: str, problem: Problem) -> Iterator[tuple[verify.Check,
 
     import torch
 
-    import cupycorr
-
     generator = torch.Generator().manual_seed(0)
     one, two = (
         torch.randn(problem.shape, dtype=torch.float64, generator=generator)
@@ -151,14 +149,12 @@ def _torch_checks(device: str, problem: Problem) -> Iterator[tuple[verify.Check,
         .requires_grad_()
         for _ in range(2)
     )
-    outputs = math.prod(problem.geometry.cost_shape(problem.shape))
+    outputs = math.prod(problem.cost_shape)
     fast = 2 * one.numel() + outputs > MOST_ENTRIES
     against = "with finite differences" + (", one random projection" if fast else "")
 
     def cost(fmap1: torch.Tensor, fmap2: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = cupycorr.correlation(
-            fmap1, fmap2, problem.geometry, similarity=problem.similarity
-        )
+        result: torch.Tensor = correlate(fmap1, fmap2, problem.layer)
         return result
 
     for run in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):

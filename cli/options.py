@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from cupycorr import Geometry
 from cupycorr.geometry import IntOrPair
 from cupycorr.layer import DTYPES as ALL
-from cupycorr.layer import SIMILARITIES
+from cupycorr.layer import SIMILARITIES, Layer
 
 # The spellings of spatial-correlation-sampler.
 DTYPES = dict(zip(("half", "bfloat", "float", "double"), ALL, strict=True))
@@ -23,7 +23,7 @@ ENGINES = {"cpu": ("numpy", "torch"), "cuda": ("cupy", "plain", "torch")}
 # column is the name in `Geometry`, or None for a size of the maps.
 SIZES = {
     "batch_size": (("-b", "--batch-size"), None, "Pairs of maps."),
-    "kernel_size": (("-k", "--kernel-size"), "kernel_size", "Taps of the window."),
+    "kernel_size": (("-k", "--kernel-size"), "kernel_size", "Taps, per axis."),
     "patch": (("--patch", "--patch-size"), "patch_size", "Number of displacements."),
     "patch_dilation": (
         ("--patch_dilation", "--patch-dilation"),
@@ -35,7 +35,7 @@ SIZES = {
     "width": (("-w", "--width"), None, "Width of the maps."),
     "stride": (("-s", "--stride"), "stride", "Step between output positions."),
     "pad": (("-p", "--pad"), "padding", "Zeros around the maps; crops if negative."),
-    "dilation": (("--dilation",), "dilation", "Spacing of the window's taps."),
+    "dilation": (("--dilation",), "dilation", "Spacing of the taps."),
     "first_displacement": (
         ("--first-displacement",),
         "first_displacement",
@@ -46,17 +46,21 @@ GEOMETRY_FIELDS = {name: field for name, (_, field, _) in SIZES.items() if field
 
 
 class Problem(NamedTuple):
-    """What is computed: a name, the maps' shape (N, C, H, W), the geometry, what is summed."""
+    """What is computed: a name, the maps' shape (N, C, H, W), and the layer."""
 
     name: str
     shape: tuple[int, int, int, int]
-    geometry: Geometry
-    similarity: str = "product"
+    layer: Layer
+
+    @property
+    def cost_shape(self) -> tuple[int, ...]:
+        """The shape of the cost volume."""
+        return self.layer.geometry.cost_shape(self.shape)
 
 
 def description(problem: Problem) -> str:
     """Return the geometry in words of Python, and what is summed unless that is products."""
-    return repr(problem.geometry) + (", l1" if problem.similarity == "l1" else "")
+    return repr(problem.layer.geometry) + (", l1" if problem.layer.l1 else "")
 
 
 class Sizes(NamedTuple):
@@ -72,7 +76,7 @@ class Sizes(NamedTuple):
         Raises
         ------
         click.UsageError
-            If the geometry is not valid or the window does not fit.
+            If the geometry is not valid or the taps do not fit.
         """
         values: dict[str, Any] = dict(self.values)
         if preset is not None:
@@ -85,7 +89,7 @@ class Sizes(NamedTuple):
             geometry.cost_shape(shape)
         except (TypeError, ValueError) as error:
             raise click.UsageError(f"{name}: {error}") from None
-        return Problem(name, shape, geometry, self.similarity)
+        return Problem(name, shape, Layer(geometry, self.similarity))
 
 
 class IntOrPairType(click.ParamType):  # type: ignore[type-arg,unused-ignore]

@@ -166,23 +166,7 @@ def correlation_vjp(
     values are equal, or NaN.
     """
     layer = Layer(geometry, similarity, normalize)
-    names, arrays = ("fmap1", "fmap2", "grad_cost"), (fmap1, fmap2, grad_cost)
-    library = _library(names, arrays)
-    if library == "torch":
-        raise TypeError(
-            f"{_all(names)} must be NumPy or CuPy arrays, got torch tensors; differentiate those "
-            "with torch.autograd"
-        )
-    try:
-        need1, need2 = needs
-    except (TypeError, ValueError):
-        raise TypeError(f"needs must be a pair of bools, got {needs!r}") from None
-    _check(names, arrays, geometry)
-    wanted = {"grad_fmap1": need1, "grad_fmap2": need2}
-    shapes = {name: fmap1.shape for name, needed in wanted.items() if needed}
-    inputs = dict(zip(names, arrays, strict=True))
-    grads = (_on_device if library == "cupy" else _on_cpu)("grads", inputs, shapes, layer)
-    return grads.get("grad_fmap1"), grads.get("grad_fmap2")
+    return differentiate(grad_cost, fmap1, fmap2, layer, needs)
 
 
 def correlate(
@@ -201,6 +185,33 @@ def correlate(
     shapes = {"cost": _check(names, (fmap1, fmap2), layer.geometry)}
     inputs = {"fmap1": fmap1, "fmap2": fmap2}
     return (_on_device if library == "cupy" else _on_cpu)("cost", inputs, shapes, layer)["cost"]
+
+
+def differentiate(
+    grad_cost: Any,
+    fmap1: Any,
+    fmap2: Any,
+    layer: Layer,
+    needs: tuple[bool, bool] = (True, True),
+) -> tuple[Any, Any]:
+    """Check a gradient and two maps, and dispatch; see `correlation_vjp`."""
+    names, arrays = ("fmap1", "fmap2", "grad_cost"), (fmap1, fmap2, grad_cost)
+    library = _library(names, arrays)
+    if library == "torch":
+        raise TypeError(
+            f"{_all(names)} must be NumPy or CuPy arrays, got torch tensors; differentiate those "
+            "with torch.autograd"
+        )
+    try:
+        need1, need2 = needs
+    except (TypeError, ValueError):
+        raise TypeError(f"needs must be a pair of bools, got {needs!r}") from None
+    _check(names, arrays, layer.geometry)
+    wanted = {"grad_fmap1": need1, "grad_fmap2": need2}
+    shapes = {name: fmap1.shape for name, needed in wanted.items() if needed}
+    inputs = dict(zip(names, arrays, strict=True))
+    grads = (_on_device if library == "cupy" else _on_cpu)("grads", inputs, shapes, layer)
+    return grads.get("grad_fmap1"), grads.get("grad_fmap2")
 
 
 def _on_cpu(

@@ -12,12 +12,13 @@ then checked on random maps against a bound that only correct accumulation can m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from cupycorr.api import correlation, correlation_vjp
+from cupycorr.api import correlate, differentiate
 from cupycorr.geometry import Axis, Geometry
 from cupycorr.layer import DTYPES, Layer
 
@@ -27,15 +28,13 @@ Array = npt.NDArray[np.float64]
 class Engine(NamedTuple):
     """An implementation under test. It gets and returns float64 arrays, and computes in a dtype.
 
-    forward : (fmap1, fmap2, geometry, dtype name, normalize) -> cost
-    vjp : (grad_cost, fmap1, fmap2, geometry, dtype name, normalize) -> (grad_fmap1, grad_fmap2)
-    similarity : what it computes, "product" or "l1"
+    cost : (fmap1, fmap2, layer, dtype name) -> cost
+    grads : (grad_cost, fmap1, fmap2, layer, dtype name) -> (grad_fmap1, grad_fmap2)
     """
 
     name: str
-    forward: Callable[[Array, Array, Geometry, str, bool], Array]
-    vjp: Callable[[Array, Array, Array, Geometry, str, bool], tuple[Array, Array]]
-    similarity: str = "product"
+    cost: Callable[[Array, Array, Layer, str], Array]
+    grads: Callable[[Array, Array, Array, Layer, str], tuple[Array, Array]]
 
 
 class Check(NamedTuple):
@@ -45,29 +44,24 @@ class Check(NamedTuple):
     error: str | None
 
 
-def numpy_engine(similarity: str = "product") -> Engine:
+def numpy_engine() -> Engine:
     """Return this package's NumPy engine."""
-    options: dict[str, Any] = {"similarity": similarity}
 
-    def forward(
-        fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
-    ) -> Array:
+    def cost(fmap1: Array, fmap2: Array, layer: Layer, dtype: str) -> Array:
         one, two = (_to_dtype(a, dtype) for a in (fmap1, fmap2))
-        return np.asarray(
-            correlation(one, two, geometry, normalize=normalize, **options), np.float64
-        )
+        return np.asarray(correlate(one, two, layer), np.float64)
 
-    def vjp(
-        grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
+    def grads(
+        grad: Array, fmap1: Array, fmap2: Array, layer: Layer, dtype: str
     ) -> tuple[Array, Array]:
         upstream, one, two = (_to_dtype(a, dtype) for a in (grad, fmap1, fmap2))
-        grads = correlation_vjp(upstream, one, two, geometry, normalize=normalize, **options)
-        return np.asarray(grads[0], np.float64), np.asarray(grads[1], np.float64)
+        grad1, grad2 = differentiate(upstream, one, two, layer)
+        return np.asarray(grad1, np.float64), np.asarray(grad2, np.float64)
 
-    return Engine("numpy", forward, vjp, similarity)
+    return Engine("numpy", cost, grads)
 
 
-def cupy_engine(similarity: str = "product", *, plain: bool = False) -> Engine:
+def cupy_engine(*, plain: bool = False) -> Engine:
     """Return this package's CUDA engine, on the current device; needs CuPy.
 
     Parameters
@@ -77,40 +71,51 @@ def cupy_engine(similarity: str = "product", *, plain: bool = False) -> Engine:
     """
     import cupy
 
-    from cupycorr.cuda import engine
-
-    options: dict[str, Any] = {"similarity": similarity}
+    cost_of, grads_of = (plain_cost, plain_grads) if plain else (correlate, differentiate)
 
     def array(values: Array, dtype: str) -> Any:
         return cupy.asarray(_to_dtype(values, dtype))
 
-    def forward(
-        fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
-    ) -> Array:
+    def cost(fmap1: Array, fmap2: Array, layer: Layer, dtype: str) -> Array:
         one, two = (array(a, dtype) for a in (fmap1, fmap2))
-        if not plain:
-            return _from_cupy(correlation(one, two, geometry, normalize=normalize, **options))
-        cost = cupy.empty(geometry.cost_shape(one.shape), one.dtype)
-        arrays = {"fmap1": one, "fmap2": two, "cost": cost}
-        engine.run("cost", arrays, Layer(geometry, similarity, normalize), plain=True)
-        return _from_cupy(cost)
+        return _from_cupy(cost_of(one, two, layer))
 
-    def vjp(
-        grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
+    def grads(
+        grad: Array, fmap1: Array, fmap2: Array, layer: Layer, dtype: str
     ) -> tuple[Array, Array]:
         upstream, one, two = (array(a, dtype) for a in (grad, fmap1, fmap2))
-        if not plain:
-            grads = correlation_vjp(upstream, one, two, geometry, normalize=normalize, **options)
-            return _from_cupy(grads[0]), _from_cupy(grads[1])
-        arrays = {"fmap1": one, "fmap2": two, "grad_cost": upstream}
-        arrays |= {"grad_fmap1": cupy.empty_like(one), "grad_fmap2": cupy.empty_like(two)}
-        engine.run("grads", arrays, Layer(geometry, similarity, normalize), plain=True)
-        return _from_cupy(arrays["grad_fmap1"]), _from_cupy(arrays["grad_fmap2"])
+        grad1, grad2 = grads_of(upstream, one, two, layer)
+        return _from_cupy(grad1), _from_cupy(grad2)
 
-    return Engine("cupy, plain kernels" if plain else "cupy", forward, vjp, similarity)
+    return Engine("cupy, plain kernels" if plain else "cupy", cost, grads)
 
 
-def torch_engine(device: str = "cpu", similarity: str = "product") -> Engine:
+def plain_cost(fmap1: Any, fmap2: Any, layer: Layer) -> Any:
+    """Compute the cost volume of contiguous CuPy arrays by the plain kernels."""
+    import cupy
+
+    from cupycorr.cuda import engine
+
+    cost = cupy.empty(layer.geometry.cost_shape(fmap1.shape), fmap1.dtype)
+    arrays = {"fmap1": fmap1, "fmap2": fmap2, "cost": cost}
+    engine.run("cost", arrays, layer, plain=True)
+    return cost
+
+
+def plain_grads(grad_cost: Any, fmap1: Any, fmap2: Any, layer: Layer) -> tuple[Any, Any]:
+    """Compute the gradients for contiguous CuPy arrays by the plain kernels."""
+    import cupy
+
+    from cupycorr.cuda import engine
+
+    grad1, grad2 = cupy.empty_like(fmap1), cupy.empty_like(fmap2)
+    arrays = {"fmap1": fmap1, "fmap2": fmap2, "grad_cost": grad_cost}
+    arrays |= {"grad_fmap1": grad1, "grad_fmap2": grad2}
+    engine.run("grads", arrays, layer, plain=True)
+    return grad1, grad2
+
+
+def torch_engine(device: str = "cpu") -> Engine:
     """Return this package's torch operators, with autograd's gradients; needs torch.
 
     Parameters
@@ -120,78 +125,72 @@ def torch_engine(device: str = "cpu", similarity: str = "product") -> Engine:
     """
     import torch
 
-    options: dict[str, Any] = {"similarity": similarity}
-
     def tensor(array: Array, dtype: str, differentiable: bool = False) -> Any:
         copy = torch.from_numpy(np.array(array)).to(device, getattr(torch, dtype))
         return copy.requires_grad_(differentiable)
 
-    def forward(
-        fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
-    ) -> Array:
+    def cost(fmap1: Array, fmap2: Array, layer: Layer, dtype: str) -> Array:
         one, two = (tensor(a, dtype) for a in (fmap1, fmap2))
-        return _from_torch(correlation(one, two, geometry, normalize=normalize, **options))
+        return _from_torch(correlate(one, two, layer))
 
-    def vjp(
-        grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
+    def grads(
+        grad: Array, fmap1: Array, fmap2: Array, layer: Layer, dtype: str
     ) -> tuple[Array, Array]:
         one, two = (tensor(a, dtype, differentiable=True) for a in (fmap1, fmap2))
-        cost = correlation(one, two, geometry, normalize=normalize, **options)
-        grad1, grad2 = torch.autograd.grad(cost, (one, two), tensor(grad, dtype))
+        upstream = tensor(grad, dtype)
+        grad1, grad2 = torch.autograd.grad(correlate(one, two, layer), (one, two), upstream)
         return _from_torch(grad1), _from_torch(grad2)
 
-    return Engine("torch", forward, vjp, similarity)
+    return Engine("torch", cost, grads)
 
 
-def definition(similarity: str = "product") -> Engine:
+def definition() -> Engine:
     """Return the definition itself, one tap and one displacement at a time, in float64.
 
     It is as slow as it is plain, and shares no line with the engines: it reads the raw fields of
     a geometry and computes every index anew, so that an error in `Geometry` cannot hide in it.
     """
 
-    def forward(
-        fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
-    ) -> Array:
-        divisor = _full_window(fmap1, geometry) if normalize else 1
-        if similarity == "l1":
+    def cost(fmap1: Array, fmap2: Array, layer: Layer, dtype: str) -> Array:
+        geometry, divisor = layer.geometry, _divisor(fmap1, layer)
+        if layer.similarity == "l1":
             (fmap1, fmap2), geometry, _ = _framed((fmap1, fmap2), geometry)
-        cost = np.zeros(geometry.cost_shape(fmap1.shape))
+        result = np.zeros(geometry.cost_shape(fmap1.shape))
         for where, at1, at2 in _terms(fmap1.shape, geometry):
             one, two = fmap1[at1], fmap2[at2]
-            cost[where] += (np.abs(one - two) if similarity == "l1" else one * two).sum(1)
-        return cost / divisor
+            result[where] += (np.abs(one - two) if layer.similarity == "l1" else one * two).sum(1)
+        return result / divisor
 
-    def vjp(
-        grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, dtype: str, normalize: bool
+    def grads(
+        grad: Array, fmap1: Array, fmap2: Array, layer: Layer, dtype: str
     ) -> tuple[Array, Array]:
-        divisor = _full_window(fmap1, geometry) if normalize else 1
+        geometry, divisor = layer.geometry, _divisor(fmap1, layer)
         inside: tuple[slice, ...] = ()
-        if similarity == "l1":
+        if layer.similarity == "l1":
             (fmap1, fmap2), geometry, inside = _framed((fmap1, fmap2), geometry)
         grad_fmap1, grad_fmap2 = np.zeros(fmap1.shape), np.zeros(fmap2.shape)
         for where, at1, at2 in _terms(fmap1.shape, geometry):
             upstream, one, two = grad[where][:, None], fmap1[at1], fmap2[at2]
-            if similarity == "l1":
+            if layer.similarity == "l1":
                 sign = (one > two) * 1.0 - (one < two)
                 one, two = -sign, sign
             grad_fmap1[at1] += upstream * two
             grad_fmap2[at2] += upstream * one
         return grad_fmap1[inside] / divisor, grad_fmap2[inside] / divisor
 
-    return Engine("definition", forward, vjp, similarity)
+    return Engine("definition", cost, grads)
 
 
 def check(
     engine: Engine,
     shape: tuple[int, int, int, int],
-    geometry: Geometry,
+    layer: Layer,
     dtype: str,
     *,
     seed: int = 0,
     oracle: Engine | None = None,
 ) -> Iterator[Check]:
-    """Check an engine on one shape, geometry and dtype; yields one result per check.
+    """Check an engine on one shape, layer and dtype, with sums and with means.
 
     Parameters
     ----------
@@ -199,8 +198,8 @@ def check(
         What is checked.
     shape : (N, C, H, W)
         Shape of the maps.
-    geometry : Geometry
-        Geometry of the cost volume.
+    layer : Layer
+        What is computed; both values of ``normalize`` are tried.
     dtype : {"float16", "bfloat16", "float32", "float64"}
         What the engine computes in; "bfloat16" needs ml_dtypes with the NumPy engine.
     seed : int, default 0
@@ -208,7 +207,8 @@ def check(
     oracle : Engine, optional
         What is taken for the truth, in float64; by default the NumPy engine.
     """
-    oracle = numpy_engine(engine.similarity) if oracle is None else oracle
+    oracle = numpy_engine() if oracle is None else oracle
+    geometry = layer.geometry
     rng = np.random.default_rng(seed)
     cost_shape = geometry.cost_shape(shape)
     names = "cost", "grad_fmap1", "grad_fmap2"
@@ -219,14 +219,15 @@ def check(
     fmap1, fmap2, grad = (
         rng.integers(-2, 3, s).astype(np.float64) for s in (shape, shape, cost_shape)
     )
-    got = _run(engine, grad, fmap1, fmap2, geometry, dtype)
-    want = _run(oracle, grad, fmap1, fmap2, geometry, "float64")
+    sums_layer = replace(layer, normalize=False)
+    got = _run(engine, grad, fmap1, fmap2, sums_layer, dtype)
+    want = _run(oracle, grad, fmap1, fmap2, sums_layer, "float64")
     for name, one, other in zip(names, got, want, strict=True):
         yield Check(f"{name} exact on integers", difference(one, round_to(other, dtype)))
     if dtype in ("float32", "float64"):
         sums = [float((a * b).sum()) for a, b in zip(got, (grad, fmap1, fmap2), strict=True)]
         equal = sums[0] == sums[1] == sums[2]
-        if engine.similarity == "l1":
+        if layer.l1:
             equal = sums[0] == sums[1] + sums[2]
         yield Check("adjoint identity", None if equal else f"inner products are {sums}")
 
@@ -234,9 +235,10 @@ def check(
         round_to(rng.standard_normal(s), dtype) for s in (shape, shape, cost_shape)
     )
     for normalize in (False, True):
-        got = _run(engine, grad, fmap1, fmap2, geometry, dtype, normalize)
-        want = _run(oracle, grad, fmap1, fmap2, geometry, "float64", normalize)
-        size = _sizes(oracle, grad, fmap1, fmap2, geometry, normalize)
+        tried = replace(layer, normalize=normalize)
+        got = _run(engine, grad, fmap1, fmap2, tried, dtype)
+        want = _run(oracle, grad, fmap1, fmap2, tried, "float64")
+        size = _sizes(oracle, grad, fmap1, fmap2, tried)
         taps = geometry.taps
         patch = geometry.patch_size[0] * geometry.patch_size[1]
         terms = (shape[1] * taps, patch * taps, patch * taps)
@@ -278,31 +280,25 @@ def round_to(values: Array, dtype: str) -> Array:
 
 
 def _run(
-    engine: Engine,
-    grad: Array,
-    fmap1: Array,
-    fmap2: Array,
-    geometry: Geometry,
-    dtype: str,
-    normalize: bool = False,
+    engine: Engine, grad: Array, fmap1: Array, fmap2: Array, layer: Layer, dtype: str
 ) -> tuple[Array, Array, Array]:
-    cost = engine.forward(fmap1, fmap2, geometry, dtype, normalize)
-    return (cost, *engine.vjp(grad, fmap1, fmap2, geometry, dtype, normalize))
+    cost = engine.cost(fmap1, fmap2, layer, dtype)
+    return (cost, *engine.grads(grad, fmap1, fmap2, layer, dtype))
 
 
 def _sizes(
-    oracle: Engine, grad: Array, fmap1: Array, fmap2: Array, geometry: Geometry, normalize: bool
+    oracle: Engine, grad: Array, fmap1: Array, fmap2: Array, layer: Layer
 ) -> tuple[Array, Array, Array]:
     """Return the sums of the absolute values of terms, of cost and gradients."""
-    if oracle.similarity == "product":
+    if not layer.l1:
         grad, fmap1, fmap2 = (np.abs(array) for array in (grad, fmap1, fmap2))
-        return _run(oracle, grad, fmap1, fmap2, geometry, "float64", normalize)
-    # Terms are absolute values already, those of the gradients upstream values with a sign; where
-    # all of one map is above all of the other, that sign is +1.
+        return _run(oracle, grad, fmap1, fmap2, layer, "float64")
+    # The cost's terms are absolute values already; those of the gradients are upstream values with
+    # a sign. Where all of one map is above all of the other, that sign is +1.
     one, zero = np.ones(fmap1.shape), np.zeros(fmap1.shape)
-    cost = oracle.forward(fmap1, fmap2, geometry, "float64", normalize)
-    sizes1 = oracle.vjp(np.abs(grad), one, zero, geometry, "float64", normalize)
-    sizes2 = oracle.vjp(np.abs(grad), zero, one, geometry, "float64", normalize)
+    cost = oracle.cost(fmap1, fmap2, layer, "float64")
+    sizes1 = oracle.grads(np.abs(grad), one, zero, layer, "float64")
+    sizes2 = oracle.grads(np.abs(grad), zero, one, layer, "float64")
     return cost, sizes1[0], sizes2[1]
 
 
@@ -349,10 +345,11 @@ def _framed(
     return framed, Geometry(**fields | {"padding": padding}), inside
 
 
-def _full_window(fmap: Array, geometry: Geometry) -> int:
-    """Return the number of terms of a window that lies in both images."""
+def _divisor(fmap: Array, layer: Layer) -> int:
+    """Return what a sum is divided by: 1, or the terms of all taps where they lie in both maps."""
     channels: int = fmap.shape[1]
-    return max(1, channels) * geometry.kernel_size[0] * geometry.kernel_size[1]
+    kernel_y, kernel_x = layer.geometry.kernel_size
+    return max(1, channels) * kernel_y * kernel_x if layer.normalize else 1
 
 
 def _describe(wrong: npt.NDArray[np.bool_], got: Array, want: Array) -> str | None:

@@ -219,16 +219,16 @@ def _implementations(
         else None
     )
     if device == "cuda":
-        candidates = [(cuda.implementation(name, similarity), True, no_bfloat16)
+        candidates = [(cuda.implementation(name), True, no_bfloat16)
                       for name in dict.fromkeys(engines or ("cupy",))]  # fmt: skip
     else:
         no_torch = None if environment.has("torch") else "needs torch, not installed"
-        candidates = [(measure.ours(name, similarity), name in engines, obstacle)
+        candidates = [(measure.ours(name), name in engines, obstacle)
                       for name, obstacle in (("numpy", no_bfloat16), ("torch", no_torch))
                       if name in engines or not engines]  # fmt: skip
     candidates += [
         (
-            measure.Implementation(name, "torch", peer.summing(similarity)),
+            measure.Implementation(name, "torch", peer.correlate),
             name in against,
             NO_PEER_ON_CUDA if device == "cuda" else missing(peer, similarity),
         )
@@ -253,7 +253,7 @@ def _split(
     able, unable = [], []
     for one in implementations:
         peer = PEERS.get(one.name)
-        obstacle = peer and peer.obstacle(problem.shape, problem.geometry, dtype)
+        obstacle = peer and peer.obstacle(problem.shape, problem.layer.geometry, dtype)
         if obstacle:
             unable.append(measure.Outcome(one.name, "skipped", obstacle))
         else:
@@ -263,14 +263,14 @@ def _split(
 
 def _refuse_too_large(problem: Problem, dtype: str) -> None:
     """Refuse what does not fit into memory before it takes the machine down."""
-    maps, cost = prod(problem.shape), prod(problem.geometry.cost_shape(problem.shape))
+    maps, cost = prod(problem.shape), prod(problem.cost_shape)
     # At most at once: two libraries' maps, gradients and results, and the float originals.
     needed = (6 * maps + 3 * cost) * (ITEMSIZE[dtype] + max(4, ITEMSIZE[dtype]))
     available = environment.available_memory()
     if needed > available:
         raise environment.Unavailable(
             f"{problem.name}: maps {problem.shape} and a cost volume of "
-            f"{problem.geometry.cost_shape(problem.shape)} need about {needed / 1e9:.1f} GB, "
+            f"{problem.cost_shape} need about {needed / 1e9:.1f} GB, "
             f"got {available / 1e9:.1f} GB of free memory"
         )
 
@@ -284,7 +284,7 @@ def _on_images(problem: Problem, images: Pair, downscale: int, sizes: Sizes) -> 
     batch = problem.shape[0] if "batch_size" in sizes.given else 1
     shape = (batch, problem.shape[1], height, width)
     try:
-        problem.geometry.cost_shape(shape)
+        problem.layer.geometry.cost_shape(shape)
     except ValueError as error:
         raise click.UsageError(f"{problem.name}: {error}") from None
     return problem._replace(shape=shape)

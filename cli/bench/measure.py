@@ -6,7 +6,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from math import prod, sqrt
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -14,7 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cupycorr import Geometry, correlation, correlation_vjp, verify
+from cupycorr import verify
+from cupycorr.api import correlate, differentiate
+from cupycorr.layer import Layer
 
 from ..options import Problem
 from .memory import peak
@@ -28,14 +29,14 @@ LEAST_RUNS = 3
 class Implementation(NamedTuple):
     """What is measured.
 
-    correlate : (fmap1, fmap2, geometry) -> cost, on arrays of the library
-    vjp : (grad_cost, fmap1, fmap2, geometry) -> (grad_fmap1, grad_fmap2), or None for autograd's
+    correlate : (fmap1, fmap2, layer) -> cost, on arrays of the library
+    vjp : (grad_cost, fmap1, fmap2, layer) -> (grad_fmap1, grad_fmap2), or None for autograd's
     """
 
     name: str
     library: str
-    correlate: Callable[[Any, Any, Geometry], Any]
-    vjp: Callable[[Any, Any, Any, Geometry], tuple[Any, Any]] | None = None
+    correlate: Callable[[Any, Any, Layer], Any]
+    vjp: Callable[[Any, Any, Any, Layer], tuple[Any, Any]] | None = None
 
 
 class Timing(NamedTuple):
@@ -95,10 +96,9 @@ class _Maps(NamedTuple):
     grad_cost: Any
 
 
-def ours(library: str, similarity: str) -> Implementation:
+def ours(library: str) -> Implementation:
     """Return this package on NumPy arrays or on torch tensors."""
-    vjp = partial(correlation_vjp, similarity=similarity) if library == "numpy" else None
-    correlate = partial(correlation, similarity=similarity)
+    vjp = differentiate if library == "numpy" else None
     return Implementation(f"cupycorr {library}", library, correlate, vjp)
 
 
@@ -157,7 +157,7 @@ def compare(
     implementations : list of Implementation
         What is measured.
     problem : Problem
-        Shape and geometry.
+        Shape and layer.
     maps : (array (N, C, H, W), array (N, C, H, W))
         The maps that are timed; values of this dtype's kind.
     dtype : {"float16", "bfloat16", "float32", "float64"}
@@ -172,9 +172,9 @@ def compare(
         What measures the time of a call; by default `by_clock`.
     """
     stopwatch = by_clock if stopwatch is None else stopwatch
-    geometry = problem.geometry
+    layer = problem.layer
     generator = np.random.default_rng(1)
-    grad = generator.standard_normal(geometry.cost_shape(problem.shape), np.float32)
+    grad = generator.standard_normal(problem.cost_shape, np.float32)
     outcomes: dict[str, Outcome] = {}
     reference = _reference(problem, dtype)
     arrays: dict[str, _Maps] = {}
@@ -185,7 +185,7 @@ def compare(
         try:
             error = _mistake(one, problem, dtype, *reference)
             if error is None:
-                memory[one.name] = _extra_memory(one, arrays[one.library], geometry)
+                memory[one.name] = _extra_memory(one, arrays[one.library], layer)
             else:
                 outcomes[one.name] = Outcome(one.name, "wrong", error)
         except (RuntimeError, TypeError, ValueError, MemoryError) as failure:
@@ -196,7 +196,7 @@ def compare(
         advance(one.name)
     del reference
     timings = _rounds(
-        [one for one in implementations if one.name in memory], arrays, geometry, stopwatch,
+        [one for one in implementations if one.name in memory], arrays, layer, stopwatch,
         runs=runs, max_seconds=max_seconds, advance=advance,
     )  # fmt: skip
     for name, extra in memory.items():
@@ -208,7 +208,7 @@ def compare(
 def _rounds(
     implementations: list[Implementation],
     arrays: dict[str, _Maps],
-    geometry: Geometry,
+    layer: Layer,
     stopwatch: Stopwatch,
     *,
     runs: int,
@@ -224,14 +224,14 @@ def _rounds(
     for one in implementations:
         timings[one.name] = [], []
         if one.library == "cupy":
-            _round(one, arrays[one.library], geometry, stopwatch)
+            _round(one, arrays[one.library], layer, stopwatch)
     for _ in range(runs):
         for one in implementations:
             forward, backward = timings[one.name]
             used = sum(timing.seconds for timing in (*forward, *backward))
             if len(forward) >= LEAST_RUNS and used >= max_seconds:
                 continue
-            taken = _round(one, arrays[one.library], geometry, stopwatch)
+            taken = _round(one, arrays[one.library], layer, stopwatch)
             forward.append(taken[0])
             backward.append(taken[1])
             advance(one.name)
@@ -239,17 +239,17 @@ def _rounds(
 
 
 def _round(
-    one: Implementation, maps: _Maps, geometry: Geometry, stopwatch: Stopwatch
+    one: Implementation, maps: _Maps, layer: Layer, stopwatch: Stopwatch
 ) -> tuple[Timing, Timing]:
-    forward, cost = stopwatch(lambda: one.correlate(maps.fmap1, maps.fmap2, geometry))
-    backward, _ = stopwatch(lambda: _gradients(one, maps, geometry, cost))
+    forward, cost = stopwatch(lambda: one.correlate(maps.fmap1, maps.fmap2, layer))
+    backward, _ = stopwatch(lambda: _gradients(one, maps, layer, cost))
     return forward, backward
 
 
-def _gradients(one: Implementation, maps: _Maps, geometry: Geometry, cost: Any) -> tuple[Any, Any]:
+def _gradients(one: Implementation, maps: _Maps, layer: Layer, cost: Any) -> tuple[Any, Any]:
     """Compute both gradients; torch's graph comes from the forward pass."""
     if one.vjp is not None:
-        return one.vjp(maps.grad_cost, maps.fmap1, maps.fmap2, geometry)
+        return one.vjp(maps.grad_cost, maps.fmap1, maps.fmap2, layer)
     import torch
 
     grad1, grad2 = torch.autograd.grad(cost, (maps.fmap1, maps.fmap2), maps.grad_cost)
@@ -262,11 +262,12 @@ def _reference(problem: Problem, dtype: str) -> tuple[list[Array], list[Array]]:
     Values are -1, 0 and 1, and so few are not 0 that absolute values add up to about 64, partial
     sums that every dtype holds exactly in every order (bfloat16 up to 256).
     """
-    _, shape, geometry, similarity = problem
+    shape, layer = problem.shape, problem.layer
+    geometry = layer.geometry
     generator = np.random.default_rng(2)
     terms = max(shape[1], prod(geometry.patch_size)) * geometry.taps
     share = 64 / max(1, terms)
-    chance = min(2 / 3, sqrt(share) if similarity == "product" else share / 2)
+    chance = min(2 / 3, share / 2 if layer.l1 else sqrt(share))
     kind = np.float64 if dtype == "float64" else np.float32
     exact = []
     for size in (shape, shape, geometry.cost_shape(shape)):
@@ -274,9 +275,8 @@ def _reference(problem: Problem, dtype: str) -> tuple[list[Array], list[Array]]:
         values = (uniform < chance).astype(kind)
         values[uniform < chance / 2] = -1
         exact.append(values)
-    cost = correlation(exact[0], exact[1], geometry, similarity=similarity)
-    grads = correlation_vjp(exact[2], exact[0], exact[1], geometry, similarity=similarity)
-    return exact, [cost, *grads]
+    cost = correlate(exact[0], exact[1], layer)
+    return exact, [cost, *differentiate(exact[2], exact[0], exact[1], layer)]
 
 
 def _mistake(
@@ -284,8 +284,8 @@ def _mistake(
 ) -> str | None:
     """Describe the first result that is not equal to this package's, or return None."""
     maps = _maps(exact, one.library, dtype)
-    cost = one.correlate(maps.fmap1, maps.fmap2, problem.geometry)
-    got = (cost, *_gradients(one, maps, problem.geometry, cost))
+    cost = one.correlate(maps.fmap1, maps.fmap2, problem.layer)
+    got = (cost, *_gradients(one, maps, problem.layer, cost))
     for name, result, wanted in zip(("cost", "grad_fmap1", "grad_fmap2"), got, want, strict=True):
         error = verify.difference(_widened(result, wanted.dtype), wanted)
         if error is not None:
@@ -329,8 +329,8 @@ def by_clock(call: Callable[[], Any]) -> tuple[Timing, Any]:
     return Timing(time.perf_counter() - start), result
 
 
-def _extra_memory(one: Implementation, maps: _Maps, geometry: Geometry) -> tuple[int, int]:
+def _extra_memory(one: Implementation, maps: _Maps, layer: Layer) -> tuple[int, int]:
     """Return the peaks of both passes beyond inputs and outputs, in bytes."""
-    forward, cost = peak(lambda: one.correlate(maps.fmap1, maps.fmap2, geometry), one.library)
-    backward, grads = peak(lambda: _gradients(one, maps, geometry, cost), one.library)
+    forward, cost = peak(lambda: one.correlate(maps.fmap1, maps.fmap2, layer), one.library)
+    backward, grads = peak(lambda: _gradients(one, maps, layer, cost), one.library)
     return max(0, forward - cost.nbytes), max(0, backward - sum(g.nbytes for g in grads))

@@ -2,47 +2,41 @@
 
 The three written here are what people use in plain torch: slices of a padded map, one product per
 displacement; ``unfold``, all displacements copied side by side; and the products of all pairs of
-positions, of which the wanted ones are gathered. Each covers every geometry, and sums the windows
+positions, of which the wanted ones are gathered. Each covers every geometry, and sums the taps
 after the channels as this package does. The fourth is a compiled extension, if it is installed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from math import gcd, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cupycorr import Geometry
 from cupycorr.geometry import Pair
-from cupycorr.layer import DTYPES
+from cupycorr.layer import DTYPES, Layer
 
 from ..environment import available_memory, has
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Combination = Callable[["Tensor", "Tensor"], "Tensor"]
 ITEMSIZE = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 class Peer(NamedTuple):
     """Another implementation.
 
-    correlate : (fmap1, fmap2, geometry) -> cost, on torch tensors
+    correlate : (fmap1, fmap2, layer) -> cost, on torch tensors
     obstacle : (shape, geometry, dtype name) -> why it cannot compute this, or None
-    differences : like correlate, of absolute differences, or None
+    l1 : whether it sums absolute differences as well
     """
 
     name: str
     module: str
-    correlate: Callable[[Any, Any, Geometry], Any]
+    correlate: Callable[[Any, Any, Layer], Any]
     obstacle: Callable[[tuple[int, int, int, int], Geometry, str], str | None]
-    differences: Callable[[Any, Any, Geometry], Any] | None = None
-
-    def summing(self, similarity: str) -> Callable[[Any, Any, Geometry], Any]:
-        """Return what computes a similarity, as far as it can."""
-        return self.differences or self.correlate if similarity == "l1" else self.correlate
+    l1: bool = False
 
 
 class _Lattice(NamedTuple):
@@ -81,53 +75,45 @@ class _Lattice(NamedTuple):
         return slice(first, first + self.span + (self.displacements - 1) * self.spacing)
 
 
-def _times(one: Tensor, two: Tensor) -> Tensor:
-    return one * two
+def _combine(one: Tensor, two: Tensor, layer: Layer) -> Tensor:
+    return (one - two).abs() if layer.l1 else one * two
 
 
-def _apart(one: Tensor, two: Tensor) -> Tensor:
-    return (one - two).abs()
-
-
-def slices(
-    fmap1: Tensor, fmap2: Tensor, geometry: Geometry, combine: Combination = _times
-) -> Tensor:
+def slices(fmap1: Tensor, fmap2: Tensor, layer: Layer) -> Tensor:
     """Combine and sum over the channels once per displacement."""
     import torch
 
-    y, x = _lattices(fmap1.shape, geometry)
+    y, x = _lattices(fmap1.shape, layer.geometry)
     base, padded = _padded(fmap1, fmap2, y, x)
     sums = [
-        combine(base, padded[:, :, y.slice2(p), x.slice2(q)]).sum(1)
+        _combine(base, padded[:, :, y.slice2(p), x.slice2(q)], layer).sum(1)
         for p in range(y.displacements)
         for q in range(x.displacements)
     ]
-    return _windows(torch.stack(sums, 1), y, x)
+    return _sum_taps(torch.stack(sums, 1), y, x)
 
 
-def unfold(
-    fmap1: Tensor, fmap2: Tensor, geometry: Geometry, combine: Combination = _times
-) -> Tensor:
+def unfold(fmap1: Tensor, fmap2: Tensor, layer: Layer) -> Tensor:
     """Lay out all displacements of the second map, then combine and sum over the channels."""
     from torch.nn import functional
 
-    y, x = _lattices(fmap1.shape, geometry)
+    y, x = _lattices(fmap1.shape, layer.geometry)
     base, padded = _padded(fmap1, fmap2, y, x)
     columns = functional.unfold(
         padded[:, :, y.all2(), x.all2()],
-        kernel_size=geometry.patch_size,
-        dilation=geometry.dilation_patch,
+        kernel_size=layer.geometry.patch_size,
+        dilation=layer.geometry.dilation_patch,
         stride=(y.step, x.step),
     )
     displaced = columns.view(*base.shape[:2], -1, y.size * x.size)
-    return _windows(combine(base.flatten(2).unsqueeze(2), displaced).sum(1), y, x)
+    return _sum_taps(_combine(base.flatten(2).unsqueeze(2), displaced, layer).sum(1), y, x)
 
 
-def all_pairs(fmap1: Tensor, fmap2: Tensor, geometry: Geometry) -> Tensor:
+def all_pairs(fmap1: Tensor, fmap2: Tensor, layer: Layer) -> Tensor:
     """Multiply all positions with all positions, and gather the displacements."""
     import torch
 
-    y, x = _lattices(fmap1.shape, geometry)
+    y, x = _lattices(fmap1.shape, layer.geometry)
     base, _ = _padded(fmap1, fmap2, y, x)
     height, width = fmap2.shape[2:]
     pairs = base.flatten(2).transpose(1, 2) @ fmap2.flatten(2)
@@ -143,13 +129,14 @@ def all_pairs(fmap1: Tensor, fmap2: Tensor, geometry: Geometry) -> Tensor:
     count = y.size * x.size
     index, within = index.reshape(1, count, -1), within.reshape(1, count, -1)
     products = pairs.gather(2, index.expand(len(base), -1, -1)) * within
-    return _windows(products.transpose(1, 2), y, x)
+    return _sum_taps(products.transpose(1, 2), y, x)
 
 
-def sampler(fmap1: Tensor, fmap2: Tensor, geometry: Geometry) -> Tensor:
+def sampler(fmap1: Tensor, fmap2: Tensor, layer: Layer) -> Tensor:
     """Call spatial-correlation-sampler."""
     from spatial_correlation_sampler import spatial_correlation_sample
 
+    geometry = layer.geometry
     cost: Tensor = spatial_correlation_sample(
         fmap1,
         fmap2,
@@ -164,7 +151,7 @@ def sampler(fmap1: Tensor, fmap2: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _lattices(shape: tuple[int, ...], geometry: Geometry) -> tuple[_Lattice, _Lattice]:
-    """Lay out both axes: with a window, positions gcd(stride, dilation) apart hold every tap."""
+    """Lay out both axes: positions gcd(stride, dilation) apart hold all taps."""
     lattices = []
     for axis, size in ((geometry.y, shape[2]), (geometry.x, shape[3])):
         step = gcd(axis.stride, axis.dilation) if axis.kernel_size > 1 else axis.stride
@@ -198,8 +185,8 @@ def _padded(fmap1: Tensor, fmap2: Tensor, y: _Lattice, x: _Lattice) -> tuple[Ten
     return one[:, :, y.slice1(), x.slice1()], two
 
 
-def _windows(products: Tensor, y: _Lattice, x: _Lattice) -> Tensor:
-    """Sum the windows, rows then columns, of (N, displacements, positions on the lattice)."""
+def _sum_taps(products: Tensor, y: _Lattice, x: _Lattice) -> Tensor:
+    """Sum the taps, rows then columns, of (N, displacements, positions on the lattice)."""
     patch = (y.displacements, x.displacements)
     volume = products.reshape(products.shape[0], *patch, y.size, x.size)
     rows = sum(volume[..., tap, :] for tap in y.taps[1:]) + volume[..., y.taps[0], :]
@@ -256,10 +243,8 @@ PEERS = {
             "spatial-correlation-sampler", "spatial_correlation_sampler", sampler,
             _sampler_obstacle,
         ),
-        Peer("torch-slices", "torch", slices, _never, partial(slices, combine=_apart)),
-        Peer(
-            "torch-unfold", "torch", unfold, _unfold_obstacle, partial(unfold, combine=_apart)
-        ),
+        Peer("torch-slices", "torch", slices, _never, l1=True),
+        Peer("torch-unfold", "torch", unfold, _unfold_obstacle, l1=True),
         Peer("torch-all-pairs", "torch", all_pairs, _all_pairs_obstacle),
     )
 }  # fmt: skip
@@ -267,7 +252,7 @@ PEERS = {
 
 def missing(peer: Peer, similarity: str) -> str | None:
     """Return what a peer lacks: what must be installed, or the similarity; or None."""
-    if similarity == "l1" and peer.differences is None:
+    if similarity == "l1" and not peer.l1:
         return "has products only"
     absent = [name for name in dict.fromkeys(("torch", peer.module)) if not has(name)]
     return f"needs {' and '.join(absent)}, not installed" if absent else None

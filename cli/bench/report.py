@@ -60,14 +60,14 @@ def heading(document: dict[str, Any]) -> None:
 
 def entry(problem: Problem, dtype: str, outcomes: list[Outcome]) -> dict[str, Any]:
     """Return the problem and its outcomes for the JSON document."""
-    geometry = problem.geometry
+    geometry = problem.layer.geometry
     useful = geometry.multiply_adds(problem.shape)
-    maps, cost = prod(problem.shape), prod(geometry.cost_shape(problem.shape))
+    maps, cost = prod(problem.shape), prod(problem.cost_shape)
     return {
         "name": problem.name,
         "shape": list(problem.shape),
         "geometry": {name: list(getattr(geometry, name)) for name in GEOMETRY_FIELDS.values()},
-        "similarity": problem.similarity,
+        "similarity": problem.layer.similarity,
         "description": description(problem),
         "multiply_adds": {"forward": useful, "backward": 2 * useful},
         # Every input and output once.

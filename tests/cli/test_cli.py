@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import CASES
+from cases import GEOMETRIES
 from command import installed, invoke
 from cupycorr.cli import bench as bench_command
 from cupycorr.cli import environment
@@ -17,7 +17,7 @@ from cupycorr.cli.bench import features, measure, memory, peers, report
 import cupycorr
 from cupycorr import Geometry, verify
 from cupycorr.cpu import engine as numpy_engine
-from cupycorr.layer import DTYPES
+from cupycorr.layer import DTYPES, Layer
 
 bench_module = sys.modules["cupycorr.cli.bench.command"]
 SMALL = ["-b", "1", "-c", "3", "--height", "12", "-w", "11", "--engine", "numpy", "-r", "4"]
@@ -219,7 +219,7 @@ def test_options_override_a_preset_only_where_given(tmp_path):
 def test_a_preset_fits_its_maps(preset):
     sizes = bench_module.Sizes(dict.fromkeys(bench_module.PRESETS), frozenset())
     problem = sizes.problem(preset, bench_module.PRESETS[preset])
-    assert min(problem.geometry.cost_shape(problem.shape)) >= 1
+    assert min(problem.cost_shape) >= 1
 
 
 @pytest.mark.parametrize(
@@ -227,27 +227,29 @@ def test_a_preset_fits_its_maps(preset):
     [
         (name, case, dtype, similarity)
         for name, peer in peers.PEERS.items()
-        for case, (shape, geometry) in CASES.items()
+        for case, (shape, geometry) in GEOMETRIES.items()
         for dtype in ("float64", "bfloat16")
         for similarity in ("product", "l1")
         if peer.obstacle(shape, geometry, dtype) is None
-        if similarity == "product" or peer.differences is not None
+        if similarity == "product" or peer.l1
     ],
 )
 def test_a_peer_agrees_with_ours_wherever_it_applies(name, case, dtype, similarity):
-    peer, (shape, geometry) = peers.PEERS[name], CASES[case]
+    peer, (shape, geometry) = peers.PEERS[name], GEOMETRIES[case]
     missing = peers.missing(peer, similarity)
     if missing is not None:
         pytest.skip(missing)
-    problem = bench_module.Problem(case, shape, geometry, similarity)
-    one = measure.Implementation(name, "torch", peer.summing(similarity))
+    problem = bench_module.Problem(case, shape, Layer(geometry, similarity))
+    one = measure.Implementation(name, "torch", peer.correlate)
     assert measure._mistake(one, problem, dtype, *measure._reference(problem, dtype)) is None
 
 
 @pytest.mark.parametrize("similarity", ["product", "l1"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_maps_of_the_comparison_have_sums_that_16_bits_hold(dtype, similarity):
-    problem = bench_module.Problem("", (1, 300, 20, 20), Geometry(3, 9, padding=1), similarity)
+    problem = bench_module.Problem(
+        "", (1, 300, 20, 20), Layer(Geometry(3, 9, padding=1), similarity)
+    )
     exact, results = measure._reference(problem, dtype)
     for array in (*exact, *results):
         assert np.abs(array).max() < 256
@@ -296,8 +298,8 @@ def test_a_wrong_result_of_ours_makes_bench_exit_1(monkeypatch):
 
     right = measure.ours
 
-    def doubled(fmap1, fmap2, geometry):
-        return 2 * cupycorr.correlation(fmap1, fmap2, geometry)
+    def doubled(fmap1, fmap2, layer):
+        return 2 * cupycorr.correlation(fmap1, fmap2, layer.geometry)
 
     monkeypatch.setattr(measure, "ours", lambda *asked: right(*asked)._replace(correlate=doubled))
     outcome = invoke("bench", "cpu", *SMALL, "--engine", "torch")
@@ -414,8 +416,8 @@ def test_the_peak_of_memory_counts_what_is_held_at_once(library):
 def test_extra_memory_leaves_out_the_results():
     geometry, maps = Geometry(patch_size=31), measure.random_maps((1, 1, 30, 40), "float32")
     cost = np.ones(geometry.cost_shape(maps[0].shape), np.float32)
-    one = measure.ours("numpy", "product")._replace(correlate=lambda *_: cost.copy())
-    forward, _ = measure._extra_memory(one, measure._Maps(*maps, cost), geometry)
+    one = measure.ours("numpy")._replace(correlate=lambda *_: cost.copy())
+    forward, _ = measure._extra_memory(one, measure._Maps(*maps, cost), Layer(geometry))
     assert forward < cost.nbytes / 10
 
 

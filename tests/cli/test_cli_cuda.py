@@ -13,7 +13,7 @@ from cupycorr.cli.bench import measure, memory, report
 
 import cupycorr
 from cupycorr import Geometry
-from cupycorr.layer import DTYPES
+from cupycorr.layer import DTYPES, Layer
 
 bench_module = sys.modules["cupycorr.cli.bench.command"]
 FINDINGS = {
@@ -195,7 +195,7 @@ def cells(capsys, written, step):
 )
 def test_a_table_shows_medians_and_rates_against_the_peaks(capsys, step, products, moved):
     # Maps of 120 elements, of which each is in one product, and a cost volume of 24.
-    problem = options.Problem("one", (2, 5, 3, 4), Geometry())
+    problem = options.Problem("one", (2, 5, 3, 4), Layer(Geometry()))
     timings = [measure.Timing(s * 1e-9, s * 1e-6) for s in (1, 2, 6)]
     one = measure.Outcome(
         "cupycorr cupy", "timed",
@@ -373,8 +373,8 @@ def test_warmup_leaves_nothing_for_the_first_call_to_compile(monkeypatch):
         frozenset({"batch_size", "channel", "height", "width", "patch"}),
     ).problem("", bench_module.PRESETS["default"])
     maps = [cupy.asarray(np.ones(problem.shape, np.float32)) for _ in range(2)]
-    cost = cupycorr.correlation(*maps, problem.geometry)
-    cupycorr.correlation_vjp(cost, *maps, problem.geometry)
+    cost = cupycorr.correlation(*maps, problem.layer.geometry)
+    cupycorr.correlation_vjp(cost, *maps, problem.layer.geometry)
 
 
 @gpu

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import CASES
+from cases import GEOMETRIES
 
 import cupycorr
 from cupycorr import Geometry, verify
@@ -61,10 +61,10 @@ def subclass(array):
 LAYOUTS = [transposed, np.asfortranarray, reversed_in_memory, every_other_element,
            offset_by_one_byte, read_only, big_endian, subclass]  # fmt: skip
 LAID_OUT = {
-    "window": CASES["window"],
-    "strides": CASES["everything differs per axis"],
+    "window": GEOMETRIES["window"],
+    "strides": GEOMETRIES["everything differs per axis"],
     "tiles": ((1, 40, 16, 30), Geometry(patch_size=(5, 9))),
-    "one channel": CASES["one channel"],
+    "one channel": GEOMETRIES["one channel"],
 }
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from itertools import product
 
 import pytest
-from cases import CASES
+from cases import GEOMETRIES
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import cases
@@ -154,7 +154,7 @@ def test_patch_part_keeps_the_terms_of_its_displacements(case, data):
 
 
 def test_windows_far_apart_have_a_lattice_per_tap():
-    (axis, size), _ = axes(CASES["stride above window"])
+    (axis, size), _ = axes(GEOMETRIES["stride above window"])
     assert [lattice.size for lattice in all_outputs(axis, size)] == [axis.output_size(size)] * 2
 
 
@@ -165,9 +165,9 @@ def test_lattices_are_not_larger_than_all_windows_together(case):
         assert positions <= axis.output_size(size) * axis.kernel_size
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", GEOMETRIES)
 def test_multiply_adds_counts_the_different_pairs(name):
-    shape, geometry = CASES[name]
+    shape, geometry = GEOMETRIES[name]
     pairs = [
         len({(p, y1, y2) for _, _, p, y1, y2 in raw_terms(axis, size)})
         for axis, size in axes((shape, geometry))

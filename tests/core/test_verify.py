@@ -1,15 +1,17 @@
 """Every check of `verify` accepts what is right and catches a planted error."""
 
+from dataclasses import replace
+
 import definition
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import CASES
+from cases import GEOMETRIES
 from hypothesis import given, settings
 from strategies import cases
 
 from cupycorr import Geometry, verify
-from cupycorr.layer import DTYPES
+from cupycorr.layer import DTYPES, Layer
 
 CORRECT = verify.numpy_engine()
 WINDOW = Geometry((3, 2), (4, 3), (1, 2), (2, 1), (1, 2), (2, 1))
@@ -20,11 +22,11 @@ NAMES = ["cost", "grad_fmap1", "grad_fmap2"]
 
 def failed(engine, dtype="float32", shape=SHAPE, geometry=WINDOW, oracle=CORRECT):
     """Return the names of the checks that an engine fails."""
-    checks = verify.check(engine, shape, geometry, dtype, oracle=oracle)
+    checks = verify.check(engine, shape, Layer(geometry), dtype, oracle=oracle)
     return [check.name for check in checks if check.error is not None]
 
 
-def altered_terms(alter, *, forward=True, vjp=True):
+def altered_terms(alter, *, cost=True, grads=True):
     """Return the literal loops with every term passed through ``alter``, where asked for.
 
     ``alter`` takes (i, j, p, q, y, x, Y1, X1, Y2, X2), with the tap's indices i and j, and
@@ -39,24 +41,25 @@ def altered_terms(alter, *, forward=True, vjp=True):
             if term is not None:
                 yield term[2:]
 
-    def forward_altered(fmap1, fmap2, geometry, dtype, normalize):
+    def altered_cost(fmap1, fmap2, layer, dtype):
+        geometry = layer.geometry
         cost = np.zeros(definition.cost_shape(fmap1.shape, geometry))
         for p, q, y, x, y1, x1, y2, x2 in terms(fmap1.shape, geometry):
             cost[:, p, q, y, x] += (fmap1[:, :, y1, x1] * fmap2[:, :, y2, x2]).sum(1)
-        return cost / (fmap1.shape[1] * geometry.taps if normalize else 1)
+        return cost / layer.divisor(fmap1.shape[1])
 
-    def vjp_altered(grad, fmap1, fmap2, geometry, dtype, normalize):
+    def altered_grads(grad, fmap1, fmap2, layer, dtype):
+        geometry, divisor = layer.geometry, layer.divisor(fmap1.shape[1])
         grad1, grad2 = np.zeros(fmap1.shape), np.zeros(fmap2.shape)
         for p, q, y, x, y1, x1, y2, x2 in terms(fmap1.shape, geometry):
             grad1[:, :, y1, x1] += grad[:, p, q, y, x, None] * fmap2[:, :, y2, x2]
             grad2[:, :, y2, x2] += grad[:, p, q, y, x, None] * fmap1[:, :, y1, x1]
-        divisor = fmap1.shape[1] * geometry.taps if normalize else 1
         return grad1 / divisor, grad2 / divisor
 
     return verify.Engine(
         "altered",
-        forward_altered if forward else CORRECT.forward,
-        vjp_altered if vjp else CORRECT.vjp,
+        altered_cost if cost else CORRECT.cost,
+        altered_grads if grads else CORRECT.grads,
     )
 
 
@@ -125,35 +128,35 @@ def test_unaltered_loops_are_accepted():
 
 @pytest.mark.parametrize("alter", INDEX_ERRORS)
 def test_wrong_term_in_the_cost_volume_is_caught(alter):
-    assert "cost exact on integers" in failed(altered_terms(alter, vjp=False))
+    assert "cost exact on integers" in failed(altered_terms(alter, grads=False))
 
 
 @pytest.mark.parametrize("alter", INDEX_ERRORS)
 def test_wrong_term_in_the_gradients_is_caught(alter):
-    wrong = failed(altered_terms(alter, forward=False))
+    wrong = failed(altered_terms(alter, cost=False))
     assert {"grad_fmap1 exact on integers", "grad_fmap2 exact on integers"} <= set(wrong)
 
 
 @pytest.mark.parametrize("alter", INDEX_ERRORS)
 def test_gradients_of_another_operator_fail_the_adjoint_identity(alter):
     """Even if the oracle makes the same mistake."""
-    engine = altered_terms(alter, forward=False)
+    engine = altered_terms(alter, cost=False)
     assert failed(engine, "float64", oracle=engine) == ["adjoint identity"]
 
 
 def test_gradient_of_fmap2_that_is_not_mirrored_is_caught():
-    def vjp(grad, *rest):
-        return CORRECT.vjp(grad, *rest)[0], CORRECT.vjp(grad[:, ::-1, ::-1], *rest)[1]
+    def grads(grad, *rest):
+        return CORRECT.grads(grad, *rest)[0], CORRECT.grads(grad[:, ::-1, ::-1], *rest)[1]
 
-    engine = verify.Engine("unmirrored", CORRECT.forward, vjp)
+    engine = verify.Engine("unmirrored", CORRECT.cost, grads)
     assert failed(engine)[:2] == ["grad_fmap2 exact on integers", "adjoint identity"]
 
 
 def test_gradients_in_the_wrong_order_are_caught():
-    def vjp(*arguments):
-        return CORRECT.vjp(*arguments)[::-1]
+    def grads(*arguments):
+        return CORRECT.grads(*arguments)[::-1]
 
-    wrong = failed(verify.Engine("exchanged", CORRECT.forward, vjp))
+    wrong = failed(verify.Engine("exchanged", CORRECT.cost, grads))
     assert {"grad_fmap1 exact on integers", "grad_fmap2 exact on integers"} <= set(wrong)
 
 
@@ -166,14 +169,14 @@ def with_one_element(number, change):
             array[middle] = change(array[middle])
         return array
 
-    def forward(*arguments):
-        return results(0, CORRECT.forward(*arguments))
+    def cost(*arguments):
+        return results(0, CORRECT.cost(*arguments))
 
-    def vjp(*arguments):
-        grad1, grad2 = CORRECT.vjp(*arguments)
+    def grads(*arguments):
+        grad1, grad2 = CORRECT.grads(*arguments)
         return results(1, grad1), results(2, grad2)
 
-    return verify.Engine("one element", forward, vjp)
+    return verify.Engine("one element", cost, grads)
 
 
 CHANGES = {
@@ -201,19 +204,21 @@ def test_element_in_the_last_places_of_float64_is_caught(number):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forgotten_normalization_of_the_cost_volume_is_caught(dtype):
-    def forward(*arguments):
-        return CORRECT.forward(*arguments[:-1], False)
+    def cost(*arguments):
+        *maps, layer, dtype = arguments
+        return CORRECT.cost(*maps, replace(layer, normalize=False), dtype)
 
-    wrong = failed(verify.Engine("sums", forward, CORRECT.vjp), dtype)
+    wrong = failed(verify.Engine("sums", cost, CORRECT.grads), dtype)
     assert wrong == ["normalized cost round-off"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forgotten_normalization_of_the_gradients_is_caught(dtype):
-    def vjp(*arguments):
-        return CORRECT.vjp(*arguments[:-1], False)
+    def grads(*arguments):
+        *arrays, layer, dtype = arguments
+        return CORRECT.grads(*arrays, replace(layer, normalize=False), dtype)
 
-    wrong = failed(verify.Engine("sums", CORRECT.forward, vjp), dtype)
+    wrong = failed(verify.Engine("sums", CORRECT.cost, grads), dtype)
     assert wrong == ["normalized grad_fmap1 round-off", "normalized grad_fmap2 round-off"]
 
 
@@ -223,13 +228,13 @@ def test_forgotten_normalization_of_the_gradients_is_caught(dtype):
 def accumulating(round_sum, round_result):
     """Return a cost volume that rounds after every addition, for one tap and displacement."""
 
-    def forward(fmap1, fmap2, geometry, dtype, normalize):
+    def cost(fmap1, fmap2, layer, dtype):
         total = np.zeros((fmap1.shape[0], 1, 1, *fmap1.shape[2:]))
         for c in range(fmap1.shape[1]):
             total = round_sum(total + (fmap1[:, c] * fmap2[:, c])[:, None, None], dtype)
-        return round_result(total / (fmap1.shape[1] if normalize else 1), dtype)
+        return round_result(total / layer.divisor(fmap1.shape[1]), dtype)
 
-    return verify.Engine("accumulating", forward, CORRECT.vjp)
+    return verify.Engine("accumulating", cost, CORRECT.grads)
 
 
 def exactly(values, dtype):
@@ -293,11 +298,11 @@ def test_results_rounded_twice_are_caught(dtype):
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_sums_rounded_before_they_are_divided_are_caught(dtype):
-    def forward(fmap1, fmap2, geometry, dtype, normalize):
-        total = CORRECT.forward(fmap1, fmap2, geometry, dtype, False)
-        return verify.round_to(total / (fmap1.shape[1] if normalize else 1), dtype)
+    def cost(fmap1, fmap2, layer, dtype):
+        total = CORRECT.cost(fmap1, fmap2, replace(layer, normalize=False), dtype)
+        return verify.round_to(total / layer.divisor(fmap1.shape[1]), dtype)
 
-    wrong = failed(verify.Engine("early", forward, CORRECT.vjp), dtype, SHALLOW, Geometry())
+    wrong = failed(verify.Engine("early", cost, CORRECT.grads), dtype, SHALLOW, Geometry())
     assert wrong == ["normalized cost round-off"]
 
 
@@ -358,9 +363,9 @@ def test_rounding_to_bfloat16_is_one_rounding():
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", GEOMETRIES)
 def test_definition_agrees_with_the_literal_loops(name, normalize, rng):
-    shape, geometry = CASES[name]
+    shape, geometry = GEOMETRIES[name]
     assert differences(shape, geometry, normalize, rng) == [None] * 3
 
 
@@ -376,8 +381,8 @@ def differences(shape, geometry, normalize, rng):
     grad, fmap1, fmap2 = (rng.integers(-2, 3, s).astype(float) for s in shapes)
     got, want = (
         (
-            engine.forward(fmap1, fmap2, geometry, "float64", normalize),
-            *engine.vjp(grad, fmap1, fmap2, geometry, "float64", normalize),
+            engine.cost(fmap1, fmap2, Layer(geometry, normalize=normalize), "float64"),
+            *engine.grads(grad, fmap1, fmap2, Layer(geometry, normalize=normalize), "float64"),
         )
         for engine in (verify.definition(), definition.engine())
     )

@@ -3,7 +3,7 @@
 import definition
 import numpy as np
 import pytest
-from cases import CASES
+from cases import CASES, GEOMETRIES, l1
 from hypothesis import given
 from strategies import cases
 
@@ -13,7 +13,7 @@ from cupycorr.cpu import engine as numpy_engine
 from cupycorr.cpu import l1 as numpy_differences
 from cupycorr.layer import DTYPES, Layer
 
-L1 = verify.numpy_engine("l1")
+L1 = verify.numpy_engine()
 SMALL_BLOCKS = {
     "BLOCK_ELEMENTS": 7,
     "VOLUME_ELEMENTS": 5,
@@ -23,12 +23,14 @@ SMALL_BLOCKS = {
     "UNITS": 3,
 }
 LARGE = {
-    "FlowNetC": ((2, 64, 24, 32), Geometry(patch_size=21, dilation_patch=2)),
+    "large FlowNetC": ((2, 64, 24, 32), Geometry(patch_size=21, dilation_patch=2)),
     "PWC-Net": ((2, 40, 20, 28), Geometry(patch_size=9)),
     "stereo": ((1, 48, 12, 90), Geometry(patch_size=(1, 41), first_displacement=(0, -40))),
     "defaults": ((2, 24, 30, 34), Geometry(3, 3, 2, 1, 2, 2)),
     "windows far apart": ((1, 20, 60, 61), Geometry(2, 5, stride=9, padding=3)),
 }
+
+LARGER = [pytest.param("large FlowNetC", marks=pytest.mark.slow), *[*LARGE][1:]]
 
 
 def errors(checks):
@@ -54,14 +56,14 @@ def tangent_of(shape, geometry, arrays, dtype="float64"):
 
 @pytest.mark.parametrize("name", CASES)
 def test_definition_of_differences_agrees_with_the_literal_loops(name):
-    engine, oracle = verify.definition("l1"), definition.engine("l1")
-    assert errors(verify.check(engine, *CASES[name], "float64", oracle=oracle)) == []
+    engine, oracle = verify.definition(), definition.engine()
+    assert errors(verify.check(engine, *l1(CASES[name]), "float64", oracle=oracle)) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_differences_agree_with_the_definition(name, dtype):
-    checks = verify.check(L1, *CASES[name], dtype, oracle=verify.definition("l1"))
+    checks = verify.check(L1, *l1(CASES[name]), dtype, oracle=verify.definition())
     assert errors(checks) == []
 
 
@@ -69,19 +71,26 @@ def test_differences_agree_with_the_definition(name, dtype):
 def test_differences_in_small_blocks_agree_with_the_definition(name, monkeypatch):
     for constant, value in SMALL_BLOCKS.items():
         monkeypatch.setattr(numpy_differences, constant, value)
-    checks = verify.check(L1, *CASES[name], "float64", oracle=verify.definition("l1"))
+    checks = verify.check(L1, *l1(CASES[name]), "float64", oracle=verify.definition())
     assert errors(checks) == []
 
 
 @given(cases())
 def test_differences_agree_with_the_definition_on_any_small_case(case):
-    assert errors(verify.check(L1, *case, "float64", oracle=verify.definition("l1"))) == []
+    assert (
+        errors(
+            verify.check(L1, case[0], Layer(case[1], "l1"), "float64", oracle=verify.definition())
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("name", [pytest.param("FlowNetC", marks=pytest.mark.slow), *[*LARGE][1:]])
+@pytest.mark.parametrize("name", LARGER)
 def test_differences_of_large_maps_agree_with_the_definition(name, dtype):
-    checks = verify.check(L1, *LARGE[name], dtype, oracle=verify.definition("l1"))
+    checks = verify.check(
+        L1, LARGE[name][0], Layer(LARGE[name][1], "l1"), dtype, oracle=verify.definition()
+    )
     assert errors(checks) == []
 
 
@@ -93,7 +102,7 @@ def test_differences_of_large_maps_agree_with_the_definition(name, dtype):
 def test_tangent_agrees_with_the_literal_loops(name, blocks, monkeypatch, rng):
     for constant, value in blocks.items():
         monkeypatch.setattr(numpy_differences, constant, value)
-    shape, geometry = CASES[name]
+    shape, geometry = GEOMETRIES[name]
     _, *arrays = integers(rng, shape, geometry, maps=4)
     want = definition.differences_tangent(*arrays, geometry)
     assert not verify.difference(tangent_of(shape, geometry, arrays), want)
@@ -104,7 +113,7 @@ def test_tangent_is_adjoint_to_the_gradients(name, rng):
     shape, geometry = LARGE[name]
     grad, fmap1, fmap2, *tangents = integers(rng, shape, geometry, maps=4)
     cost = tangent_of(shape, geometry, (fmap1, fmap2, *tangents), "float32")
-    grads = L1.vjp(grad, fmap1, fmap2, geometry, "float32", False)
+    grads = L1.grads(grad, fmap1, fmap2, Layer(geometry, "l1"), "float32")
     products = [(one * two).sum() for one, two in zip(grads, tangents, strict=True)]
     assert (cost * grad).sum() == sum(products)
 
@@ -130,7 +139,7 @@ def test_equal_values_have_no_gradient():
 
 
 def test_normalized_differences_are_means(rng):
-    shape, geometry = CASES["window"]
+    shape, geometry = GEOMETRIES["window"]
     _, fmap1, fmap2 = integers(rng, shape, geometry)
     total = cupycorr.correlation(fmap1, fmap2, geometry, similarity="l1")
     mean = cupycorr.correlation(fmap1, fmap2, geometry, normalize=True, similarity="l1")
@@ -157,7 +166,7 @@ def test_differences_of_nothing_are_zero(shape):
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
 def test_gradients_that_are_not_needed_are_none_and_change_no_other(needs, rng):
-    shape, geometry = CASES["everything differs per axis"]
+    shape, geometry = GEOMETRIES["everything differs per axis"]
     arrays = integers(rng, shape, geometry)
     both = cupycorr.correlation_vjp(*arrays, geometry, similarity="l1")
     some = cupycorr.correlation_vjp(*arrays, geometry, similarity="l1", needs=needs)
@@ -170,21 +179,18 @@ def test_gradients_that_are_not_needed_are_none_and_change_no_other(needs, rng):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["grad_cost", "fmap1", "fmap2"])
-@pytest.mark.parametrize(
-    "name",
-    [*CASES, *[*LARGE][1:], pytest.param("FlowNetC", marks=pytest.mark.slow, id="FlowNetC, large")],
-)
+@pytest.mark.parametrize("name", [*CASES, *LARGER])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_value_that_is_not_finite_reaches_only_what_its_taps_touch(name, which, value, rng):
-    shape, geometry = (CASES | LARGE)[name]
+    shape, geometry = (GEOMETRIES | LARGE)[name]
     arrays = integers(rng, shape, geometry)
     flat = arrays[which].reshape(-1)
     if flat.size:
         flat[rng.integers(0, flat.size, 2)] = value
-    for engine in (L1, verify.definition("l1")):
+    for engine in (L1, verify.definition()):
         results = [
-            engine.forward(*arrays[1:], geometry, "float64", False),
-            *engine.vjp(*arrays, geometry, "float64", False),
+            engine.cost(*arrays[1:], Layer(geometry, "l1"), "float64"),
+            *engine.grads(*arrays, Layer(geometry, "l1"), "float64"),
         ]
         # Whether infinities cancel to NaN depends on the order of summation.
         results = [np.where(np.isfinite(array), array, np.nan) for array in results]
@@ -212,12 +218,12 @@ def test_differences_have_the_same_bits_on_any_number_of_threads(name, dtype, rn
 
 # What the checks are worth: planted errors.
 
-BORDER = CASES["window at the border"]
+BORDER = l1(CASES["window at the border"])
 
 
 def test_check_finds_terms_with_one_position_outside_left_out(monkeypatch):
     monkeypatch.setattr(verify, "_framed", lambda maps, geometry: (maps, geometry, ()))
-    assert errors(verify.check(verify.definition("l1"), *BORDER, "float64"))
+    assert errors(verify.check(verify.definition(), *BORDER, "float64"))
 
 
 def test_check_finds_a_gradient_where_values_are_equal(monkeypatch):
@@ -225,20 +231,20 @@ def test_check_finds_a_gradient_where_values_are_equal(monkeypatch):
         return np.where(one >= two, 1, -1).astype(np.int8)
 
     monkeypatch.setattr(numpy_differences, "_sign", sign)
-    assert errors(verify.check(L1, *BORDER, "float64", oracle=verify.definition("l1")))
+    assert errors(verify.check(L1, *BORDER, "float64", oracle=verify.definition()))
 
 
 @pytest.mark.parametrize("wrong", [(-1, 1), (1, -1), (-1, -1)])
 def test_check_finds_gradients_of_the_wrong_sign(wrong):
-    def vjp(*arguments):
-        grads = L1.vjp(*arguments)
-        return grads[0] * wrong[0], grads[1] * wrong[1]
+    def grads(*arguments):
+        grad1, grad2 = L1.grads(*arguments)
+        return grad1 * wrong[0], grad2 * wrong[1]
 
-    assert errors(verify.check(L1._replace(vjp=vjp), *BORDER, "float64"))
+    assert errors(verify.check(L1._replace(grads=grads), *BORDER, "float64"))
 
 
 def test_check_finds_differences_summed_in_half_precision():
-    def forward(fmap1, fmap2, geometry, dtype, normalize):
-        return verify.round_to(L1.forward(fmap1, fmap2, geometry, "float16", normalize), dtype)
+    def cost(fmap1, fmap2, layer, dtype):
+        return verify.round_to(L1.cost(fmap1, fmap2, layer, "float16"), dtype)
 
-    assert errors(verify.check(L1._replace(forward=forward), *BORDER, "float32"))
+    assert errors(verify.check(L1._replace(cost=cost), *BORDER, "float32"))

@@ -3,7 +3,7 @@
 import definition
 import numpy as np
 import pytest
-from cases import CASES
+from cases import CASES, GEOMETRIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import cases, pairs
@@ -68,12 +68,12 @@ def first_difference(shape, geometry, arrays, dtype):
     """
     engine, oracle = verify.numpy_engine(), verify.definition()
     got = (
-        engine.forward(*arrays[1:], geometry, dtype, False),
-        *engine.vjp(*arrays, geometry, dtype, False),
+        engine.cost(*arrays[1:], Layer(geometry), dtype),
+        *engine.grads(*arrays, Layer(geometry), dtype),
     )
     want = (
-        oracle.forward(*arrays[1:], geometry, "float64", False),
-        *oracle.vjp(*arrays, geometry, "float64", False),
+        oracle.cost(*arrays[1:], Layer(geometry), "float64"),
+        *oracle.grads(*arrays, Layer(geometry), "float64"),
     )
     if not np.isfinite(np.concatenate([a.reshape(-1) for a in arrays])).all():
         got, want = ([np.where(np.isfinite(a), a, np.nan) for a in both] for both in (got, want))
@@ -87,16 +87,19 @@ def first_difference(shape, geometry, arrays, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_engine_agrees_with_the_literal_loops(name, dtype):
-    shape, geometry = CASES[name]
+    shape, geometry = GEOMETRIES[name]
     oracle = definition.engine()
-    assert errors(verify.check(verify.numpy_engine(), shape, geometry, dtype, oracle=oracle)) == []
+    assert (
+        errors(verify.check(verify.numpy_engine(), shape, Layer(geometry), dtype, oracle=oracle))
+        == []
+    )
 
 
 @given(cases())
 def test_engine_agrees_with_the_definition_on_any_small_case(case):
     shape, geometry = case
     oracle = verify.definition()
-    checks = verify.check(verify.numpy_engine(), shape, geometry, "float64", oracle=oracle)
+    checks = verify.check(verify.numpy_engine(), shape, Layer(geometry), "float64", oracle=oracle)
     assert errors(checks) == []
 
 
@@ -127,7 +130,7 @@ def test_engine_is_exact_on_any_medium_case(shape, kernel, patch, stride, paddin
 def test_large_maps_stay_within_round_off(name, dtype):
     shape, geometry = LARGE[name]
     oracle = verify.numpy_engine()  # in float64, itself exact on integers of this shape
-    checks = verify.check(verify.numpy_engine(), shape, geometry, dtype, oracle=oracle)
+    checks = verify.check(verify.numpy_engine(), shape, Layer(geometry), dtype, oracle=oracle)
     assert errors(checks) == []
 
 
@@ -137,7 +140,7 @@ def test_large_maps_stay_within_round_off(name, dtype):
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("name", ["odd patch", "FlowNetC", "even window"])
 def test_gradients_that_are_not_needed_are_none_and_change_no_other(name, needs, rng):
-    shape, geometry = CASES[name]
+    shape, geometry = GEOMETRIES[name]
     arrays = maps(rng, shape, geometry)
     both = cupycorr.correlation_vjp(*arrays, geometry)
     some = cupycorr.correlation_vjp(*arrays, geometry, needs=needs)
@@ -147,7 +150,7 @@ def test_gradients_that_are_not_needed_are_none_and_change_no_other(name, needs,
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_results_have_the_dtype_of_the_maps(dtype, rng):
-    shape, geometry = CASES["window"]
+    shape, geometry = GEOMETRIES["window"]
     grad, fmap1, fmap2 = maps(rng, shape, geometry, dtype)
     results = (
         cupycorr.correlation(fmap1, fmap2, geometry),
@@ -175,7 +178,7 @@ def test_normalized_cost_volume_without_channels_is_zero():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit_sums_over_channels_do_not_stop_growing(dtype):
     fmap = np.ones((1, 4096, 2, 3))  # in 16 bits, 2048 + 1 is 2048, and 256 + 1 is 256
-    cost = verify.numpy_engine().forward(fmap, fmap, Geometry(), dtype, False)
+    cost = verify.numpy_engine().cost(fmap, fmap, Layer(Geometry()), dtype)
     assert not verify.difference(cost, np.full((1, 1, 1, 2, 3), 4096.0))
 
 
@@ -183,29 +186,29 @@ def test_16_bit_sums_over_channels_do_not_stop_growing(dtype):
 def test_16_bit_sums_over_displacements_do_not_stop_growing(dtype):
     fmap, geometry = np.ones((1, 1, 48, 48)), Geometry(patch_size=48, first_displacement=0)
     grad = np.ones(geometry.cost_shape(fmap.shape))
-    got = verify.numpy_engine().vjp(grad, fmap, fmap, geometry, dtype, False)
-    want = verify.definition().vjp(grad, fmap, fmap, geometry, "float64", False)
+    got = verify.numpy_engine().grads(grad, fmap, fmap, Layer(geometry), dtype)
+    want = verify.definition().grads(grad, fmap, fmap, Layer(geometry), "float64")
     assert not verify.difference(got[0], verify.round_to(want[0], dtype))
     assert not verify.difference(got[1], verify.round_to(want[1], dtype))
 
 
 def test_16_bit_sums_are_divided_before_they_are_rounded():
     fmap = np.full((1, 4096, 2, 3), 16.0)  # the sum, 2**20, is beyond float16; the mean is not
-    cost = verify.numpy_engine().forward(fmap, fmap, Geometry(), "float16", True)
+    cost = verify.numpy_engine().cost(fmap, fmap, Layer(Geometry(), normalize=True), "float16")
     assert not verify.difference(cost, np.full((1, 1, 1, 2, 3), 256.0))
 
 
 def test_sum_over_262144_channels_stays_within_round_off(rng):
     shape, geometry = (1, 262_144, 2, 3), Geometry(patch_size=3)
     fmap1, fmap2 = (verify.round_to(rng.random(shape), "float32") for _ in range(2))
-    got = verify.numpy_engine().forward(fmap1, fmap2, geometry, "float32", False)
-    want = verify.definition().forward(fmap1, fmap2, geometry, "float64", False)
+    got = verify.numpy_engine().cost(fmap1, fmap2, Layer(geometry), "float32")
+    want = verify.definition().cost(fmap1, fmap2, Layer(geometry), "float64")
     assert not verify.excess(got, want, want, shape[1], "float32")
 
 
 # Extreme values.
 
-EXTREME = [CASES["one displacement"], CASES["window at the border"], LARGE["PWC-Net"],
+EXTREME = [GEOMETRIES["one displacement"], GEOMETRIES["window at the border"], LARGE["PWC-Net"],
            LARGE["dense window"], LARGE["stereo"]]  # fmt: skip
 
 
@@ -214,8 +217,8 @@ def test_products_of_huge_and_tiny_values_are_exact(shape, geometry, rng):
     grad, fmap1, fmap2 = maps(rng, shape, geometry)
     arrays = grad * 2.0**100, fmap1 * 2.0**126, fmap2 * 2.0**-100
     engine, oracle = verify.numpy_engine(), verify.definition()
-    got = engine.forward(*arrays[1:], geometry, "float32", False)
-    want = oracle.forward(*arrays[1:], geometry, "float64", False)
+    got = engine.cost(*arrays[1:], Layer(geometry), "float32")
+    want = oracle.cost(*arrays[1:], Layer(geometry), "float64")
     assert not verify.difference(got, want)
 
 
@@ -223,8 +226,8 @@ def test_products_of_huge_and_tiny_values_are_exact(shape, geometry, rng):
 def test_gradients_with_huge_and_tiny_values_are_exact(shape, geometry, rng):
     grad, fmap1, fmap2 = maps(rng, shape, geometry)
     arrays = grad * 2.0**-110, fmap1 * 2.0**126, fmap2 * 2.0**126
-    got = verify.numpy_engine().vjp(*arrays, geometry, "float32", False)
-    want = verify.definition().vjp(*arrays, geometry, "float64", False)
+    got = verify.numpy_engine().grads(*arrays, Layer(geometry), "float32")
+    want = verify.definition().grads(*arrays, Layer(geometry), "float64")
     assert not verify.difference(got[0], want[0])
     assert not verify.difference(got[1], want[1])
 
@@ -233,8 +236,8 @@ def test_products_that_overflow_beyond_the_patch_are_seen_nowhere():
     shape, geometry = (1, 40, 20, 60), Geometry(patch_size=5)
     fmap1, fmap2 = np.ones(shape), np.ones(shape)
     fmap1[..., :30], fmap2[..., 34:] = 2.0**120, 2.0**120
-    got = verify.numpy_engine().forward(fmap1, fmap2, geometry, "float32", False)
-    want = verify.definition().forward(fmap1, fmap2, geometry, "float64", False)
+    got = verify.numpy_engine().cost(fmap1, fmap2, Layer(geometry), "float32")
+    want = verify.definition().cost(fmap1, fmap2, Layer(geometry), "float64")
     assert np.isfinite(got).all()
     assert not verify.difference(got, want)
 
@@ -243,7 +246,7 @@ def test_products_that_overflow_beyond_the_patch_are_seen_nowhere():
 
 SPREADING = {
     **{
-        name: CASES[name]
+        name: GEOMETRIES[name]
         for name in (
             "one displacement",
             "even patch, dilated",

@@ -4,7 +4,7 @@ import definition
 import frames
 import numpy as np
 import pytest
-from cases import CASES
+from cases import CASES, GEOMETRIES, l1
 
 import cupycorr
 from cupycorr import Geometry, verify
@@ -28,10 +28,10 @@ def cp():
     return pytest.importorskip("cupy")
 
 
-def assert_passes(engine, shape, geometry, dtype):
+def assert_passes(engine, shape, layer, dtype):
     failures = {
         check.name: check.error
-        for check in verify.check(engine, shape, geometry, dtype)
+        for check in verify.check(engine, shape, layer, dtype)
         if check.error
     }
     assert not failures
@@ -68,23 +68,23 @@ def test_the_plain_kernels_compute_every_dtype_right(dtype):
 
 @pytest.mark.parametrize("name", ["FlowNetC", FEW[-1], "displacement beyond the map"])
 def test_absolute_differences_are_computed_right(name):
-    assert_passes(verify.cupy_engine("l1"), *CASES[name], "float32")
+    assert_passes(verify.cupy_engine(), *l1(CASES[name]), "float32")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_absolute_differences_are_computed_right_in_every_dtype(dtype):
-    assert_passes(verify.cupy_engine("l1"), *CASES[FEW[-2]], dtype)
+    assert_passes(verify.cupy_engine(), *l1(CASES[FEW[-2]]), dtype)
 
 
 def test_the_plain_kernels_compute_absolute_differences_right():
-    assert_passes(verify.cupy_engine("l1", plain=True), *CASES[FEW[-2]], "float32")
+    assert_passes(verify.cupy_engine(plain=True), *l1(CASES[FEW[-2]]), "float32")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 def test_the_tangent_of_absolute_differences_is_computed_right(cp, rng, dtype):
     from cupycorr.cuda import engine as cuda_engine
 
-    shape, geometry = CASES[FEW[-2]]
+    shape, geometry = GEOMETRIES[FEW[-2]]
     arrays = rng.integers(-2, 3, (4, *shape)).astype(dtype)
     tangent = cp.empty(geometry.cost_shape(shape), dtype)
     names = "fmap1", "fmap2", "tangent1", "tangent2"

@@ -11,19 +11,19 @@ import definition
 import host
 import numpy as np
 import pytest
-from cases import CASES
+from cases import CASES, l1
 from host import DEVICES, ORDERS, SM_75, SM_80, SM_90
 
 from cupycorr import Geometry, verify
 from cupycorr.cuda import tiles as cuda_tiles
-from cupycorr.layer import DTYPES
+from cupycorr.layer import DTYPES, Layer
 
 pytestmark = pytest.mark.skipif(host.unavailable() is not None, reason=str(host.unavailable()))
 
 # No block's threads share so few channels: then gradients would fall back to plain kernels.
 TILED = {
-    case: ((n, c if "channel" in case else c + 20, h, w), geometry)
-    for case, ((n, c, h, w), geometry) in CASES.items()
+    case: ((n, c if "channel" in case else c + 20, h, w), layer)
+    for case, ((n, c, h, w), layer) in CASES.items()
 }
 EVERY_CASE = pytest.mark.parametrize("case", CASES)
 BOTH_COPIES = pytest.mark.parametrize("device", ["sm_75", "sm_80"])
@@ -42,26 +42,25 @@ EVERY_TILED = pytest.mark.parametrize(
 # With infinities it matters that engines add upstream gradients before they multiply them.
 SPECIAL = (((np.nan,), definition.engine), ((np.inf, -np.inf), verify.numpy_engine))
 LAYERS = {
-    "FlowNetC": ((1, 256, 48, 64), Geometry(patch_size=21, dilation_patch=2)),
-    "PWC-Net, level 6": ((8, 196, 8, 14), Geometry(patch_size=9)),
-    "PWC-Net, level 5": ((8, 128, 16, 28), Geometry(patch_size=9)),
-    "PWC-Net, level 4": ((1, 96, 32, 56), Geometry(patch_size=9)),
-    "DispNet": ((1, 128, 24, 192), Geometry(patch_size=(1, 41))),
+    "FlowNetC": ((1, 256, 48, 64), Layer(Geometry(patch_size=21, dilation_patch=2))),
+    "PWC-Net, level 6": ((8, 196, 8, 14), Layer(Geometry(patch_size=9))),
+    "PWC-Net, level 5": ((8, 128, 16, 28), Layer(Geometry(patch_size=9))),
+    "PWC-Net, level 4": ((1, 96, 32, 56), Layer(Geometry(patch_size=9))),
+    "DispNet": ((1, 128, 24, 192), Layer(Geometry(patch_size=(1, 41)))),
 }
 
 
-def requested(request, similarity="product"):
+def requested(request, of=lambda case: case):
     """Return what the selected tests of a module will compile."""
     requests = []
     for item in request.session.items:
         values = item.callspec.params if hasattr(item, "callspec") else {}
         if item.module is request.module and {"case", "device"} <= values.keys():
             launches = host.launches(
-                *(TILED | LAYERS)[values["case"]],
+                *of((TILED | LAYERS)[values["case"]]),
                 values.get("dtype", "float32"),
                 DEVICES[values["device"]],
                 aligned="misaligned" not in item.name,
-                similarity=similarity,
             )
             requests += [(launch, values.get("mode", "run"), None) for launch in launches]
     return requests
@@ -74,21 +73,21 @@ def _compiled_ahead(request):
         yield
 
 
-def errors(engine, shape, geometry, dtype="float32"):
-    return [check for check in verify.check(engine, shape, geometry, dtype) if check.error]
+def errors(engine, shape, layer, dtype="float32"):
+    return [check for check in verify.check(engine, shape, layer, dtype) if check.error]
 
 
-def results(engine, shape, geometry, dtype="float32", *, special=(), seed=0):
+def results(engine, shape, layer, dtype="float32", *, special=(), seed=0):
     """Return cost and gradients of small integers, and of some special values among them."""
     rng = np.random.default_rng(seed)
-    shapes = geometry.cost_shape(shape), shape, shape
+    shapes = layer.geometry.cost_shape(shape), shape, shape
     arrays = [rng.integers(-2, 3, shape).astype(np.float64) for shape in shapes]
     for array in arrays:
         where = rng.choice(array.size, min(array.size, len(special)), replace=False)
         array.flat[where] = special[: len(where)]
     grad, fmap1, fmap2 = arrays
-    cost = engine.forward(fmap1, fmap2, geometry, dtype, False)
-    return (cost, *engine.vjp(grad, fmap1, fmap2, geometry, dtype, False))
+    cost = engine.cost(fmap1, fmap2, layer, dtype)
+    return (cost, *engine.grads(grad, fmap1, fmap2, layer, dtype))
 
 
 def rounding(engine, dtype):
@@ -104,7 +103,7 @@ def rounding(engine, dtype):
         two[:ties] = 1 + rng.integers(0, 128, ties) * DTYPES[dtype].rounding * 2
         want = (one * two).astype(storage).astype(np.float64)
     shape = (1, 1, 64, count // 64)
-    got = engine.forward(one.reshape(shape), two.reshape(shape), Geometry(), dtype, False)
+    got = engine.cost(one.reshape(shape), two.reshape(shape), Layer(Geometry()), dtype)
     return verify.difference(got, want.reshape(got.shape))
 
 
@@ -116,8 +115,8 @@ def differences(got, want):
 def test_the_table_reaches_every_kernel(device):
     kernels = {
         launch.kernel
-        for shape, geometry in TILED.values()
-        for launch in host.launches(shape, geometry, "float32", DEVICES[device])
+        for shape, layer in TILED.values()
+        for launch in host.launches(shape, layer, "float32", DEVICES[device])
     }
     assert kernels == {
         "product_cost", "product_gradient", "window_sum", "window_spread",
@@ -162,21 +161,21 @@ def test_plain_kernels_are_correct_in_other_dtypes(dtype):
     ],
 )
 def test_layers_of_networks_are_exact(case, device):
-    shape, geometry = LAYERS[case]
-    checks = verify.check(host.host_engine(DEVICES[device]), shape, geometry, "float32")
+    shape, layer = LAYERS[case]
+    checks = verify.check(host.host_engine(DEVICES[device]), shape, layer, "float32")
     assert not [check for check in islice(checks, 4) if check.error]
 
 
-def differences_of_orders(device, shape, geometry, similarity="product"):
+def differences_of_orders(device, shape, layer):
     """Compare what the orders of threads make of maps whose sums have to be rounded."""
     rng = np.random.default_rng(0)
-    shapes = geometry.cost_shape(shape), shape, shape
+    shapes = layer.geometry.cost_shape(shape), shape, shape
     grad, *maps = (rng.standard_normal(size).astype(np.float32) for size in shapes)
     got = []
     for order in ORDERS:
-        engine = host.host_engine(device, order=order, similarity=similarity)
-        cost = engine.forward(*maps, geometry, "float32", False)
-        got.append((cost, *engine.vjp(grad, *maps, geometry, "float32", False)))
+        engine = host.host_engine(device, order=order)
+        cost = engine.cost(*maps, layer, "float32")
+        got.append((cost, *engine.grads(grad, *maps, layer, "float32")))
     return differences(got[0], got[1]) + differences(got[0], got[2])
 
 
@@ -195,20 +194,20 @@ def test_threads_share_no_word_without_a_barrier(case, device, mode):
 
 @EVERY_TILED
 def test_what_is_not_finite_reaches_only_what_it_is_a_term_of(case, device):
-    shape, geometry = TILED[case]
+    shape, layer = TILED[case]
     for special, oracle in SPECIAL:
-        got = results(host.host_engine(DEVICES[device]), shape, geometry, special=special)
-        want = results(oracle(), shape, geometry, special=special)
+        got = results(host.host_engine(DEVICES[device]), shape, layer, special=special)
+        want = results(oracle(), shape, layer, special=special)
         assert differences(got, want) == [None, None, None]
 
 
 @EVERY_CASE
 def test_what_is_not_finite_reaches_only_what_it_is_a_term_of_in_plain_kernels(case):
-    shape, geometry = CASES[case]
+    shape, layer = CASES[case]
     engine = host.host_engine(SM_75, plain=True)
     for special, oracle in SPECIAL:
-        got = results(engine, shape, geometry, special=special)
-        want = results(oracle(), shape, geometry, special=special)
+        got = results(engine, shape, layer, special=special)
+        want = results(oracle(), shape, layer, special=special)
         assert differences(got, want) == [None, None, None]
 
 
@@ -229,11 +228,11 @@ def test_aligned_plans_need_aligned_arrays(monkeypatch):
 
 # ---- tiles that the model would not choose for problems that run in a moment
 
-PHASES = ((1, 20, 9, 22), Geometry(patch_size=(5, 7), dilation_patch=(1, 2)))
-STRIDE = ((1, 20, 13, 29), Geometry(patch_size=(5, 7), stride=(1, 2)))
-VECTORS = ((1, 6, 9, 16), Geometry(patch_size=(3, 9)))
-COLUMN = ((1, 20, 17, 16), Geometry(patch_size=(9, 1)))
-WIDE_PATCH = ((1, 5, 5, 34), Geometry(patch_size=(2, 29)))
+PHASES = ((1, 20, 9, 22), Layer(Geometry(patch_size=(5, 7), dilation_patch=(1, 2))))
+STRIDE = ((1, 20, 13, 29), Layer(Geometry(patch_size=(5, 7), stride=(1, 2))))
+VECTORS = ((1, 6, 9, 16), Layer(Geometry(patch_size=(3, 9))))
+COLUMN = ((1, 20, 17, 16), Layer(Geometry(patch_size=(9, 1))))
+WIDE_PATCH = ((1, 5, 5, 34), Layer(Geometry(patch_size=(2, 29))))
 
 
 def in_slices(tile, values, lines):
@@ -309,19 +308,19 @@ def most(value):
     return choose
 
 
-def compare_with_the_definition(device, shape, geometry):
-    got = results(host.host_engine(device, order="shuffled"), shape, geometry)
-    want = results(verify.definition(), shape, geometry)
+def compare_with_the_definition(device, shape, layer):
+    got = results(host.host_engine(device, order="shuffled"), shape, layer)
+    want = results(verify.definition(), shape, layer)
     assert differences(got, want) == [None, None, None]
 
 
 @pytest.mark.parametrize("tile", PRODUCT_TILES)
 def test_products_in_unusual_tiles_are_exact(tile, force):
-    device, (shape, geometry), value = PRODUCT_TILES[tile]
+    device, (shape, layer), value = PRODUCT_TILES[tile]
     force(product=most(value))
     one, two = np.random.default_rng(0).integers(-2, 3, (2, *shape)).astype(np.float64)
     got, want = (
-        engine.forward(one, two, geometry, "float32", False)
+        engine.cost(one, two, layer, "float32")
         for engine in (host.host_engine(device, order="shuffled"), verify.definition())
     )
     assert verify.difference(got, want) is None
@@ -329,13 +328,13 @@ def test_products_in_unusual_tiles_are_exact(tile, force):
 
 @pytest.mark.parametrize("tile", GRADIENT_TILES)
 def test_gradients_in_unusual_tiles_are_exact(tile, force):
-    device, (shape, geometry), value = GRADIENT_TILES[tile]
+    device, (shape, layer), value = GRADIENT_TILES[tile]
     force(gradient=most(value))
     rng = np.random.default_rng(0)
-    shapes = geometry.cost_shape(shape), shape, shape
+    shapes = layer.geometry.cost_shape(shape), shape, shape
     arrays = [rng.integers(-2, 3, size).astype(np.float64) for size in shapes]
     got, want = (
-        engine.vjp(*arrays, geometry, "float32", False)
+        engine.grads(*arrays, layer, "float32")
         for engine in (host.host_engine(device, order="shuffled"), verify.definition())
     )
     assert differences(got, want) == [None, None]
@@ -355,10 +354,16 @@ UNDER_SANITIZERS = """
 import sys
 import host, test_host
 for case, device, dtype, plain, similarity in {runs}:
-    options = {{"mode": "sanitize", "plain": plain, "similarity": similarity}}
-    engine = host.host_engine(host.DEVICES[device], **options)
-    test_host.results(engine, *test_host.TILED[case], dtype)
+    engine = host.host_engine(host.DEVICES[device], mode="sanitize", plain=plain)
+    test_host.results(engine, *test_host.summing(similarity, case), dtype)
 """
+
+
+def summing(similarity, case):
+    """Return a tiled case that sums products or absolute differences."""
+    return l1(TILED[case]) if similarity == "l1" else TILED[case]
+
+
 SANITIZED = [
     ("even patch, dilated", "sm_80", "float32", False, "product"),
     ("everything differs per axis", "sm_75", "float16", False, "product"),
@@ -392,7 +397,7 @@ def run_under_sanitizers(script):
 @pytest.mark.slow
 def test_sanitizers_find_nothing():
     for case, device, dtype, plain, similarity in SANITIZED:
-        options = {"plain": plain, "similarity": similarity}
-        for launch in host.launches(*TILED[case], dtype, DEVICES[device], **options):
+        case = summing(similarity, case)
+        for launch in host.launches(*case, dtype, DEVICES[device], plain=plain):
             host.compiled(launch, "sanitize")  # the compiler itself is not to run under them
     assert run_under_sanitizers(UNDER_SANITIZERS.format(runs=SANITIZED)) == (0, "")

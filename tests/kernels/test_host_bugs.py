@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+from dataclasses import replace
 from typing import NamedTuple
 
 import definition
@@ -13,8 +14,10 @@ from host import ORDERS, SM_75, SM_80
 from test_host import TILED
 
 from cupycorr import Geometry, verify
+from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda import sources as cuda_sources
 from cupycorr.cuda.cost import Device
+from cupycorr.layer import Layer
 
 pytestmark = test_host.pytestmark
 DEFAULTS = "spatial-correlation-sampler's defaults"
@@ -36,12 +39,12 @@ class Bug(NamedTuple):
     similarity: str = "product"
 
 
-SEVERAL_GROUPS = ((1, 3, 9, 40), Geometry(patch_size=(3, 5), dilation_patch=(1, 2)))
-ADVANCE_ROWS = ((1, 40, 30, 40), Geometry(patch_size=(9, 9), stride=2))
-MANY_ROWS = ((1, 40, 20, 16), Geometry(patch_size=9))
-MANY_CHANNELS = ((1, 64, 12, 40), Geometry(patch_size=3))
+SEVERAL_GROUPS = ((1, 3, 9, 40), Layer(Geometry(patch_size=(3, 5), dilation_patch=(1, 2))))
+ADVANCE_ROWS = ((1, 40, 30, 40), Layer(Geometry(patch_size=(9, 9), stride=2)))
+MANY_ROWS = ((1, 40, 20, 16), Layer(Geometry(patch_size=9)))
+MANY_CHANNELS = ((1, 64, 12, 40), Layer(Geometry(patch_size=3)))
 # Steps whose source rows lie in the map, and others, below it and above, whose do not.
-OUTSIDE = ((1, 40, 6, 10), Geometry(patch_size=(15, 3)))
+OUTSIDE = ((1, 40, 6, 10), Layer(Geometry(patch_size=(15, 3))))
 
 BUGS = {
     # device.cuh
@@ -184,16 +187,16 @@ def _compiled_ahead(request):
 
 
 def case(bug):
-    return TILED[bug.case] if isinstance(bug.case, str) else bug.case
+    shape, layer = TILED[bug.case] if isinstance(bug.case, str) else bug.case
+    return shape, replace(layer, similarity="l1" if bug.check == "tangent" else bug.similarity)
 
 
 def launches(bug):
-    shape, geometry = case(bug)
+    shape, layer = case(bug)
     if bug.check == "tangent":
-        options = {"similarity": "l1", "tangent": True}
-        return host.plan_of(("cost",), geometry, shape, "float32", bug.device, **options).launches
-    options = {"plain": bug.plain, "similarity": bug.similarity}
-    return host.launches(shape, geometry, "float32", bug.device, **options)
+        plan = cuda_plan.plan(("cost",), layer, shape, "float32", bug.device, tangent=True)
+        return plan.launches
+    return host.launches(shape, layer, "float32", bug.device, plain=bug.plain)
 
 
 def is_caught(bug):
@@ -216,33 +219,33 @@ def is_caught(bug):
 
 
 def fails(bug):
-    shape, geometry = case(bug)
+    shape, layer = case(bug)
     for order in ORDERS:
         engine = host.host_engine(
             bug.device,
             order=order,
             plain=bug.plain,
-            similarity=bug.similarity,
             patch=(bug.old, bug.new),
         )
         try:
             if bug.check == "correct":
-                if test_host.errors(engine, shape, geometry):
+                if test_host.errors(engine, shape, layer):
                     return True
             elif bug.check == "finite":
                 for special, oracle in test_host.SPECIAL:
                     for seed in range(5):
                         options = {"special": special * 3, "seed": seed}
-                        got = test_host.results(engine, shape, geometry, **options)
-                        want = test_host.results(oracle(bug.similarity), shape, geometry, **options)
+                        got = test_host.results(engine, shape, layer, **options)
+                        want = test_host.results(oracle(), shape, layer, **options)
                         if any(test_host.differences(got, want)):
                             return True
             elif bug.check == "tangent":
                 rng = np.random.default_rng(0)
                 arrays = rng.integers(-2, 3, (4, *shape)).astype(np.float64)
                 options = {"order": order, "patch": (bug.old, bug.new)}
-                got = host.tangent(bug.device, *arrays, geometry, "float32", **options)
-                if verify.difference(got, definition.differences_tangent(*arrays, geometry)):
+                got = host.tangent(bug.device, *arrays, layer, "float32", **options)
+                want = definition.differences_tangent(*arrays, layer.geometry)
+                if verify.difference(got, want):
                     return True
             elif test_host.rounding(engine, bug.check):
                 return True
@@ -291,9 +294,9 @@ VICTIM = TILED["FlowNetC"]
 
 
 def forward(engine):
-    shape, geometry = VICTIM
+    shape, layer = VICTIM
     one, two = np.random.default_rng(0).standard_normal((2, *shape))
-    return engine.forward(one, two, geometry, "float32", False)
+    return engine.cost(one, two, layer, "float32")
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -355,9 +358,9 @@ def test_sanitizers_notice_a_mistake(message, statement):
 
 def test_the_definition_of_tests_agrees_with_the_oracle_on_what_is_not_finite():
     # Both decide what is caught above.
-    shape, geometry = TILED["odd patch"]
+    shape, layer = TILED["odd patch"]
     got, want = (
-        test_host.results(engine, shape, geometry, special=(np.nan,))
+        test_host.results(engine, shape, layer, special=(np.nan,))
         for engine in (definition.engine(), verify.numpy_engine())
     )
     assert not any(test_host.differences(got, want))

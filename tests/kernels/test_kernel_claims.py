@@ -11,24 +11,23 @@ from kernel_tables import used
 from test_host import TILED
 
 from cupycorr import Geometry
+from cupycorr.layer import Layer
 
 pytestmark = test_host.pytestmark
 
 SECTOR_BYTES = 32  # that global memory moves at least
 CHANNELS = 24  # a multiple of every chunk: the channels of a partial one may be read again
-GEOMETRIES = {
+TRACED = {
     **{case: TILED[case] for case in [*test_host.MIXED, "displacement beyond the map"]},
-    "advance": ((1, 1, 21, 30), Geometry(patch_size=5, stride=2)),
-    "blocks side by side": ((1, 1, 20, 70), Geometry(patch_size=(5, 9))),
+    "advance": ((1, 1, 21, 30), Layer(Geometry(patch_size=5, stride=2))),
+    "blocks side by side": ((1, 1, 20, 70), Layer(Geometry(patch_size=(5, 9)))),
 }
-CASES = {
-    case: ((n, CHANNELS, h, w), geometry) for case, ((n, _, h, w), geometry) in GEOMETRIES.items()
-}
+CASES = {case: ((n, CHANNELS, h, w), layer) for case, ((n, _, h, w), layer) in TRACED.items()}
 EVERY_CASE = pytest.mark.parametrize("case", CASES)
 EVERY_DEVICE = pytest.mark.parametrize("device", ["sm_75", "sm_80"])
 EVERY_TILED = pytest.mark.parametrize("kernel", ["product_cost", "product_gradient"])
 # spatial-correlation-sampler's defaults, as its benchmark runs them.
-DEFAULT_LAYER = ((16, 64, 100, 100), Geometry(3, 3, 2, 1, 2, 2))
+DEFAULT_LAYER = ((16, 64, 100, 100), Layer(Geometry(3, 3, 2, 1, 2, 2)))
 
 
 @cache
@@ -38,9 +37,10 @@ def traces(case, device):
     return [(launch, *trace(launch, *CASES[case])) for launch in launches]
 
 
-def trace(launch, shape, geometry, log="all"):
+def trace(launch, shape, layer, log="all"):
     """Run a launch on ones; return its arrays and the record of accesses."""
     shapes = {"fmap1": shape, "fmap2": shape, "grad_fmap1": shape, "grad_fmap2": shape}
+    geometry = layer.geometry
     shapes["cost"] = shapes["grad_cost"] = geometry.cost_shape(shape)
     lattices = (axis.lattice_size(n) for axis, n in
                 zip((geometry.y, geometry.x), shapes["cost"][3:], strict=True))  # fmt: skip
@@ -180,18 +180,17 @@ def traffic(device):
 
     Of one sample, in the tiles of the whole batch.
     """
-    (samples, *image), geometry = DEFAULT_LAYER
+    (samples, *image), layer = DEFAULT_LAYER
     found = []
     whole, single = (
-        host.launches((count, *image), geometry, "float32", DEVICES[device])
-        for count in (samples, 1)
+        host.launches((count, *image), layer, "float32", DEVICES[device]) for count in (samples, 1)
     )
     for launch, alone in zip(whole, single, strict=True):
         if launch.source == "window.cu":
             launch = alone
         else:
             launch = launch._replace(blocks=launch.blocks // samples)
-        arrays, accesses = trace(launch, (1, *image), geometry, "arrays")
+        arrays, accesses = trace(launch, (1, *image), layer, "arrays")
         moved = {}
         for i, (name, array) in enumerate(zip(launch.arrays, arrays, strict=True)):
             if name in used(launch):

@@ -23,9 +23,9 @@ def fields(text):
 def launches():
     """Return a launch of each source."""
     found = {}
-    for shape, geometry in CASES.values():
+    for shape, layer in CASES.values():
         for plain in (False, True):
-            for launch in host.launches(shape, geometry, "float32", DEVICES["sm_80"], plain=plain):
+            for launch in host.launches(shape, layer, "float32", DEVICES["sm_80"], plain=plain):
                 found.setdefault(launch.source, launch)
     return found
 

@@ -1,9 +1,12 @@
 """The one table of cases: the family's known failures by name, small enough for literal loops."""
 
+from dataclasses import replace
+
 from cupycorr import Geometry
+from cupycorr.layer import Layer
 
 #          id: ((N, C, H, W), geometry)
-CASES = {
+GEOMETRIES = {
     "one pixel": ((1, 1, 1, 1), Geometry()),
     "one displacement": ((2, 3, 5, 7), Geometry()),
     "odd patch": ((2, 3, 6, 9), Geometry(patch_size=(5, 3))),
@@ -58,3 +61,12 @@ CASES = {
     "no samples": ((0, 3, 5, 6), Geometry(patch_size=3)),
     "no channels": ((2, 0, 5, 6), Geometry(3, 3, padding=1)),
 }  # fmt: skip
+
+CASES = {name: (shape, Layer(geometry)) for name, (shape, geometry) in GEOMETRIES.items()}
+"""((N, C, H, W), layer) by name; the layers sum products."""
+
+
+def l1(case):
+    """Return a case whose layer sums absolute differences."""
+    shape, layer = case
+    return shape, replace(layer, similarity="l1")

@@ -110,25 +110,24 @@ def _sign(one, two):
     return 1.0 * (one > two) - (one < two)
 
 
-def engine(similarity="product"):
+def engine():
     """Return the loops as an engine of `verify`; they run once for each set of arguments."""
-    cost_of = {"product": correlation, "l1": differences}[similarity]
-    gradients_of = {"product": correlation_vjp, "l1": differences_vjp}[similarity]
 
-    def forward(fmap1, fmap2, geometry, dtype, normalize):
-        cost = _once(cost_of, geometry, fmap1, fmap2)
-        return cost / (_terms_of_a_window(fmap1, geometry) if normalize else 1)
+    def cost(fmap1, fmap2, layer, dtype):
+        function = {"product": correlation, "l1": differences}[layer.similarity]
+        return _once(function, layer.geometry, fmap1, fmap2) / _divisor(fmap1, layer)
 
-    def vjp(grad, fmap1, fmap2, geometry, dtype, normalize):
-        grads = _once(gradients_of, geometry, grad, fmap1, fmap2)
-        divisor = _terms_of_a_window(fmap1, geometry) if normalize else 1
-        return tuple(g / divisor for g in grads)
+    def grads(grad, fmap1, fmap2, layer, dtype):
+        function = {"product": correlation_vjp, "l1": differences_vjp}[layer.similarity]
+        grads = _once(function, layer.geometry, grad, fmap1, fmap2)
+        return tuple(g / _divisor(fmap1, layer) for g in grads)
 
-    return Engine("loops", forward, vjp, similarity)
+    return Engine("loops", cost, grads)
 
 
-def _terms_of_a_window(fmap, geometry):
-    return max(1, fmap.shape[1]) * geometry.kernel_size[0] * geometry.kernel_size[1]
+def _divisor(fmap, layer):
+    kernel_y, kernel_x = layer.geometry.kernel_size
+    return max(1, fmap.shape[1]) * kernel_y * kernel_x if layer.normalize else 1
 
 
 _results = {}

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from devices import DEVICES
 
 from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda import sources as cuda_sources
-from cupycorr.layer import DTYPES, Layer
+from cupycorr.layer import DTYPES
 from cupycorr.verify import Engine
 
 COMPILER = "g++"
@@ -123,7 +123,6 @@ def host_engine(
     order="ascending",
     plain=False,
     aligned=True,
-    similarity="product",
     mode="run",
     patch=None,
     planned=None,
@@ -135,10 +134,10 @@ def host_engine(
     device : Device
         What it is planned for.
     order : {"ascending", "descending", "shuffled"}
-        Of the threads of a block, between any two barriers.
-    plain, aligned, similarity
-        As for `cuda.plan.plan`; without ``aligned`` arrays begin one element behind a
-        multiple of 256 bytes.
+        The order of the threads of a block, between any two barriers.
+    plain, aligned
+        As for `cuda.plan.plan`; without ``aligned`` arrays begin one element behind a multiple of
+        256 bytes.
     mode : {"run", "trace", "sanitize"}
         What is watched, beside the results.
     patch : (old, new), optional
@@ -146,43 +145,38 @@ def host_engine(
     planned : function, optional
         From a plan to the one that is run.
     """
-    kind = {"plain": plain, "similarity": similarity}
-    how = {"aligned": aligned, "order": order, "mode": mode, "patch": patch, "planned": planned}
+    how = {"plain": plain, "aligned": aligned, "order": order, "mode": mode, "patch": patch,
+           "planned": planned}  # fmt: skip
 
-    def forward(fmap1, fmap2, geometry, dtype, normalize):
+    def cost(fmap1, fmap2, layer, dtype):
         inputs = {"fmap1": fmap1, "fmap2": fmap2}
-        outputs = {"cost": geometry.cost_shape(fmap1.shape)}
-        plan = partial(plan_of, ("cost",), **kind)
-        return compute(plan, device, inputs, outputs, geometry, dtype, normalize, **how)["cost"]
+        outputs = {"cost": layer.geometry.cost_shape(fmap1.shape)}
+        return compute(device, inputs, outputs, layer, dtype, **how)["cost"]
 
-    def vjp(grad, fmap1, fmap2, geometry, dtype, normalize):
+    def grads(grad, fmap1, fmap2, layer, dtype):
         inputs = {"grad_cost": grad, "fmap1": fmap1, "fmap2": fmap2}
         outputs = {"grad_fmap1": fmap1.shape, "grad_fmap2": fmap2.shape}
-        plan = partial(plan_of, ("grad_fmap1", "grad_fmap2"), **kind)
-        results = compute(plan, device, inputs, outputs, geometry, dtype, normalize, **how)
-        return tuple(results.values())
+        return tuple(compute(device, inputs, outputs, layer, dtype, **how).values())
 
-    return Engine(f"host {device.capability}", forward, vjp, similarity)
+    return Engine(f"host {device.capability}", cost, grads)
 
 
-def tangent(device, fmap1, fmap2, tangent1, tangent2, geometry, dtype, **how):
+def tangent(device, fmap1, fmap2, tangent1, tangent2, layer, dtype, **how):
     """Return the derivative of absolute differences along tangents; ``how`` as for `compute`."""
     inputs = {"fmap1": fmap1, "fmap2": fmap2, "tangent1": tangent1, "tangent2": tangent2}
-    outputs = {"cost": geometry.cost_shape(fmap1.shape)}
-    plan = partial(plan_of, ("cost",), similarity="l1", tangent=True)
-    return compute(plan, device, inputs, outputs, geometry, dtype, **how)["cost"]
+    outputs = {"cost": layer.geometry.cost_shape(fmap1.shape)}
+    return compute(device, inputs, outputs, layer, dtype, **how)["cost"]
 
 
 @np.errstate(invalid="ignore")  # NaN may be rounded to a narrower NaN
 def compute(
-    plan_function,
     device,
     inputs,
     outputs,
-    geometry,
+    layer,
     dtype,
-    normalize=False,
     *,
+    plain=False,
     aligned=True,
     order="ascending",
     mode="run",
@@ -202,11 +196,14 @@ def compute(
             arrays[name].array[...] = inputs[name]
         elif 0 in shape:
             arrays[name].array[...] = 0
-    divisor = Layer(geometry, normalize=normalize).divisor(shape[1])
-    at_once = cuda_plan.samples_at_once(geometry, shape, dtype)
+    divisor, results = layer.divisor(shape[1]), tuple(outputs)
+    at_once = cuda_plan.samples_at_once(layer.geometry, shape, dtype)
     for start in range(0, 0 if 0 in shape else shape[0], max(1, at_once)):
         part = {name: whole.array[start : start + at_once] for name, whole in arrays.items()}
-        plan = plan_function(geometry, part["fmap1"].shape, dtype, device, aligned=aligned)
+        plan = cuda_plan.plan(
+            results, layer, part["fmap1"].shape, dtype, device,
+            tangent="tangent1" in inputs, aligned=aligned, plain=plain,
+        )  # fmt: skip
         plan = plan if planned is None else planned(plan)
         run_plan(plan, part, dtype, divisor, order=order, mode=mode, patch=patch)
     for name, whole in arrays.items():
@@ -216,23 +213,18 @@ def compute(
     return {name: arrays[name].array.astype(np.float64) for name in outputs}
 
 
-def launches(shape, geometry, dtype, device, *, plain=False, aligned=True, similarity="product"):
-    """Return the launches of forward and backward, as `host_engine` runs them."""
+def launches(shape, layer, dtype, device, *, plain=False, aligned=True):
+    """Return the launches of the cost volume and its gradients, as `host_engine` runs them."""
     if 0 in shape:
         return []
-    shape = (cuda_plan.samples_at_once(geometry, shape, dtype), *shape[1:])
-    options = {"plain": plain, "aligned": aligned, "similarity": similarity}
+    shape = (cuda_plan.samples_at_once(layer.geometry, shape, dtype), *shape[1:])
     return [
         launch
         for results in (("cost",), ("grad_fmap1", "grad_fmap2"))
-        for launch in plan_of(results, geometry, shape, dtype, device, **options).launches
+        for launch in cuda_plan.plan(
+            results, layer, shape, dtype, device, plain=plain, aligned=aligned
+        ).launches
     ]
-
-
-def plan_of(results, geometry, shape, dtype, device, *, similarity="product", **options):
-    """Plan the results of a layer."""
-    layer = Layer(geometry, similarity)
-    return cuda_plan.plan(results, layer, shape, dtype, device, **options)
 
 
 def run_plan(plan, arrays, dtype, divisor=1, *, order="ascending", mode="run", patch=None):

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from cases import CASES
+from cases import GEOMETRIES
 
 import cupycorr
 from cupycorr import Geometry, verify
@@ -94,16 +94,16 @@ def difference(got, maps, geometry):
 @pytest.fixture(scope="module")
 def costs():
     """Return the cost volumes of all cases, of maps of integers."""
-    model = Costs([geometry for _, geometry in CASES.values()])
-    maps = [m for shape, _ in CASES.values() for m in pair(shape)]
-    return dict(zip(CASES, run(export(model, maps, optimize=False), maps), strict=True))
+    model = Costs([geometry for _, geometry in GEOMETRIES.values()])
+    maps = [m for shape, _ in GEOMETRIES.values() for m in pair(shape)]
+    return dict(zip(GEOMETRIES, run(export(model, maps, optimize=False), maps), strict=True))
 
 
 @pytest.fixture(scope="module")
 def open_costs():
     """Return the cost volumes of some cases, exported with maps of other sizes."""
-    geometries = [CASES[name][1] for name in OPEN_CASES]
-    shapes = [CASES[name][0] for name in OPEN_CASES]
+    geometries = [GEOMETRIES[name][1] for name in OPEN_CASES]
+    shapes = [GEOMETRIES[name][0] for name in OPEN_CASES]
     others = [m for n, c, h, w in shapes for m in pair((n + 2, c, h + 3, w + 4))]
     maps = [m for shape in shapes for m in pair(shape)]
     sizes = {"maps": tuple(OPEN for _ in maps)}
@@ -112,14 +112,14 @@ def open_costs():
 
 
 class TestEveryGeometry:
-    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("case", GEOMETRIES)
     def test_it_is_exact_on_integers(self, case, costs):
-        shape, geometry = CASES[case]
+        shape, geometry = GEOMETRIES[case]
         assert not difference(costs[case], pair(shape), geometry)
 
     @pytest.mark.parametrize("case", OPEN_CASES)
     def test_it_is_exact_on_maps_of_other_sizes(self, case, open_costs):
-        shape, geometry = CASES[case]
+        shape, geometry = GEOMETRIES[case]
         assert not difference(open_costs[case], pair(shape), geometry)
 
     def test_an_error_in_it_is_caught(self, monkeypatch):
@@ -127,14 +127,14 @@ class TestEveryGeometry:
             return Geometry(*fields[:-1])
 
         monkeypatch.setattr(onnx_export, "Geometry", centred)
-        shape, geometry = CASES["off-centre patch"]
+        shape, geometry = GEOMETRIES["off-centre patch"]
         (got,) = run(export(Costs([geometry]), pair(shape), optimize=False), pair(shape))
         assert difference(got, pair(shape), geometry)
 
     def test_an_error_in_a_tile_is_caught(self, monkeypatch):
         whole = onnx_export._inside
         monkeypatch.setattr(onnx_export, "_inside", lambda at, size: whole(at, size - 1))
-        shape, geometry = CASES["odd patch"]
+        shape, geometry = GEOMETRIES["odd patch"]
         (got,) = run(export(Costs([geometry]), pair(shape), optimize=False), pair(shape))
         assert difference(got, pair(shape), geometry)
 

@@ -1,7 +1,7 @@
 """Torch tensors in plain use: values, gradients, memory, modes, autocast."""
 
 import pytest
-from cases import CASES
+from cases import CASES, GEOMETRIES
 from tensors import DTYPES, GEOMETRY, SHAPE, Dispatched, difference, integers, pair
 
 import cupycorr
@@ -48,7 +48,7 @@ class TestValues:
 
     @pytest.mark.parametrize("case", CASES)
     def test_the_dispatcher_gives_the_same_cost(self, case):
-        shape, geometry = CASES[case]
+        shape, geometry = GEOMETRIES[case]
         maps = integers(shape), integers(shape, seed=1)
         want = cupycorr.correlation(*maps, geometry, normalize=True)
         with Dispatched() as mode:
@@ -58,7 +58,7 @@ class TestValues:
 
     @pytest.mark.parametrize("case", CASES)
     def test_the_dispatcher_gives_the_same_gradients(self, case):
-        shape, geometry = CASES[case]
+        shape, geometry = GEOMETRIES[case]
         maps = pair(shape, differentiable=True)
         grad = integers(geometry.cost_shape(shape), seed=2)
         want = torch.autograd.grad(cupycorr.correlation(*maps, geometry), maps, grad)
@@ -77,7 +77,7 @@ class TestValues:
 class TestGradients:
     @pytest.mark.parametrize("case", GRADCHECKED)
     def test_gradients_agree_with_finite_differences(self, case):
-        shape, geometry = CASES[case]
+        shape, geometry = GEOMETRIES[case]
         assert gradcheck(
             lambda *maps: cupycorr.correlation(*maps, geometry, normalize=True),
             tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)),
@@ -89,7 +89,7 @@ class TestGradients:
 
     @pytest.mark.parametrize("case", GRADCHECKED)
     def test_second_derivatives_agree_with_finite_differences(self, case):
-        shape, geometry = CASES[case]
+        shape, geometry = GEOMETRIES[case]
         assert gradgradcheck(
             lambda *maps: cupycorr.correlation(*maps, geometry, normalize=True),
             tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)),

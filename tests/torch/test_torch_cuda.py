@@ -12,7 +12,7 @@ import types
 import frames
 import numpy as np
 import pytest
-from cases import CASES
+from cases import GEOMETRIES
 
 import cupycorr
 from cupycorr import Geometry, verify
@@ -126,7 +126,7 @@ class TestTheBridge:
         ],
     )
     def test_costs_and_derivatives_are_exact_on_integers(self, tensors, name, dtype):
-        shape, geometry = CASES[name]
+        shape, geometry = GEOMETRIES[name]
         whole, there = placed(tensors, 0, getattr(torch, dtype), shape)
         upstream = maps("cpu", 1, whole[0].dtype, geometry.cost_shape(shape))[0].sign()
         want = derivatives(*whole, geometry, upstream)
@@ -211,9 +211,9 @@ class TestOnADevice:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("name", FEW)
     def test_results_and_gradients_are_right(self, cuda, name, dtype):
-        shape, geometry = CASES[name]
+        shape, geometry = GEOMETRIES[name]
         engine = verify.torch_engine("cuda")
-        errors = [check.error for check in verify.check(engine, shape, geometry, dtype)]
+        errors = [check.error for check in verify.check(engine, shape, Layer(geometry), dtype)]
         assert not any(errors), errors
 
     def test_torch_checks_first_and_second_derivatives(self, cuda):

@@ -1,7 +1,7 @@
 """Absolute differences of torch tensors: values, derivatives, graphs."""
 
+import cases
 import pytest
-from cases import CASES
 from tensors import DTYPES, GEOMETRY, SHAPE, Dispatched, difference, integers, pair
 
 import cupycorr
@@ -26,10 +26,10 @@ def maps(*shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases.CASES)
 def test_values_and_gradients_are_those_of_the_definition(case, dtype):
-    engine, oracle = verify.torch_engine(similarity="l1"), verify.definition("l1")
-    checks = verify.check(engine, *CASES[case], dtype, oracle=oracle)
+    engine, oracle = verify.torch_engine(), verify.definition()
+    checks = verify.check(engine, *cases.l1(cases.CASES[case]), dtype, oracle=oracle)
     assert [check for check in checks if check.error is not None] == []
 
 

@@ -5,7 +5,7 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from cases import CASES
+from cases import GEOMETRIES
 from tensors import difference, integers, pair
 
 import cupycorr
@@ -115,9 +115,9 @@ class TestDeterministicMode:
         once, again = large_gradients(), large_gradients()
         assert not difference(once, again)
 
-    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("case", GEOMETRIES)
     def test_every_value_is_written(self, case):
-        shape, geometry = CASES[case]
+        shape, geometry = GEOMETRIES[case]
         maps = pair(shape, differentiable=True)
         cost = cupycorr.correlation(*maps, geometry)
         for result in (cost, *torch.autograd.grad(cost.sum(), maps)):
