@@ -1,6 +1,6 @@
 """Banded products on the CPU: tiles of matrix products, or one multiplication per displacement.
 
-The core of the NumPy engine. For one pair of phases (`geometry.Phase`), every position m and
+The core of the NumPy engine. For one pair of phases (`lattice.Phase`), every position m and
 displacement p, both two-dimensional::
 
     volume[p, m] = sum_c map1[c, m] * map2[c, m + p + shift]
@@ -43,7 +43,8 @@ from cupycorr.cpu.threads import Scratch
 Array = npt.NDArray[Any]
 
 BAND_TARGETS = 1024
-"""Targets whose bands are copied at a time, such that their cache lines serve the next one too."""
+"""Targets whose bands are copied at a time: so few that the cache still holds the lines that one
+displacement has read when the next displacement reads them."""
 
 
 def multiply(
@@ -164,12 +165,14 @@ def _shifts(block: Block, tiles: Tiles) -> Iterator[tuple[int, int, _Index, _Ind
 def _matrices(
     content: str, batch: int, block: Block, tiles: Tiles, dtype: np.dtype[Any], scratch: Scratch
 ) -> tuple[Array, Array, tuple[slice, slice]]:
-    """Return the matrix for the product, the one with room for the whole band, and where it fits.
+    """Return two matrices, dense and full, and the place of the dense one in the full one.
 
-    Both have the axes (N, tile across, tile down, source row, source column, target). The first
-    has only the rows and columns that exist, and is the second where they all do. The second has
-    zeros in columns that do not exist, and with only a "band" as content everywhere beside that;
-    rows that do not exist may hold anything.
+    Both have the axes (N, tile across, tile down, source row, source column, target). The full
+    matrix has room for the whole band. The dense matrix is the factor or the result of the product:
+    it has only the source rows and columns that exist. Where all of them exist, it is the full one.
+
+    In the full matrix, columns that do not exist are zero for "products"; for a "band" all cells
+    beside the band are zero. Rows that do not exist may hold anything.
     """
     across = block.across
     rows, columns = tiles.size + block.y.count_patch - 1, across.size + block.x.count_patch - 1

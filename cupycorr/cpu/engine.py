@@ -280,8 +280,9 @@ def _values(volume: Array, group: Group) -> list[Array]:
                  p = 2   c0 c1 c2                 p = 1  a2  b0  b1  b2  c0
                                                   p = 2  b1  b2  c0  c1  c2
 
-    Cells whose position does not exist, such as b0 in row 0, are those of a neighbouring
-    displacement, or of a neighbouring row. No product reads them: bands hold only pairs that exist.
+    Target j = 3 would meet position 3 at p = 0, which does not exist; in its place the view shows
+    b0, of the next displacement. Such cells get into the band in source rows and columns that do
+    not exist. `bands` leaves those out of the product, so no value reaches a result from there.
     """
     views = []
     for block in group.blocks:

@@ -5,11 +5,11 @@ With zeros outside the maps, over all taps::
     cost    = sum of |fmap1 - fmap2|              s = sign(fmap1 - fmap2), 0 where equal or NaN
     tangent = sum of s * (tangent1 - tangent2)    grad_fmap1 = sum of s * grad_cost (fmap2: -s)
 
-There is no matrix product in this. Blocks of the maps, at some displacements at a time, are
-subtracted and summed while they are in a cache. Maps are packed with columns of zeros around
-them, so that blocks need no border. Rows outside would be too many; but what a row adds that meets
-nothing is the same for all displacements, and is worked out once. Channels, where they are many,
-come last in memory: then displaced blocks are long runs, whatever the spacings.
+No matrix product computes this. The engine subtracts blocks of the maps, at several displacements
+at a time, and sums them while they are in a cache. Maps are packed with columns of zeros beside
+them, so that no block needs a border. Rows of zeros would be too many. A row of one map that meets
+no row of the other adds the same terms at every displacement, so its sum is computed once
+(``alone``). Many channels come last in memory: then displaced blocks are long runs at any spacing.
 
 The engine trusts its arguments; arrays may have any strides. A uint16 array holds the bits of
 bfloat16 numbers.
@@ -38,23 +38,24 @@ Array = npt.NDArray[Any]
 Lattices = tuple[Lattice, Lattice]
 
 BLOCK_ELEMENTS = 1 << 20
-"""Differences that are computed at a time: calls must be long, since threads wait for the
-interpreter between them."""
+"""Differences that are computed at a time. Threads wait for the interpreter between calls, so calls
+should be long."""
 VOLUME_ELEMENTS = 1 << 19
 """Sums that a thread holds before it stores them, unless one row has more."""
 MAP_ELEMENTS = 1 << 22
-"""Samples are taken together while one of their maps has no more elements than this; gradients
-are computed for so few channels at a time that theirs has not."""
+"""Elements of a map that are packed at a time, unless one sample (for gradients: one channel) has
+more."""
 CHANNELS_LAST = 16
-"""Channels from which on they come last in memory."""
+"""The number of channels from which on channels come last in memory."""
 CHANNELS_AT_ONCE = 64
-"""Channels, at least, whose gradients one thread computes."""
+"""A unit computes the gradients of at least so many channels, where there are so many."""
 SAMPLE_ELEMENTS = 1 << 16
-"""Elements of a map, at least, whose gradients it computes, of several samples if need be."""
+"""A unit computes the gradients of about so many elements of a map at least, and takes several
+samples where one has fewer."""
 UNITS = 8
-"""Pieces that work is cut into where it can be: enough for some threads."""
+"""Work is cut into about so many units, where it has so many parts, to keep some threads busy."""
 WORK_OF_TERM = 8
-"""The time that a term takes, in multiply-adds of a matrix product."""
+"""A term takes about the time of so many multiply-adds of a matrix product."""
 
 
 def grads(arrays: Mapping[str, Any], layer: Layer, threads: int | None) -> None:
@@ -189,10 +190,21 @@ def _prepare(
     for fmap, array in zip(maps, packed, strict=True):
         _pack(array[:, rows], fmap[samples, :, rows], columns)
     zero = np.zeros((1, 1, 1, 1), alone.dtype)
-    for _, part, across in _blocks((1, *alone[:, rows].shape, packed[0].shape[3])):
+    channels = packed[0].shape[3]
+    ones_of_channels = np.ones(channels, alone.dtype)
+    for _, part, across in _blocks((1, *alone[:, rows].shape, channels)):
         values, *tangents = (array[:, rows][:, part, across] for array in packed)
-        terms = _sign(values, zero, scratch) * tangents[0] if tangents else np.abs(values)
-        np.add.reduce(terms, axis=-1, out=alone[:, rows][:, part, across])
+        terms = _channels_last(scratch, "terms", values.shape, alone.dtype)
+        if tangents:
+            np.multiply(_sign(values, zero, scratch), tangents[0], out=terms)
+        else:
+            np.abs(values, out=terms)
+        place = alone[:, rows][:, part, across]
+        if channels < CHANNELS_LAST:
+            np.add.reduce(terms, axis=-1, out=place)
+        else:
+            # A product with ones takes half the time of a sum.
+            place[...] = np.dot(terms.reshape(-1, channels), ones_of_channels).reshape(place.shape)
 
 
 def _sum_rows(

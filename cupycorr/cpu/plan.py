@@ -3,7 +3,8 @@
 - A *chunk* is a part of the cost volume that is computed at a time, small enough that its scratch
   arrays take `CHUNK_BYTES` or so, whatever the size of the problem.
 - A chunk's products lie on one lattice per axis (or one per tap, see `lattice.lattices`). On each
-  pair of lattices the phases are cut into *tiles*; the *source block* of a tile is what it meets.
+  pair of lattices the phases are cut into *tiles*. The *source block* of a tile holds the positions
+  that its targets meet.
   Equal tiles beside each other make a *block*, whose products are one batch.
 
 The cut depends on shapes alone, never on the number of threads, so results do not either.
@@ -20,18 +21,19 @@ from cupycorr.geometry import Geometry
 from cupycorr.lattice import Band, Lattice, Phase, lattices
 
 CHUNK_BYTES = 48 << 20
-"""What a chunk's scratch arrays should take together."""
+"""A chunk is cut until the estimate of its scratch arrays is below this."""
 BATCH_BYTES = 32 << 20
-"""Samples are taken together in a chunk while their scratch arrays stay below this."""
+"""A chunk takes several samples while the estimate of their scratch arrays is below this."""
 MATRIX_BYTES = 2 << 20
-"""Upper limit of the product matrices in work at a time. Calls should be long, since threads wait
-for the interpreter between them, but matrices should stay in the cache."""
+"""A unit's product matrices are not larger than this, so that they stay in the cache. They are not
+much smaller either: threads wait for the interpreter between calls, so calls should be long."""
 SHIFTED_BYTES = 1 << 20
-"""Likewise the targets on which displacements are tried one after the other."""
+"""A unit that multiplies by shifts has no more bytes of targets than this, for the same reasons."""
 UNITS, UNIT_MULTIPLY_ADDS = 6, 1 << 21
-"""Into how many units the products of a vertical phase are cut at least, if they are that many."""
+"""The products of a vertical phase are cut into at least ``UNITS`` units, unless they have fewer
+rows of tiles, or take fewer multiply-adds than ``UNIT_MULTIPLY_ADDS``."""
 COPY_ELEMENTS = 1 << 18
-"""Likewise the elements per unit of copying."""
+"""A unit of copying has no more elements than this, unless one plane has more."""
 
 
 class Tiling(NamedTuple):
@@ -342,16 +344,27 @@ def cover(band: Band, size: int) -> tuple[Tiles, ...]:
     return tuple(found)
 
 
-# Seconds per step, measured in float32; only their ratios matter for the choice.
+# The model of `choose_tiling`: seconds of one thread in float32 on a CPU with AVX-512. Only the
+# ratios matter for the choice.
 MULTIPLY_ADD = 2.2e-11
+"""Time of a multiply-add inside a matrix product."""
 PACKED_BY_BLAS = 4.5e-10
-COPIED = 7e-10
-COPIED_RUN = 8e-9
+"""Time of an element of a tile or a source block that BLAS copies before it multiplies."""
+COPIED, COPIED_RUN = 7e-10, 8e-9
+"""Time of an element that is packed or copied between volume and band, and of the start of each
+run of such elements; a run is as long as a tile has columns."""
 CALL = 1.5e-6
+"""Time of one call of NumPy."""
 BLAS_CALL = 1e-6
+"""Time that the product of one tile takes beside its multiply-adds."""
 CELL, CELL_ADJOINT = 1e-9, 1.8e-9
+"""Time of a cell of a product matrix beside its multiply-adds: for the volume it is written, for a
+gradient it is filled and read. With shifts, a cell of the volume takes ``CELL`` in both."""
 SHIFTED, SHIFTED_ADJOINT = 4e-10, 1.5e-9
+"""Time of a product of two positions in one channel where displacements are computed one after the
+other: for the volume by einsum, for a gradient by a multiplication and an addition."""
 SHIFTED_RUN, SHIFTED_RUN_ADJOINT = 6e-9, 1.5e-8
+"""Time of the start of each row of such products."""
 
 
 @lru_cache(maxsize=4096)
@@ -363,7 +376,7 @@ def choose_tiling(channels: int, y: Band, x: Band, itemsize: int, adjoint: bool)
     """
     rows = max(1, min(y.count1, SHIFTED_BYTES // (itemsize * channels * x.count1)))
     best = Tiling(rows, x.count1, as_matrix=False)
-    position = 1e-9 + channels * (SHIFTED_ADJOINT if adjoint else SHIFTED)
+    position = CELL + channels * (SHIFTED_ADJOINT if adjoint else SHIFTED)
     run = channels * (SHIFTED_RUN_ADJOINT if adjoint else SHIFTED_RUN)
     best_cost = (
         y.count_patch
