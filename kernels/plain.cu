@@ -1,31 +1,35 @@
 // The cost volume and its gradients, one output per thread: every geometry, any size.
 //
-//   cost[n, p, q, y, x]      = sum over c, i, j  of  fmap1[n, c, Y, X] * fmap2[n, c, Y + dy, X + dx]
-//   grad_fmap1[n, c, Y, X]   = sum over p, q, i, j of  grad_cost[n, p, q, y, x] * fmap2[n, c, Y + dy, X + dx]
-//   grad_fmap2[n, c, Y, X]   = sum over p, q, i, j of  grad_cost[n, p, q, y, x] * fmap1[n, c, Y - dy, X - dx]
+//   cost[n, p, q, y, x]    = sum over c, i, j of fmap1[n, c, Y, X] * fmap2[n, c, Y + dy, X + dx]
+//   grad_fmap1[n, c, Y, X] = sum over p, q, i, j of
+//                                    grad_cost[n, p, q, y, x] * fmap2[n, c, Y + dy, X + dx]
+//   grad_fmap2[n, c, Y, X] = sum over p, q, i, j of
+//                                    grad_cost[n, p, q, y, x] * fmap1[n, c, Y - dy, X - dx]
 //
-//   Y = y * stride - padding + i * dilation,   dy = first_displacement + p * dilation_patch   (X, dx likewise)
+//   Y = y * stride - padding + i * dilation                                  (X likewise)
+//   dy = first_displacement + p * dilation_patch                             (dx likewise)
 //
-// with terms left out where a position lies outside its map. With `differences`, where maps are 0
-// outside of themselves, and terms left out where both positions lie there:
+// A term is left out where a position lies outside its map. With `l1` maps are 0 outside, and a
+// term is left out where both positions lie outside:
 //
-//   cost[n, p, q, y, x]      = sum over c, i, j  of  |fmap1[n, c, Y, X] - fmap2[n, c, Y + dy, X + dx]|
-//   grad_fmap1[n, c, Y, X]   = sum over p, q, i, j of  grad_cost[n, p, q, y, x] * s,
-//                              s = sign(fmap1[n, c, Y, X] - fmap2[n, c, Y + dy, X + dx])
-//   grad_fmap2[n, c, Y, X]   = sum over p, q, i, j of  grad_cost[n, p, q, y, x] * s,
-//                              s = sign(fmap2[n, c, Y, X] - fmap1[n, c, Y - dy, X - dx])
-//   tangent[n, p, q, y, x]   = sum over c, i, j  of  (tangent1[n, c, Y, X] - tangent2[n, c, Y + dy, X + dx]) * s,
-//                              s = sign(fmap1[n, c, Y, X] - fmap2[n, c, Y + dy, X + dx])
+//   cost[n, p, q, y, x]    = sum over c, i, j of |fmap1[n, c, Y, X] - fmap2[n, c, Y + dy, X + dx]|
+//   grad_fmap1[n, c, Y, X] = sum over p, q, i, j of grad_cost[n, p, q, y, x] * s,
+//                            s = sign(fmap1[n, c, Y, X] - fmap2[n, c, Y + dy, X + dx])
+//   grad_fmap2[n, c, Y, X] = sum over p, q, i, j of grad_cost[n, p, q, y, x] * s,
+//                            s = sign(fmap2[n, c, Y, X] - fmap1[n, c, Y - dy, X - dx])
+//   tangent[n, p, q, y, x] = sum over c, i, j of
+//                                    (tangent1[n, c, Y, X] - tangent2[n, c, Y + dy, X + dx]) * s,
+//                            s = sign(fmap1[n, c, Y, X] - fmap2[n, c, Y + dy, X + dx])
 //
 // All arrays are contiguous, in the order of their indices above. A thread owns one output and
-// gathers all its terms; threads along x are neighbours, so that a warp reads and writes full lines.
+// gathers all its terms. Threads along x are neighbours: a warp reads and writes full lines.
 // Launch: any number of blocks of `threads` threads that covers the outputs.
 
 #ifndef CUPYCORR_CONSTANTS
 using element = float;      // of all arrays
 using accumulator = float;  // of sums
 using index = long long;    // of arrays; int while all of them have fewer than 2^31 elements
-constexpr bool differences = false;
+constexpr bool l1 = false;  // sum absolute differences
 constexpr int threads = 256;
 #endif
 
@@ -53,8 +57,9 @@ __device__ __forceinline__ accumulator value(const element* map, index offset, b
   return exists ? widen(map[offset]) : accumulator(0);
 }
 
-// One output of the shape of the cost volume: add(sum, offset1, exists1, offset2, exists2) for every
-// term, where its two positions lie in the maps and whether they do.
+// Compute one output of the cost volume's shape. For every term call
+// add(sum, offset1, exists1, offset2, exists2): where its positions lie in the maps, and whether
+// they exist.
 template <typename Add>
 __device__ __forceinline__ void gather(element* __restrict__ cost, const Sizes& s,
                                        const accumulator scale, Add add) {
@@ -71,11 +76,11 @@ __device__ __forceinline__ void gather(element* __restrict__ cost, const Sizes& 
   for (int i = 0; i < s.kernel_y; ++i) {
     const int y1 = y * s.stride_y - s.padding_y + i * s.dilation_y, y2 = y1 + dy;
     const bool row1 = inside(y1, s.height), row2 = inside(y2, s.height);
-    if (differences ? !row1 && !row2 : !row1 || !row2) continue;
+    if (l1 ? !row1 && !row2 : !row1 || !row2) continue;
     for (int j = 0; j < s.kernel_x; ++j) {
       const int x1 = x * s.stride_x - s.padding_x + j * s.dilation_x, x2 = x1 + dx;
       const bool exists1 = row1 && inside(x1, s.width), exists2 = row2 && inside(x2, s.width);
-      if (differences ? !exists1 && !exists2 : !exists1 || !exists2) continue;
+      if (l1 ? !exists1 && !exists2 : !exists1 || !exists2) continue;
       index one = exists1 ? row_of_map(s, n, 0, y1) + x1 : 0;
       index two = exists2 ? row_of_map(s, n, 0, y2) + x2 : 0;
       for (int c = 0; c < s.channels; ++c, one += plane, two += plane) {
@@ -91,11 +96,11 @@ extern "C" __global__ void __launch_bounds__(threads, 1) plain_cost(
     element* __restrict__ cost, const Sizes s, const accumulator scale) {
   gather(cost, s, scale,
          [&](accumulator& sum, index one, bool exists1, index two, bool exists2) {
-           sum += similarity<differences>(value(fmap1, one, exists1), value(fmap2, two, exists2));
+           sum += similarity<l1>(value(fmap1, one, exists1), value(fmap2, two, exists2));
          });
 }
 
-// The derivative of sums of differences along tangents of the maps; of products it is a sum of costs.
+// The change of an l1 cost with tangents of the maps. (That of products is a sum of two costs.)
 extern "C" __global__ void __launch_bounds__(threads, 1) plain_tangent(
     const element* __restrict__ fmap1, const element* __restrict__ fmap2,
     const element* __restrict__ tangent1, const element* __restrict__ tangent2,
@@ -123,17 +128,17 @@ __device__ __forceinline__ void gradient(const element* __restrict__ grad_cost,
   if (rest >= s.samples) return;
   const int n = static_cast<int>(rest);
 
-  const accumulator here = differences ? widen(own[output]) : accumulator(0);
+  const accumulator here = l1 ? widen(own[output]) : accumulator(0);
   accumulator sum = 0;
   for (int p = 0; p < s.patch_y; ++p) {
     const int dy = s.first_y + p * s.spacing_y, other_y = which == 1 ? y + dy : y - dy;
-    if (!differences && !inside(other_y, s.height)) continue;
+    if (!l1 && !inside(other_y, s.height)) continue;
     for (int q = 0; q < s.patch_x; ++q) {
       const int dx = s.first_x + q * s.spacing_x, other_x = which == 1 ? x + dx : x - dx;
       const bool exists = inside(other_y, s.height) && inside(other_x, s.width);
-      if (!differences && !exists) continue;
+      if (!l1 && !exists) continue;
       const int y1 = which == 1 ? y : other_y, x1 = which == 1 ? x : other_x;
-      accumulator upstream = 0;  // of all windows that hold this pair of positions
+      accumulator upstream = 0;  // of all outputs that compare this pair of positions
       bool compared = false;
       for (int i = 0; i < s.kernel_y; ++i) {
         const int oy = lattice_index(y1, i * s.dilation_y - s.padding_y, s.stride_y, s.cost_height);
@@ -148,7 +153,7 @@ __device__ __forceinline__ void gradient(const element* __restrict__ grad_cost,
       }
       if (!compared) continue;
       const index at = exists ? row_of_map(s, n, c, other_y) + other_x : 0;
-      add_slope<differences>(sum, upstream, here, value(other, at, exists));
+      add_slope<l1>(sum, upstream, here, value(other, at, exists));
     }
   }
   grad_fmap[output] = narrow<element>(sum * scale);

@@ -1,13 +1,14 @@
-// The products of two feature maps, summed over channels: a cost volume whose window is one tap.
+// The products of two feature maps, summed over channels: a cost volume of one tap.
 //
 //   cost[n, p, q, u, v] = scale * sum over c of fmap1[n, c, y, x] * fmap2[n, c, y + dy, x + dx]
 //   y = origin_y + u * step_y,  dy = first_y + p * spacing_y                 (x, dx likewise)
 //
-// and 0 where a position lies outside its map. With `differences`, |fmap1 - fmap2| in place of the
-// product, where a map is 0 outside of itself: what is staged is all that the kernel needs. Lattice positions lie `step` pixels apart,
-// displacements `spacing` pixels. Arrays are contiguous, in the order of their indices.
+// and 0 where a position lies outside its map. With `l1` a term is |fmap1 - fmap2|, and a map is 0
+// outside; staged words are 0 there too, so the kernel needs no further test. Lattice positions lie
+// `step` pixels apart, displacements `spacing` pixels. Arrays are contiguous, in the order of their
+// indices.
 //
-// Phases. Along an axis, lattice position v = phases * m + r of phase r meets, at displacement q, the
+// Phases. Along an axis, lattice position v = phases * m + r of phase r meets at displacement q the
 // pixel  phase's origin + spacing * (advance * m + q),  with phases = spacing / gcd(step, spacing)
 // and advance = step / gcd(step, spacing). So inside a phase position m meets column
 // advance * m + q: neighbours share their columns, whatever the spacing.
@@ -20,9 +21,9 @@
 // with the last fastest, of one row phase, and on each of them `groups` x `positions` positions of
 // every column phase; it stages `chunk` channels of the map rows that they need at a time. A
 // thread owns `positions` consecutive positions m of one phase on one strip, for `displacements`
-// consecutive q: per channel it reads positions + window words and does positions * displacements
-// multiply-adds. For small images the channels of a chunk are shared among `channel_groups` threads,
-// whose sums are added in a fixed order at the end.
+// consecutive q. Per channel it reads `positions` words of fmap1 and `thread_columns` of fmap2, and
+// does positions * displacements multiply-adds. For small images the channels of a chunk are shared
+// among `channel_groups` threads, whose sums are added in a fixed order at the end.
 //
 // Launch: samples * phases_y * blocks_y * blocks_x blocks of `threads` threads, with `shared_words`
 // accumulators of dynamic shared memory; at least `chunk` channels, and fewer than 2^31 elements
@@ -31,8 +32,8 @@
 #ifndef CUPYCORR_CONSTANTS
 using element = float;      // of the maps
 using accumulator = float;  // of sums
-using result = float;       // of cost: element, or accumulator if a window sum follows
-constexpr bool differences = false;
+using result = float;       // of cost: element, or accumulator if taps_sum follows
+constexpr bool l1 = false;  // sum absolute differences
 // The layer.
 constexpr int patch_y = 21, patch_x = 21;
 constexpr int step_y = 1, step_x = 1;
@@ -47,7 +48,7 @@ constexpr int channel_groups = 1;
 constexpr int chunk = 4;           // channels staged at a time
 constexpr int vector = 1;          // elements per load from global memory
 constexpr int result_vector = 1;   // elements per store to global memory
-constexpr int lead = 0;            // columns staged before the first, to align loads
+constexpr int lead = 0;            // columns of fmap2 staged before the first, to align loads
 constexpr int rows1 = 4, rows2 = 24;    // rows of the maps that a block stages
 constexpr int pitch1 = 12, pitch2 = 28; // words per row and phase
 constexpr bool asynchronous = true;     // copy straight to shared memory
@@ -55,7 +56,7 @@ constexpr bool ahead = true;            // fetch the next chunk before computing
 constexpr int buffers = 2;              // 2 if asynchronous, else 1
 constexpr int threads = 128;
 constexpr int shared_words = 11520;
-constexpr int resident = 1;  // blocks of a multiprocessor, that registers must suffice for
+constexpr int resident = 1;  // blocks per multiprocessor that registers must suffice for
 #endif
 
 #include "device.cuh"
@@ -70,24 +71,25 @@ struct Sizes {
 
 constexpr int columns = groups * positions;  // positions of one phase in a block
 constexpr int columns2 = lead + advance_x * (columns - 1) + patch_x;
-constexpr int window = lead + advance_x * (positions - 1) + displacements;  // fmap2 words of a thread
+constexpr int thread_columns = lead + advance_x * (positions - 1) + displacements;  // of fmap2
 constexpr int q_groups = ceil_div(patch_x, displacements);
 constexpr int row_strips = patch_y * q_groups;
 constexpr int lanes = phases_x * groups;  // threads along x
 constexpr int words1 = rows1 * phases_x * pitch1;
 constexpr int channel_words = words1 + rows2 * phases_x * pitch2;
 constexpr int buffer_words = chunk * channel_words;
-constexpr int load = words_per_load<accumulator>;
-constexpr int line = lanes * positions + load;  // words of a strip in the epilogue
+constexpr int load = words_per_load<accumulator>;  // words of a 16-byte access
+constexpr int line = lanes * positions + load;     // words of a strip of results, padded
+// Results leave through shared memory, of so many displacements of a thread at a time.
 constexpr int slices = smaller(displacements, shared_words / (channel_groups * strips * line));
 
 static_assert(channel_groups * strips * lanes <= threads, "every thread has its own outputs");
 static_assert(buffers * buffer_words <= shared_words && slices >= 1, "shared memory is too small");
 static_assert(!asynchronous || (buffers == 2 && ahead), "a copy must not meet what is in use");
 static_assert(pitch1 % load == 0 && pitch2 % load == 0 && positions % load == 0, "alignment");
-static_assert(q_groups == 1 || displacements % load == 0, "alignment of a thread's window");
+static_assert(q_groups == 1 || displacements % load == 0, "alignment of a thread's columns");
 static_assert(pitch2 >= advance_x * positions * (groups - 1) + displacements * (q_groups - 1) +
-                            round_up(window, load), "a thread's window leaves its row");
+                            round_up(thread_columns, load), "a thread's columns leave their row");
 
 template <int ROWS, int COLUMNS, int PITCH>
 using Map = Share<element, accumulator, threads, asynchronous, vector, ROWS, COLUMNS * phases_x,
@@ -162,20 +164,20 @@ extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
   const auto multiply = [&](int c) {
 #pragma unroll 1
     for (int k = c - first_channel(c) + channel_group; k < chunk; k += channel_groups) {
-      accumulator one[positions], two[round_up(window, load)];
+      accumulator one[positions], two[round_up(thread_columns, load)];
 #pragma unroll
       for (int i = 0; i < positions; i += load) {
         load_words(one + i, shared + buffer(c) + k * channel_words + at1 + i);
       }
 #pragma unroll
-      for (int i = 0; i < window; i += load) {
+      for (int i = 0; i < thread_columns; i += load) {
         load_words(two + i, shared + buffer(c) + k * channel_words + at2 + i);
       }
 #pragma unroll
       for (int q = 0; q < displacements; ++q) {
 #pragma unroll
         for (int m = 0; m < positions; ++m) {
-          sums[q][m] += similarity<differences>(one[m], two[lead + advance_x * m + q]);
+          sums[q][m] += similarity<l1>(one[m], two[lead + advance_x * m + q]);
         }
       }
     }
@@ -232,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
         for (int g = 0; g < channel_groups; ++g) sum += source[g * slices * strips * line];
         // Outside, even 0 * infinity counts for nothing.
         const bool counts =
-            differences || (row_counts && inside(x, s.width) && inside(x_other, s.width));
+            l1 || (row_counts && inside(x, s.width) && inside(x_other, s.width));
         pack.values[k] = narrow<result>(counts ? sum * scale : accumulator(0));
       }
       const int displacement = out_p * patch_x + out_q;

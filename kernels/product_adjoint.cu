@@ -1,34 +1,38 @@
 // The gradient of product.cu's cost with respect to one map: one body for both.
 //
-//   which = 1   grad[n, c, t] = scale * sum over p, q of grad_cost[n, p, q, t] * fmap2[n, c, t + d]
-//   which = 2   grad[n, c, t] = scale * sum over p, q of grad_cost[n, p, q, t - d] * fmap1[n, c, t - d]
+//   which = 1   grad[n, c, t] = scale * sum over p, q of
+//                                       grad_cost[n, p, q, t] * fmap2[n, c, t + d]
+//   which = 2   grad[n, c, t] = scale * sum over p, q of
+//                                       grad_cost[n, p, q, t - d] * fmap1[n, c, t - d]
 //
-// t are positions in the map of the gradient (targets), d = first + spacing * (p, q), and terms are
-// left out where a position lies outside its map or the one in fmap1 off the lattice. With the
-// displacements counted backwards for which = 2, i = patch_y - 1 - p and e = patch_x - 1 - q, both read
+// t are positions in the map of the gradient (targets), and d = first + spacing * (p, q). A term is
+// left out where a position lies outside its map, or the one in fmap1 off the lattice. The kernel
+// counts displacements such that both sums read
 //
-//   grad[n, c, t] = scale * sum over i, e of G[i, e, t] * source[n, c, t + first + spacing * (i, e)]
+//   grad[n, c, t] = scale * sum over p, q of
+//                                G[p, q, t] * source[n, c, t + first + spacing * (p, q)]
 //
-// and differ only in where G lies: at the target's lattice index, or at the source's. With
-// `differences` terms are G[i, e, t] * sign(own[n, c, t] - source[...]), own being the map of the
-// gradient, and a source is 0 outside of its map. Targets lie
-// `step` pixels apart and split into phases as in product.cu: in one phase target m meets the
-// source column advance * m + e. Pixels that are no target get zeros from their neighbour's block.
+// As they are for which = 1, and backwards for which = 2: its p is patch_y - 1 - p there
+// (`cost_p`, `cost_q`). The two gradients then differ only in where G lies: at the target's lattice
+// index, or at the source's. With `l1` terms are G[p, q, t] * sign(own[n, c, t] - source[...]),
+// where own is the map of the gradient, and a source is 0 outside its map. Targets lie `step`
+// pixels apart and split into phases as in product.cu: inside a phase target m meets the source
+// column advance * m + q. Pixels that are no target get zeros from their neighbour's block.
 //
-// Threads. A thread owns `positions` consecutive targets m of one row and phase in
-// `channels` channels. A block owns `rows` target rows of one row phase, `groups` x `positions`
-// targets of every column phase and channel_groups * channels channels. It walks over the
-// displacement rows; at step j row r takes displacement row i = (j - advance * r) mod patch_y, so that
-// rows read the same source row j, or, where that wrapped around, row j + patch_y (and so on, where
-// there are more rows than displacements):
+// Threads. A thread owns `positions` consecutive targets m of one row and phase in `channels`
+// channels. A block owns `rows` target rows of one row phase, `groups` x `positions` targets of
+// every column phase, and channel_groups * channels channels. It walks over the displacement rows.
+// At step j row r takes displacement row p = (j - advance * r) mod patch_y. So the rows read the
+// same source row j or, where p wrapped around, source row j + patch_y (and so on, where there are
+// more rows than displacements):
 //
 //   step       j = 0   1   2   3   4        patch_y = 5, advance = 1
-//   row 0  i =     0   1   2   3   4        source row   0  1  2  3  4
-//   row 1  i =     4   0   1   2   3        source row   5  1  2  3  4
-//   row 2  i =     3   4   0   1   2        source row   5  6  2  3  4
+//   row 0  p =     0   1   2   3   4        source row   0  1  2  3  4
+//   row 1  p =     4   0   1   2   3        source row   5  1  2  3  4
+//   row 2  p =     3   4   0   1   2        source row   5  6  2  3  4
 //
-// So every source row is staged once per block, those that are needed at a time in a slot each, and
-// sums are added in a fixed order.
+// Every source row is staged once per block. The source rows of one step have a slot each: slot s
+// of step j holds source row j + s * patch_y. Sums are added in a fixed order.
 //
 // Launch: samples * phases_y * blocks_y * blocks_x * blocks_c blocks of `threads` threads, with
 // `shared_words` accumulators of dynamic shared memory; for which = 2 the lattice step along x
@@ -37,8 +41,8 @@
 #ifndef CUPYCORR_CONSTANTS
 using element = float;      // of the maps
 using accumulator = float;  // of sums
-using upstream = float;     // of grad_cost: element, or accumulator after a window spread
-constexpr bool differences = false;
+using upstream = float;     // of grad_cost: element, or accumulator after taps_spread
+constexpr bool l1 = false;  // sum absolute differences
 // The layer.
 constexpr int which = 1;
 constexpr int patch_y = 21, patch_x = 21;
@@ -81,16 +85,17 @@ struct Sizes {
 
 constexpr int columns = groups * positions;
 constexpr int source_columns = advance_x * (columns - 1) + patch_x;
-constexpr int window = advance_x * (positions - 1) + displacements;
-constexpr int lanes = phases_x * groups;
+constexpr int thread_columns = advance_x * (positions - 1) + displacements;  // read at a time
+constexpr int lanes = phases_x * groups;  // threads along x
 constexpr int block_channels = channel_groups * channels;
-constexpr int source_rows = advance_y * (rows - 1) + patch_y;  // that the block needs in all
-constexpr int slots = ceil_div(source_rows, patch_y);          // of them in one step
+constexpr int source_rows = advance_y * (rows - 1) + patch_y;  // of a block, in all steps
+constexpr int slots = ceil_div(source_rows, patch_y);          // source rows of one step
 constexpr int g_words = rows * pitch_rows;
 constexpr int source_words = block_channels * phases_x * pitch_s;
 constexpr int buffer_words = g_words + slots * source_words;
-constexpr int load = words_per_load<accumulator>;
-constexpr int line = lanes * positions + load;
+constexpr int load = words_per_load<accumulator>;  // words of a 16-byte access
+constexpr int line = lanes * positions + load;     // words of a row of results, padded
+// Results leave through shared memory, of so many channels of a thread at a time.
 constexpr int slices = smaller(channels, shared_words / (channel_groups * rows * line));
 
 static_assert(channel_groups * rows * lanes <= threads, "every thread has its own outputs");
@@ -101,247 +106,292 @@ static_assert(rows + slots <= 32, "a bit for each row that is fetched");
 static_assert(which == 1 || (advance_x == 1 && step_x == lattice_x), "sources are on the lattice");
 static_assert(pitch_g % load == 0 && pitch_rows % load == 0 && pitch_s % load == 0 &&
                   positions % load == 0, "alignment");
-static_assert(displacements >= patch_x || displacements % load == 0, "alignment of windows");
+static_assert(displacements >= patch_x || displacements % load == 0,
+              "alignment of a thread's source columns");
 static_assert(pitch_rows >= patch_x * phases_x * pitch_g, "rows overlap");
 static_assert(pitch_s >= round_up(advance_x * (columns - 1) + round_up(patch_x, load), load),
-              "a thread's window leaves its row");
+              "a thread's source columns leave their row");
 
 using Source = Share<element, accumulator, threads, asynchronous, vector, block_channels,
                      source_columns * phases_x, phases_x, phases_x * pitch_s, pitch_s, 1>;
 using Upstream = Share<upstream, accumulator, threads, upstream_asynchronous, 1,
                        patch_x, columns * phases_x, phases_x, phases_x * pitch_g, pitch_g, 1>;
 
-extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
-    const upstream* __restrict__ grad_cost, const element* __restrict__ fmap1,
-    const element* __restrict__ fmap2, element* __restrict__ grad, const Sizes s,
-    const accumulator scale) {
-  DYNAMIC_SHARED(accumulator, shared);
-  const int thread = threadIdx.x;
-  const element* const source = which == 1 ? fmap2 : fmap1;
-  const int plane = s.height * s.width, lattice = s.lattice_height * s.lattice_width;
+// What a block owns.
+struct OfBlock {
+  int c0, m0, row0, phase_y, n;  // first channel, target column and row; phase; sample
+  long long sample, costs;       // offsets of the maps and of grad_cost, elements
 
-  // What this block owns.
-  int rest = blockIdx.x;
-  const int c0 = pop(rest, s.blocks_c) * block_channels, m0 = pop(rest, s.blocks_x) * columns;
-  const int row0 = pop(rest, s.blocks_y) * rows;
-  const int phase_y = pop(rest, phases_y), n = rest;
+  __device__ __forceinline__ explicit OfBlock(const Sizes& s) {
+    int rest = blockIdx.x;
+    c0 = pop(rest, s.blocks_c) * block_channels;
+    m0 = pop(rest, s.blocks_x) * columns;
+    row0 = pop(rest, s.blocks_y) * rows;
+    phase_y = pop(rest, phases_y);
+    n = rest;
+    sample = static_cast<long long>(n) * s.channels + c0;
+    costs = static_cast<long long>(n) * (patch_y * patch_x) * s.lattice_height * s.lattice_width;
+  }
+};
 
-  // What this thread owns. Rows are fastest: then neighbours read the same words of the source.
-  const int row = thread % rows, channel_group = thread / rows % channel_groups;
-  const int lane = thread / (rows * channel_groups), phase = lane / groups, group = lane % groups;
-  const bool active = lane < lanes;
-  const int at_g = row * pitch_rows + phase * pitch_g + group * positions;
-  const int at_source = g_words + (channel_group * phases_x + phase) * pitch_s +
-                        advance_x * positions * group;
+// What a thread owns. Rows are fastest: then neighbours read the same words of the source.
+struct OfThread {
+  int row, channel_group, lane, phase, group;
+  bool active;
+  int at_g, at_source;  // its first words of G and of the source, in a buffer
 
-  // Pixels and lattice indices of the sources.
-  const int source_y0 =
-      s.target_y + step_y * phase_y + spacing_y * advance_y * row0 + s.first_y;
-  const int source_x0 = s.target_x + step_x * phases_x * m0 + s.first_x;
-  const int v0 = s.shift_x + phases_x * m0;
-  const auto pixel_x = [&](int k) {  // of column k, in pixel order
+  __device__ __forceinline__ explicit OfThread(int thread) {
+    row = thread % rows;
+    channel_group = thread / rows % channel_groups;
+    lane = thread / (rows * channel_groups);
+    phase = lane / groups;
+    group = lane % groups;
+    active = lane < lanes;
+    at_g = row * pitch_rows + phase * pitch_g + group * positions;
+    at_source = g_words + (channel_group * phases_x + phase) * pitch_s +
+                advance_x * positions * group;
+  }
+};
+
+// The columns of a block: k counts the targets of all phases, or their source columns.
+struct Columns {
+  const Sizes& s;
+  int source_x0, v0;  // pixel of source column 0, lattice index of target column 0
+
+  __device__ __forceinline__ Columns(const Sizes& sizes, const OfBlock& block)
+      : s(sizes),
+        source_x0(s.target_x + step_x * phases_x * block.m0 + s.first_x),
+        v0(s.shift_x + phases_x * block.m0) {}
+
+  __device__ __forceinline__ bool on_lattice(int v) const { return inside(v, s.lattice_width); }
+  __device__ __forceinline__ int pixel(int k) const {  // of a source column
     return source_x0 + step_x * (k % phases_x) + spacing_x * (k / phases_x);
-  };
-  const auto on_lattice = [&](int v) { return inside(v, s.lattice_width); };
-  const auto column_exists = [&](int k) {
-    return inside(pixel_x(k), s.width) && (which == 1 || on_lattice(v0 + k));
-  };
-  const long long sample = static_cast<long long>(n) * s.channels + c0;
-  const long long costs = static_cast<long long>(n) * (patch_y * patch_x) * lattice;
+  }
+  __device__ __forceinline__ bool source_exists(int k) const {
+    return inside(pixel(k), s.width) && (which == 1 || on_lattice(v0 + k));
+  }
+  // The displacement column of grad_cost.
+  static __device__ __forceinline__ int cost_q(int q) { return which == 1 ? q : patch_x - 1 - q; }
+  // The source column that target column k meets at displacement q.
+  static __device__ __forceinline__ int source_of(int q, int k) {
+    return k % phases_x + phases_x * (advance_x * (k / phases_x) + q);
+  }
+  // The lattice column of G[., q] at target column k.
+  __device__ __forceinline__ int v(int q, int k) const {
+    return v0 + k + (which == 1 ? 0 : phases_x * q);
+  }
+  // For products a word of G exists only where its source does, so that each product is of two
+  // values or of two zeros.
+  __device__ __forceinline__ bool g_exists(int q, int k) const {
+    return on_lattice(v(q, k)) && (l1 || source_exists(source_of(q, k)));
+  }
+};
 
-  Source share_source;
-  share_source.find(
-      thread, shared, g_words, [&](int c, int k) { return c * plane + pixel_x(k); },
-      [&](int c, int k) { return c0 + c < s.channels && column_exists(k); });
+// The rows of a block: target row r at step j, and the source rows of step j in their slots.
+struct Rows {
+  const Sizes& s;
+  int row0, phase_y, source_y0;  // source_y0: pixel of source row 0
 
-  // G[i, e] of the targets' columns k: lattice index v, displacement q. For products a word exists
-  // only where its source does, so that each is of two values or of two zeros.
-  const auto source_column = [&](int e, int k) {
-    return k % phases_x + phases_x * (advance_x * (k / phases_x) + e);
-  };
-  const auto g_column = [&](int e, int k) { return v0 + k + (which == 1 ? 0 : phases_x * e); };
-  const auto g_patch = [&](int e) { return which == 1 ? e : patch_x - 1 - e; };
-  const int g_row = which == 1 ? lattice : phases_x - lattice;  // from one e to the next
-  Upstream share_g;
-  share_g.find(
-      thread, shared, 0, [&](int e, int k) { return g_patch(e) * lattice + g_column(e, k); },
-      [&](int e, int k) {
-        return on_lattice(g_column(e, k)) && (differences || column_exists(source_column(e, k)));
-      });
+  __device__ __forceinline__ Rows(const Sizes& sizes, const OfBlock& block)
+      : s(sizes),
+        row0(block.row0),
+        phase_y(block.phase_y),
+        source_y0(s.target_y + step_y * phase_y + spacing_y * advance_y * row0 + s.first_y) {}
 
-  // The displacement row of target row r at step j, and whether its terms exist: the pixel row of
-  // the source, and the lattice row u of G.
-  const auto displacement_row = [&](int j, int r) {
-    int i = j - advance_y * r;
-    if (slots > 2) i %= patch_y;  // else it is not below -patch_y
-    return i < 0 ? i + patch_y : i;
-  };
-  const auto source_row = [&](int j, int r) {
-    return source_y0 + spacing_y * (advance_y * r + displacement_row(j, r));
-  };
-  const auto lattice_row = [&](int j, int r) {
-    if (which == 2) return lattice_index(source_row(j, r), s.origin_y, lattice_y, s.lattice_height);
-    const int u = s.shift_y + phases_y * (row0 + r) + phase_y;
-    return inside(u, s.lattice_height) ? u : -1;
-  };
-  const auto row_exists = [&](int j, int r) {
-    return (differences || inside(source_row(j, r), s.height)) && lattice_row(j, r) >= 0;
-  };
-  const auto slot_row = [&](int j, int slot) { return source_y0 + spacing_y * (j + slot * patch_y); };
-  const auto slot_needed = [&](int j, int slot) { return j + slot * patch_y < source_rows; };
-  const auto slot_exists = [&](int j, int slot) {
-    return slot_needed(j, slot) && inside(slot_row(j, slot), s.height);
-  };
-  const auto slot_counts = [&](int j, int slot) {  // for which = 1 a target's G counts by itself
-    if (!differences) return slot_exists(j, slot);
+  static __device__ __forceinline__ int displacement(int j, int r) {
+    int p = j - advance_y * r;
+    if (slots > 2) p %= patch_y;  // else it is not below -patch_y
+    return p < 0 ? p + patch_y : p;
+  }
+  // The displacement row of grad_cost.
+  static __device__ __forceinline__ int cost_p(int p) { return which == 1 ? p : patch_y - 1 - p; }
+  __device__ __forceinline__ int source_pixel(int j, int r) const {
+    return source_y0 + spacing_y * (advance_y * r + displacement(j, r));
+  }
+  // The lattice row of G; -1 where there is none.
+  __device__ __forceinline__ int u(int j, int r) const {
+    if (which == 2) {
+      return lattice_index(source_pixel(j, r), s.origin_y, lattice_y, s.lattice_height);
+    }
+    const int row = s.shift_y + phases_y * (row0 + r) + phase_y;
+    return inside(row, s.lattice_height) ? row : -1;
+  }
+  __device__ __forceinline__ bool exists(int j, int r) const {
+    return (l1 || inside(source_pixel(j, r), s.height)) && u(j, r) >= 0;
+  }
+  __device__ __forceinline__ int slot_pixel(int j, int slot) const {
+    return source_y0 + spacing_y * (j + slot * patch_y);
+  }
+  static __device__ __forceinline__ bool slot_needed(int j, int slot) {
+    return j + slot * patch_y < source_rows;
+  }
+  __device__ __forceinline__ bool slot_exists(int j, int slot) const {
+    return slot_needed(j, slot) && inside(slot_pixel(j, slot), s.height);
+  }
+  // Whether a slot has terms: for l1 and which = 1 a target's G has terms without a source.
+  __device__ __forceinline__ bool slot_counts(int j, int slot) const {
+    if (!l1) return slot_exists(j, slot);
     return slot_needed(j, slot) &&
-           (which == 1 || lattice_index(slot_row(j, slot), s.origin_y, lattice_y,
+           (which == 1 || lattice_index(slot_pixel(j, slot), s.origin_y, lattice_y,
                                         s.lattice_height) >= 0);
-  };
-  const auto step_exists = [&](int j) {  // for any row
-    bool exists = false;
+  }
+  // The first step from j on that has terms.
+  __device__ __forceinline__ int next_step(int j) const {
+    for (; j < patch_y; ++j) {
+      bool counts = false;
 #pragma unroll
-    for (int slot = 0; slot < slots; ++slot) exists = exists || slot_counts(j, slot);
-    return exists;
-  };
-  const auto next_step = [&](int j) {
-    while (j < patch_y && !step_exists(j)) ++j;
+      for (int slot = 0; slot < slots; ++slot) counts = counts || slot_counts(j, slot);
+      if (counts) break;
+    }
     return j;
-  };
+  }
+};
 
-  // Rows that do not exist are neither fetched nor used; but differences from a source row outside
-  // of its map are, and its slot may still hold another row.
+// The copies of one step to shared memory: G of every target row, and the source rows.
+struct Staging {
+  Upstream share_g;
+  Source share_source;
   Upstream::Fetched fetched_g[rows];
   Source::Fetched fetched_source[slots];
-  unsigned fetched_rows = 0;  // bit r: row r of G; bit rows + slot: a row of the source
-  const auto fetch = [&](int j, int buffer) {  // to the buffer that begins at this word
-    fetched_rows = 0;
+  unsigned fetched = 0;  // bit r: row r of G; bit rows + slot: a source row
+
+  __device__ __forceinline__ void find(int thread, accumulator* shared, const Columns& columns,
+                                       int plane, int lattice, int channels_left) {
+    share_source.find(
+        thread, shared, g_words, [&](int c, int k) { return c * plane + columns.pixel(k); },
+        [&](int c, int k) { return c < channels_left && columns.source_exists(k); });
+    share_g.find(
+        thread, shared, 0,
+        [&](int q, int k) { return Columns::cost_q(q) * lattice + columns.v(q, k); },
+        [&](int q, int k) { return columns.g_exists(q, k); });
+  }
+
+  // Fetch step j to the buffer that begins at word `buffer`. Rows that do not exist are neither
+  // fetched nor used. (For l1 terms with a source row outside count; `land` zeroes its slot.)
+  __device__ __forceinline__ void fetch(int j, int buffer, const Rows& r, const Sizes& s,
+                                        const upstream* grad_cost, const element* source) {
+    const int plane = s.height * s.width, lattice = s.lattice_height * s.lattice_width;
+    const int next_q = which == 1 ? lattice : phases_x - lattice;  // from G[., q] to G[., q + 1]
+    fetched = 0;
 #pragma unroll
-    for (int r = 0; r < rows; ++r) {
-      if (!row_exists(j, r)) continue;
-      fetched_rows |= 1u << r;
-      const int i = displacement_row(j, r), p = which == 1 ? i : patch_y - 1 - i;
+    for (int row = 0; row < rows; ++row) {
+      if (!r.exists(j, row)) continue;
+      fetched |= 1u << row;
+      const int p = Rows::cost_p(Rows::displacement(j, row));
       const upstream* const base =
-          grad_cost + costs + p * patch_x * lattice + lattice_row(j, r) * s.lattice_width;
-      share_g.fetch(base, 0, g_row, fetched_g[r], buffer + r * pitch_rows, 0);
+          grad_cost + p * patch_x * lattice + r.u(j, row) * s.lattice_width;
+      share_g.fetch(base, 0, next_q, fetched_g[row], buffer + row * pitch_rows, 0);
     }
 #pragma unroll
     for (int slot = 0; slot < slots; ++slot) {
-      if (!slot_exists(j, slot)) continue;
-      const int y = slot_row(j, slot);
-      fetched_rows |= 1u << (rows + slot);
-      share_source.fetch(source + sample * plane + y * s.width, 0, plane, fetched_source[slot],
+      if (!r.slot_exists(j, slot)) continue;
+      fetched |= 1u << (rows + slot);
+      share_source.fetch(source + r.slot_pixel(j, slot) * s.width, 0, plane, fetched_source[slot],
                          buffer + slot * source_words, 0);
     }
-  };
-  const auto land = [&](int j, int buffer) {  // what was fetched last
+  }
+
+  // Store what was fetched last.
+  __device__ __forceinline__ void land(int j, accumulator* buffer) {
 #pragma unroll
-    for (int r = 0; r < rows; ++r) {
-      if (fetched_rows >> r & 1) share_g.land(fetched_g[r], shared + buffer + r * pitch_rows, 0);
+    for (int row = 0; row < rows; ++row) {
+      if (fetched >> row & 1) share_g.land(fetched_g[row], buffer + row * pitch_rows, 0);
     }
 #pragma unroll
     for (int slot = 0; slot < slots; ++slot) {
-      accumulator* const words = shared + buffer + slot * source_words;
-      if (fetched_rows >> (rows + slot) & 1) {
+      accumulator* const words = buffer + slot * source_words;
+      if (fetched >> (rows + slot) & 1) {
         share_source.land(fetched_source[slot], words, 0);
-      } else if (differences && slot_needed(j, slot)) {
+      } else if (l1 && Rows::slot_needed(j, slot)) {
         share_source.erase(words);
       }
     }
     if (asynchronous || upstream_asynchronous) wait_for_copies();
-  };
+  }
+};
 
-  // This thread's targets: differences need their values.
-  accumulator own[channels][positions] = {};
-  if constexpr (differences) {
-    const element* const map = (which == 1 ? fmap1 : fmap2) + sample * plane;
-    const int y = s.target_y + step_y * (phases_y * (row0 + row) + phase_y);
+using Tile = accumulator[channels][positions];  // a value for each of a thread's targets
+
+// Read the map's values at a thread's targets, which l1 compares with the sources.
+__device__ __forceinline__ void load_own(Tile& own, const element* map, const OfBlock& block,
+                                         const OfThread& thread, const Sizes& s) {
+  const int y = s.target_y + step_y * (phases_y * (block.row0 + thread.row) + block.phase_y);
+#pragma unroll
+  for (int c = 0; c < channels; ++c) {
+    const int channel = c * channel_groups + thread.channel_group;
+#pragma unroll
+    for (int m = 0; m < positions; ++m) {
+      const int column = phases_x * (block.m0 + thread.group * positions + m) + thread.phase;
+      const int x = s.target_x + step_x * column;
+      if (!thread.active || block.c0 + channel >= s.channels) continue;
+      if (!inside(y, s.height) || !inside(x, s.width)) continue;
+      own[c][m] = widen(map[channel * s.height * s.width + y * s.width + x]);
+    }
+  }
+}
+
+// Add the terms of step j to a thread's sums; `buffer` holds what the step needs.
+__device__ __forceinline__ void add_terms(Tile& sums, const Tile& own, int j,
+                                          const accumulator* buffer, const OfThread& thread) {
+  const int slot = (advance_y * thread.row + Rows::displacement(j, thread.row) - j) / patch_y;
+  const accumulator* const g = buffer + thread.at_g;
+  const accumulator* const source = buffer + thread.at_source + slot * source_words;
+#pragma unroll
+  for (int q0 = 0; q0 < patch_x; q0 += displacements) {
+    accumulator held[displacements][positions];  // G
+#pragma unroll
+    for (int q = 0; q < displacements; ++q) {
+      if (q0 + q >= patch_x) continue;
+#pragma unroll
+      for (int m = 0; m < positions; m += load) {
+        load_words(&held[q][m], g + (q0 + q) * phases_x * pitch_g + m);
+      }
+    }
 #pragma unroll
     for (int c = 0; c < channels; ++c) {
-      const int channel = c * channel_groups + channel_group;
+      accumulator two[round_up(thread_columns, load)];
 #pragma unroll
-      for (int m = 0; m < positions; ++m) {
-        const int column = phases_x * (m0 + group * positions + m) + phase;
-        const int x = s.target_x + step_x * column;
-        if (!active || c0 + channel >= s.channels) continue;
-        if (!inside(y, s.height) || !inside(x, s.width)) continue;
-        own[c][m] = widen(map[channel * plane + y * s.width + x]);
-      }
-    }
-  }
-
-  accumulator sums[channels][positions] = {};
-  const auto multiply = [&](int j, int buffer) {
-    const accumulator* const g = shared + buffer + at_g;
-    const int slot = (advance_y * row + displacement_row(j, row) - j) / patch_y;
-    const accumulator* const words = shared + buffer + at_source + slot * source_words;
-#pragma unroll
-    for (int e0 = 0; e0 < patch_x; e0 += displacements) {
-      accumulator held[displacements][positions];
-#pragma unroll
-      for (int e = 0; e < displacements; ++e) {
-        if (e0 + e >= patch_x) continue;
-#pragma unroll
-        for (int m = 0; m < positions; m += load) {
-          load_words(&held[e][m], g + (e0 + e) * phases_x * pitch_g + m);
+      for (int k = 0; k < thread_columns; k += load) {
+        if (q0 + k < advance_x * (positions - 1) + patch_x) {
+          load_words(two + k, source + c * channel_groups * phases_x * pitch_s + q0 + k);
         }
       }
 #pragma unroll
-      for (int c = 0; c < channels; ++c) {
-        accumulator two[round_up(window, load)];
+      for (int q = 0; q < displacements; ++q) {
+        if (q0 + q >= patch_x) continue;
 #pragma unroll
-        for (int k = 0; k < window; k += load) {
-          if (e0 + k < advance_x * (positions - 1) + patch_x) {
-            load_words(two + k, words + c * channel_groups * phases_x * pitch_s + e0 + k);
-          }
-        }
-#pragma unroll
-        for (int e = 0; e < displacements; ++e) {
-          if (e0 + e >= patch_x) continue;
-#pragma unroll
-          for (int m = 0; m < positions; ++m) {
-            add_slope<differences>(sums[c][m], held[e][m], own[c][m], two[advance_x * m + e]);
-          }
+        for (int m = 0; m < positions; ++m) {
+          add_slope<l1>(sums[c][m], held[q][m], own[c][m], two[advance_x * m + q]);
         }
       }
     }
-  };
-
-  // One or two buffers, as in product.cu.
-  clear<threads>(shared, buffers * buffer_words, thread);
-  __syncthreads();
-  int buffer = 0, j = next_step(0);
-  if (ahead && j < patch_y) fetch(j, buffer);
-#pragma unroll 1
-  while (j < patch_y) {
-    const int next = next_step(j + 1), other = (buffers - 1) * buffer_words - buffer;
-    if (!ahead) fetch(j, buffer);
-    if (buffers == 1) __syncthreads();
-    land(j, buffer);
-    __syncthreads();
-    if (ahead && next < patch_y) fetch(next, other);
-    if (active && row_exists(j, row)) multiply(j, buffer);
-    buffer = other;
-    j = next;
   }
+}
 
-  // Lines leave through shared memory: whole pixel rows, zeros between the targets included. The
-  // first target of an axis brings the pixels before it along.
+// Write a block's sums through shared memory, so that whole pixel rows leave at a time, with the
+// zeros between the targets. The first target of an axis brings the pixels before it along.
+__device__ __forceinline__ void store_sums(const Tile& sums, accumulator* shared, element* grad,
+                                           const OfBlock& block, const OfThread& own, int thread,
+                                           const Columns& columns_of, const Sizes& s,
+                                           accumulator scale) {
+  const int plane = s.height * s.width, m0 = block.m0;
   const int left = m0 == 0 ? 0 : s.target_x + step_x * phases_x * m0;
   const int right = smaller(s.width, s.target_x + step_x * phases_x * (m0 + columns));
   const int units = ceil_div(larger(0, right - left), result_vector);
 #pragma unroll
   for (int k0 = 0; k0 < channels; k0 += slices) {
     __syncthreads();
-    if (active) {
-      store_rows<slices>(shared + (channel_group * rows + row) * line + lane * positions,
+    if (own.active) {
+      store_rows<slices>(shared + (own.channel_group * rows + own.row) * line +
+                             own.lane * positions,
                          channel_groups * rows * line, sums, k0);
     }
     __syncthreads();
     for (int i = thread; i < slices * channel_groups * rows * units; i += threads) {
       const int x = left + i % units * result_vector, at = i / units;  // at: (channel, row)
-      const int channel = k0 * channel_groups + at / rows, c = c0 + channel;
-      const int t = phases_y * (row0 + at % rows) + phase_y, y = s.target_y + step_y * t;
+      const int channel = k0 * channel_groups + at / rows, c = block.c0 + channel;
+      const int t = phases_y * (block.row0 + at % rows) + block.phase_y;
+      const int y = s.target_y + step_y * t;
       if (channel >= block_channels || c >= s.channels || t >= s.targets_y) continue;
       Pack<element, result_vector> pack, zeros;
 #pragma unroll
@@ -349,7 +399,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
         const int distance = x + k - s.target_x, column = distance / step_x - phases_x * m0;
         // Off the lattice of fmap1 there are no terms, though 0 * infinity may have been added.
         const bool is_target = distance >= 0 && distance % step_x == 0 &&
-                               (which == 2 || on_lattice(v0 + column));
+                               (which == 2 || columns_of.on_lattice(columns_of.v0 + column));
         const accumulator sum =
             is_target ? shared[at * line + column % phases_x * columns + column / phases_x]
                       : accumulator(0);
@@ -359,8 +409,55 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
       const int bottom = smaller(s.height, y + step_y);
       for (int to = t == 0 ? 0 : y; to < bottom; ++to) {
         *reinterpret_cast<Pack<element, result_vector>*>(
-            grad + (sample + channel) * plane + to * s.width + x) = to == y ? pack : zeros;
+            grad + channel * plane + to * s.width + x) = to == y ? pack : zeros;
       }
     }
   }
+}
+
+extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
+    const upstream* __restrict__ grad_cost, const element* __restrict__ fmap1,
+    const element* __restrict__ fmap2, element* __restrict__ grad, const Sizes s,
+    const accumulator scale) {
+  DYNAMIC_SHARED(accumulator, shared);
+  const int thread = threadIdx.x, plane = s.height * s.width;
+  const OfBlock block(s);
+  const OfThread own_part(thread);
+  const Columns columns_of(s, block);
+  const Rows rows_of(s, block);
+  const element* const source = (which == 1 ? fmap2 : fmap1) + block.sample * plane;
+
+  Staging staging;
+  staging.find(thread, shared, columns_of, plane, s.lattice_height * s.lattice_width,
+               s.channels - block.c0);
+  Tile own = {}, sums = {};
+  if constexpr (l1) {
+    const element* const map = (which == 1 ? fmap1 : fmap2) + block.sample * plane;
+    load_own(own, map, block, own_part, s);
+  }
+
+  // One or two buffers, as in product.cu.
+  clear<threads>(shared, buffers * buffer_words, thread);
+  __syncthreads();
+  const auto fetch = [&](int j, int buffer) {
+    staging.fetch(j, buffer, rows_of, s, grad_cost + block.costs, source);
+  };
+  int buffer = 0, j = rows_of.next_step(0);
+  if (ahead && j < patch_y) fetch(j, buffer);
+#pragma unroll 1
+  while (j < patch_y) {
+    const int next = rows_of.next_step(j + 1), other = (buffers - 1) * buffer_words - buffer;
+    if (!ahead) fetch(j, buffer);
+    if (buffers == 1) __syncthreads();
+    staging.land(j, shared + buffer);
+    __syncthreads();
+    if (ahead && next < patch_y) fetch(next, other);
+    if (own_part.active && rows_of.exists(j, own_part.row)) {
+      add_terms(sums, own, j, shared + buffer, own_part);
+    }
+    buffer = other;
+    j = next;
+  }
+  store_sums(sums, shared, grad + block.sample * plane, block, own_part, thread, columns_of, s,
+             scale);
 }

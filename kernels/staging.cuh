@@ -7,7 +7,7 @@
 //   column k = phase + PHASES * m   of row r   ->   word  r * ROW_PITCH + phase * PHASE_PITCH + m
 //
 // A thread owns some columns and every `at_once`-th row of them, for all rectangles that a kernel
-// stages: where they lie and which of them exist is worked out once. Words that do not exist are
+// stages. `find` works out once where the thread's words lie and which exist. Words that do not are
 // never written; the kernel zeroes its buffers at the start, and so they stay zero.
 //
 // With ASYNCHRONOUS, copies go straight to shared memory (cp.async, compute capability 8.0 and up,
@@ -104,10 +104,11 @@ __device__ __forceinline__ void wait_for_copies() {
 template <typename Element, typename Accumulator, int THREADS, bool ASYNCHRONOUS, int VECTOR,
           int ROWS, int COLUMNS, int PHASES, int ROW_PITCH, int PHASE_PITCH, int SLABS>
 struct Share {
-  static constexpr int units = ceil_div(COLUMNS, VECTOR);     // copies that make a row
-  static constexpr int across = ceil_div(units, THREADS);     // of them, this thread's
-  static constexpr int at_once = across > 1 ? 1 : THREADS / units;  // rows copied by the block at once
-  static constexpr int rows = ceil_div(ROWS, at_once);        // of them, this thread's
+  static constexpr int units = ceil_div(COLUMNS, VECTOR);  // copies of a row
+  static constexpr int across = ceil_div(units, THREADS);  // copies of a thread, of one row
+  // Rows that the block copies at once, and rows of a thread in all.
+  static constexpr int at_once = across > 1 ? 1 : THREADS / units;
+  static constexpr int rows = ceil_div(ROWS, at_once);
   static constexpr int mask_words = ceil_div(rows, 32);
   static_assert(PHASE_PITCH * PHASES >= round_up(COLUMNS, VECTOR), "columns overlap");
   static_assert(!ASYNCHRONOUS || VECTOR == 1 || PHASES == 1, "a copy must not be torn apart");
@@ -123,7 +124,7 @@ struct Share {
   };
 
   // Find this thread's share of rectangles in `shared`, where the first begins at word `begin`.
-  // offset(row, column) tells where an element lies, exists(row, column) whether it does; from row to
+  // offset(row, column) is where an element lies, exists(row, column) whether it does. From row to
   // row offsets must grow evenly.
   template <typename Offset, typename Exists>
   __device__ __forceinline__ void find(int thread, Accumulator* shared, int begin, Offset offset,

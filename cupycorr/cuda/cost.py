@@ -124,7 +124,7 @@ def elements_per_load(dtype: str) -> int:
 def displacements_of_thread(patch: int, load: int) -> int:
     """Return how many displacements of a row a thread owns: all, or equal groups of up to 24.
 
-    Groups start at multiples of ``load``, so that their windows are aligned.
+    Groups start at multiples of ``load``, so that their source columns are aligned.
     """
     if patch <= 24:
         return patch

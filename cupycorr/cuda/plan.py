@@ -18,9 +18,9 @@ from cupycorr.layer import DTYPES, Layer
 
 Shape = tuple[int, ...]
 
-THREADS = 256  # of a block of the plain and window kernels
-MOST_ELEMENTS = 2**31 - 1  # that a 32-bit index reaches
-WORKSPACE_BYTES = 256 << 20  # of the volume of window sums, unless one sample needs more
+THREADS = 256  # per block of the plain and the taps kernels
+MOST_ELEMENTS = 2**31 - 1  # within reach of a 32-bit index
+WORKSPACE_BYTES = 256 << 20  # of the product volume, unless one sample needs more
 
 
 class Launch(NamedTuple):
@@ -117,9 +117,9 @@ def plan(
     if not any("volume" in launch.arrays for launch in launches):
         return _checked(launches, device)
     if results == ("cost",):
-        launches.append(_window("window_sum", layer.geometry, shape, dtype, ("volume", "cost")))
+        launches.append(_taps("taps_sum", layer.geometry, shape, dtype, ("volume", "cost")))
     else:
-        spread = _window("window_spread", layer.geometry, shape, dtype, ("grad_cost", "volume"))
+        spread = _taps("taps_spread", layer.geometry, shape, dtype, ("grad_cost", "volume"))
         launches.insert(0, spread._replace(scaled=False))
     return _checked(launches, device, _volume_shape(layer.geometry, shape))
 
@@ -132,8 +132,8 @@ def _tiles_apply(geometry: Geometry, shape: Shape) -> bool:
         return False
     most = max(prod(shape[1:]), prod(_volume_shape(geometry, shape)[1:]))
     reach = max(
-        size + abs(first) + patch * step + window
-        for size, first, patch, step, window in zip(
+        size + abs(first) + patch * step + extent
+        for size, first, patch, step, extent in zip(
             shape[2:],
             geometry.first_displacement,
             geometry.patch_size,
@@ -146,7 +146,7 @@ def _tiles_apply(geometry: Geometry, shape: Shape) -> bool:
 
 
 def _volume_shape(geometry: Geometry, shape: Shape) -> Shape:
-    """Return the shape of the products on the lattice: that of the cost, if windows are one tap."""
+    """Return the shape of the products on the lattice: that of the cost if there is one tap."""
     samples, *patch, height, width = geometry.cost_shape(shape)
     return (samples, *patch, geometry.y.lattice_size(height), geometry.x.lattice_size(width))
 
@@ -179,7 +179,7 @@ def _plain(kernel: str, layer: Layer, shape: Shape, dtype: str, arrays: tuple[st
         (
             *_types(dtype),
             *_index(max(prod(shape), prod(cost_shape))),
-            ("differences", layer.l1),
+            ("l1", layer.l1),
             ("threads", THREADS),
         ),
         -(-outputs // THREADS),
@@ -202,7 +202,7 @@ def _plain(kernel: str, layer: Layer, shape: Shape, dtype: str, arrays: tuple[st
     )
 
 
-def _window(
+def _taps(
     kernel: str, geometry: Geometry, shape: Shape, dtype: str, arrays: tuple[str, ...]
 ) -> Launch:
     """Plan the sum over taps, or its adjoint."""
@@ -216,7 +216,7 @@ def _window(
     output = volume_shape if arrays[-1] == "volume" else cost_shape
     samples, patch_y, patch_x, *cost_size = cost_shape
     return Launch(
-        "window.cu",
+        "taps.cu",
         kernel,
         (
             *_types(dtype),
@@ -246,22 +246,21 @@ def _product(
     volume_shape = _volume_shape(geometry, shape)
     lattice_height, lattice_width = volume_shape[3:]
     axes = geometry.y, geometry.x
-    # Inside a class of the lattice a position advances by as many columns as there are classes of
-    # displacements.
+    # Inside a phase a position advances by as many columns as displacements have phases.
     (phases_y, advance_y), (phases_x, advance_x) = (axis.phases for axis in axes)
     result = dtype if geometry.taps == 1 else DTYPES[dtype].accumulator
     origin = _pair(-axis.padding for axis in axes)
     first = geometry.first_displacement
 
     # Loads of several elements need neighbouring columns and aligned rows.
-    wide = elements_per_load(dtype)
+    widest = elements_per_load(dtype)
     asynchronous = device.copies_asynchronously and dtype == DTYPES[dtype].accumulator
     vector = lead = 0
-    if aligned and width % wide == 0 and origin[1] % wide == 0 and geometry.x.lattice_step == 1:
+    if aligned and width % widest == 0 and origin[1] % widest == 0 and geometry.x.lattice_step == 1:
         if phases_x == 1:
-            vector, lead = wide, first[1] % wide
-        elif not asynchronous and wide % phases_x == 0 and first[1] % wide == 0:
-            vector = wide
+            vector, lead = widest, first[1] % widest
+        elif not asynchronous and widest % phases_x == 0 and first[1] % widest == 0:
+            vector = widest
     tile = cuda_tiles.product_tile(
         cuda_tiles.Product(
             samples=size_class(samples * phases_y),
@@ -276,7 +275,7 @@ def _product(
             vector=max(1, vector),
             lead=lead,
             asynchronous=asynchronous,
-            differences=layer.l1,
+            l1=layer.l1,
         ),
         device,
     )
@@ -285,13 +284,13 @@ def _product(
     blocks_x = -(-lattice_width // (phases_x * tile.groups * tile.positions))
     strips = -(-lattice_height // phases_y) * tile.strips_per_row
     blocks_y = -(-strips // tile.strips)
-    full_lines = aligned and lattice_width % wide == 0
+    full_lines = aligned and lattice_width % widest == 0
     return Launch(
         "product.cu",
         "product_cost",
         (
             *_types(dtype, result=result),
-            ("differences", layer.l1),
+            ("l1", layer.l1),
             *_pairs(
                 patch=geometry.patch_size,
                 step=_pair(axis.lattice_step for axis in axes),
@@ -300,7 +299,7 @@ def _product(
                 advance=(advance_y, advance_x),
             ),
             *tile.constants,
-            ("result_vector", wide if full_lines else 1),
+            ("result_vector", widest if full_lines else 1),
         ),
         samples * phases_y * blocks_y * blocks_x,
         tile.threads,
@@ -331,14 +330,14 @@ def _gradient(
         return None  # sources would lie between the lattice's columns
     upstream = dtype if geometry.taps == 1 else DTYPES[dtype].accumulator
 
-    wide = elements_per_load(dtype)
+    widest = elements_per_load(dtype)
     asynchronous = device.copies_asynchronously and dtype == DTYPES[dtype].accumulator
     upstream_asynchronous = device.copies_asynchronously and upstream == DTYPES[dtype].accumulator
-    neighbours = aligned and width % wide == 0 and x.step == 1 and x.advance == 1
-    whole = which == 1 or (x.shift % wide == 0 and lattice[1] % wide == 0)
+    neighbours = aligned and width % widest == 0 and x.step == 1 and x.advance == 1
+    whole = which == 1 or (x.shift % widest == 0 and lattice[1] % widest == 0)
     vector = 1
-    if neighbours and whole and (x.target + x.first) % wide == 0:
-        vector = wide if x.phases == 1 or (not asynchronous and wide % x.phases == 0) else 1
+    if neighbours and whole and (x.target + x.first) % widest == 0:
+        vector = widest if x.phases == 1 or (not asynchronous and widest % x.phases == 0) else 1
     tile = cuda_tiles.gradient_tile(
         cuda_tiles.Gradient(
             samples=size_class(samples * y.phases),
@@ -353,7 +352,7 @@ def _gradient(
             vector=vector,
             asynchronous=asynchronous,
             upstream_asynchronous=upstream_asynchronous,
-            differences=layer.l1,
+            l1=layer.l1,
         ),
         device,
     )
@@ -367,7 +366,7 @@ def _gradient(
         "product_gradient",
         (
             *_types(dtype, upstream=upstream),
-            ("differences", layer.l1),
+            ("l1", layer.l1),
             ("which", which),
             *_pairs(
                 patch=geometry.patch_size,
@@ -378,7 +377,7 @@ def _gradient(
                 advance=(y.advance, x.advance),
             ),
             *tile.constants,
-            ("result_vector", wide if neighbours and x.target == 0 else 1),
+            ("result_vector", widest if neighbours and x.target == 0 else 1),
         ),
         samples * y.phases * blocks_y * blocks_x * blocks_c,
         tile.threads,

@@ -57,7 +57,7 @@ class Product(NamedTuple):
     vector: int
     lead: int
     asynchronous: bool
-    differences: bool
+    l1: bool
     """Whether absolute differences are summed, not products."""
 
 
@@ -77,7 +77,7 @@ class Gradient(NamedTuple):
     vector: int
     asynchronous: bool
     upstream_asynchronous: bool
-    differences: bool
+    l1: bool
 
 
 class ProductTile(NamedTuple):
@@ -197,7 +197,7 @@ def _tiles_of_strips(
             continue
         shared_bytes = max(buffers * chunk * words, line) * word_bytes
         registers = (sums + operands) * word_bytes // 4 + 12 + 3 * copies + 2 * chunk
-        registers += DIFFERENCES * word_bytes // 4 if problem.differences else 0
+        registers += DIFFERENCES * word_bytes // 4 if problem.l1 else 0
         ahead = True
         if not problem.asynchronous:
             staged = chunk * copies * problem.vector * word_bytes // 4
@@ -215,7 +215,7 @@ def _tiles_of_strips(
             shared_bytes,
             rounds,
             multiply_adds=problem.channels * sums * own.lanes * strips
-            * (ADDITIONS if problem.differences else 1),
+            * (ADDITIONS if problem.l1 else 1),
             # Neighbouring strips share the words of the first map.
             wavefronts=problem.channels * own.lanes * strips / 32
             * (2 * own.positions + 5 * own.window) / load,
@@ -233,7 +233,7 @@ def _tiles_of_strips(
             "rows1": rows1, "rows2": rows2, "pitch1": own.pitch1, "pitch2": own.pitch2,
             "asynchronous": problem.asynchronous, "ahead": ahead, "buffers": buffers,
             "threads": threads, "shared_words": shared_bytes // word_bytes,
-            "resident": resident(block, device) if problem.differences else 1,
+            "resident": resident(block, device) if problem.l1 else 1,
         }  # fmt: skip
         tile = ProductTile(
             tuple(constants.items()), own.positions, own.groups, strips, row_strips,
@@ -301,7 +301,7 @@ def _gradient_of(
     staged = 0 if problem.asynchronous else slots * source_copies * problem.vector
     staged += 0 if problem.upstream_asynchronous else g_copies
     staged = staged * word_bytes // 4
-    registers = channels * positions * word_bytes // 4 * (2 if problem.differences else 1) + 90
+    registers = channels * positions * word_bytes // 4 * (2 if problem.l1 else 1) + 90
     registers += 2 * g_copies + ceil(1.3 * slots * source_copies)
     ahead = some_asynchronous or registers + staged <= MOST_REGISTERS
     registers = max(registers, registers - (0 if ahead else 60) + staged)
@@ -328,7 +328,7 @@ def _gradient_of(
         registers,
         shared_bytes,
         rounds=patch_y,
-        multiply_adds=terms * (ADDITIONS if problem.differences else 1),
+        multiply_adds=terms * (ADDITIONS if problem.l1 else 1),
         # Threads of several rows share the words of the source; those of G lie farther apart.
         wavefronts=patch_y
         * busy
@@ -337,7 +337,7 @@ def _gradient_of(
         instructions=patch_y * (busy * (g_loads + window_loads) + threads * (100 + 30 * rows))
         + threads * copies * 5
         + busy * channels * positions * 10
-        + terms * (COMPARISONS if problem.differences else 0),
+        + terms * (COMPARISONS if problem.l1 else 0),
         words=threads * (patch_y * g_copies + source_rows * source_copies * problem.vector),
         bytes=bytes_moved,
         ahead=ahead,

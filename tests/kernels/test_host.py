@@ -27,7 +27,7 @@ TILED = {
 }
 EVERY_CASE = pytest.mark.parametrize("case", CASES)
 BOTH_COPIES = pytest.mark.parametrize("device", ["sm_75", "sm_80"])
-# Phases; a window; neighbouring columns, which are moved together; and everything at once.
+# Phases; taps; neighbouring columns, which are moved together; and everything at once.
 MIXED = [
     "even patch, dilated",
     "spatial-correlation-sampler's defaults",
@@ -119,7 +119,7 @@ def test_the_table_reaches_every_kernel(device):
         for launch in host.launches(shape, layer, "float32", DEVICES[device])
     }
     assert kernels == {
-        "product_cost", "product_gradient", "window_sum", "window_spread",
+        "product_cost", "product_gradient", "taps_sum", "taps_spread",
         "plain_cost", "plain_grad_fmap1", "plain_grad_fmap2",
     }  # fmt: skip
 

@@ -62,9 +62,9 @@ BUGS = {
     "writes behind the last output": Bug("if (rest >= s.samples) return;", "", plain=True),
     "the second map's displacement has the wrong sign": Bug(
         "which == 1 ? y + dy : y - dy", "y + dy", plain=True),
-    "pairs that no window holds": Bug(
+    "pairs that no tap touches": Bug(
         "if (!compared) continue;", "", "stride", plain=True, check="finite"),
-    # window.cu
+    # taps.cu
     "the wrong tap of a window": Bug("x * stride_x;", "x * stride_x + 1;", DEFAULTS),
     "a dilation left out": Bug("i * dilation_y, stride_y", "i, stride_y", "dilated window"),
     "a column of the gradient left out": Bug("if (x >= 0) sum", "if (x > 0) sum", DEFAULTS),
@@ -99,32 +99,32 @@ BUGS = {
     "no barrier between use and results of gradients": Bug(
         "k0 += slices) {\n    __syncthreads();", "k0 += slices) {"),
     "the wrong row after wrapping around": Bug(
-        "i < 0 ? i + patch_y : i", "i < 0 ? i + patch_y - 1 : i", MANY_ROWS),
+        "p < 0 ? p + patch_y : p", "p < 0 ? p + patch_y - 1 : p", MANY_ROWS),
     "the last source row left out": Bug(
         "j + slot * patch_y < source_rows", "j + slot * patch_y < source_rows - 1",
         MANY_ROWS),
     "rows skewed by one, not by the advance": Bug(
-        "int i = j - advance_y * r;", "int i = j - r;", ADVANCE_ROWS),
+        "int p = j - advance_y * r;", "int p = j - r;", ADVANCE_ROWS),
     "the source row that has not wrapped around": Bug(
-        "at_source + slot * source_words", "at_source", MANY_ROWS),
+        "thread.at_source + slot * source_words", "thread.at_source", MANY_ROWS),
     "the second map's displacements counted forwards": Bug(
-        "which == 1 ? e : patch_x - 1 - e", "e", "even patch"),
+        "which == 1 ? q : patch_x - 1 - q", "q", "even patch"),
     "rows between the targets": Bug("= to == y ? pack : zeros", "= pack", "stride"),
     "columns between the targets": Bug(
         "distance >= 0 && distance % step_x == 0", "distance >= 0", "stride"),
     "sums of targets off the lattice": Bug(
-        "(which == 2 || on_lattice(v0 + column))", "true", check="finite"),
+        "(which == 2 || columns_of.on_lattice(columns_of.v0 + column))", "true", check="finite"),
     # absolute differences
     "terms with one position outside left out": Bug(
-        "differences ? !row1 && !row2 : !row1 || !row2", "!row1 || !row2",
+        "l1 ? !row1 && !row2 : !row1 || !row2", "!row1 || !row2",
         plain=True, similarity="l1"),
     "columns outside left out": Bug(
-        "differences ? !exists1 && !exists2 : !exists1 || !exists2", "!exists1 || !exists2",
+        "l1 ? !exists1 && !exists2 : !exists1 || !exists2", "!exists1 || !exists2",
         plain=True, similarity="l1"),
     "gradients of terms with a row outside left out": Bug(
-        "if (!differences && !inside(other_y", "if (!inside(other_y", plain=True, similarity="l1"),
+        "if (!l1 && !inside(other_y", "if (!inside(other_y", plain=True, similarity="l1"),
     "gradients of terms with a column outside left out": Bug(
-        "if (!differences && !exists)", "if (!exists)", plain=True, similarity="l1"),
+        "if (!l1 && !exists)", "if (!exists)", plain=True, similarity="l1"),
     "what is read outside is not 0": Bug(
         "exists ? widen(map[offset]) : accumulator(0)", "widen(map[offset])",
         plain=True, similarity="l1"),
@@ -139,7 +139,7 @@ BUGS = {
         "own = which == 1 ? fmap1 : fmap2", "own = fmap1", plain=True, similarity="l1"),
     "differences with a sign": Bug("magnitude(one - two)", "one - two", similarity="l1"),
     "sums with a position outside left out": Bug(
-        "differences || (row_counts", "(row_counts", similarity="l1"),
+        "l1 || (row_counts", "(row_counts", similarity="l1"),
     "a row outside is not zeroed": Bug(
         "share_source.erase(words);", "", OUTSIDE, SM_80, similarity="l1"),
     "a row outside is not zeroed, through registers": Bug(
@@ -148,21 +148,21 @@ BUGS = {
         "put(shared + to[i] + k * at_once * ROW_PITCH, zeros);",
         "if (k == 0) put(shared + to[i], zeros);", OUTSIDE, SM_80, similarity="l1"),
     "G left out where its source is outside": Bug(
-        "(differences || column_exists(source_column(e, k)))", "column_exists(source_column(e, k))",
+        "(l1 || source_exists(source_of(q, k)))", "source_exists(source_of(q, k))",
         similarity="l1"),
     "rows left out whose source is outside": Bug(
-        "(differences || inside(source_row(j, r), s.height))", "inside(source_row(j, r), s.height)",
+        "(l1 || inside(source_pixel(j, r), s.height))", "inside(source_pixel(j, r), s.height)",
         OUTSIDE, similarity="l1"),
     "steps left out whose sources are outside": Bug(
-        "if (!differences) return slot_exists", "return slot_exists", OUTSIDE, similarity="l1"),
+        "if (!l1) return slot_exists", "return slot_exists", OUTSIDE, similarity="l1"),
     "steps left out whose sources are on the lattice": Bug(
-        "(which == 1 || lattice_index(slot_row", "(which == 1 && lattice_index(slot_row",
+        "(which == 1 || lattice_index(slot_pixel", "(which == 1 && lattice_index(slot_pixel",
         "window at the border", similarity="l1"),
     "targets of the wrong channel": Bug(
-        "c * channel_groups + channel_group;", "channel_group * channels + c;", MANY_CHANNELS,
-        similarity="l1"),
+        "c * channel_groups + thread.channel_group;", "thread.channel_group * channels + c;",
+        MANY_CHANNELS, similarity="l1"),
     "targets of the wrong phase": Bug(
-        "positions + m) + phase;", "positions + m);", SEVERAL_GROUPS, similarity="l1"),
+        "positions + m) + thread.phase;", "positions + m);", SEVERAL_GROUPS, similarity="l1"),
     "a tangent of the first map alone": Bug(
         "value(tangent1, one, exists1) - value(tangent2, two, exists2)",
         "value(tangent1, one, exists1)", check="tangent"),

@@ -186,7 +186,7 @@ def traffic(device):
         host.launches((count, *image), layer, "float32", DEVICES[device]) for count in (samples, 1)
     )
     for launch, alone in zip(whole, single, strict=True):
-        if launch.source == "window.cu":
+        if launch.source == "taps.cu":
             launch = alone
         else:
             launch = launch._replace(blocks=launch.blocks // samples)

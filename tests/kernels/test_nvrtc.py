@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 REGISTERS = 65536  # of a multiprocessor, on every GPU; a warp gets them by eight per thread
 MOST = 255  # registers of a thread
 # What a thread may use: in all, or beside its tile, which it must hold while it multiplies.
-IN_ALL = {"plain.cu": 96, "window.cu": 32}
+IN_ALL = {"plain.cu": 96, "taps.cu": 32}
 BESIDE_TILE = {"product.cu": 72, "product_adjoint.cu": 104}
 
 DTYPES = ("float32", "float16", "float64", "bfloat16")
@@ -101,7 +101,7 @@ def budget(launch):
     displacements = min(tile["displacements"], tile["patch_x"])
     window = tile.get("lead", 0) + tile["advance_x"] * (positions - 1) + displacements
     others = positions if launch.source == "product.cu" else positions * tile["channels"]
-    if tile["differences"]:
+    if tile["l1"]:
         if launch.source == "product.cu":  # all that its launch bounds leave
             return min(MOST, REGISTERS // (tile["resident"] * launch.threads))
         others *= 2  # the targets beside their sums
@@ -192,7 +192,7 @@ def test_too_many_registers_are_found(flownetc):
 
 @pytest.mark.parametrize(
     "name",
-    ["device.cuh", "staging.cuh", "product.cu", "product_adjoint.cu", "plain.cu", "window.cu"],
+    ["device.cuh", "staging.cuh", "product.cu", "product_adjoint.cu", "plain.cu", "taps.cu"],
 )
 def test_an_error_is_reported_with_its_file_and_line(name, monkeypatch):
     launch = next(
@@ -218,7 +218,7 @@ def test_an_error_is_reported_with_its_file_and_line(name, monkeypatch):
         ("product.cu", "product_cost"),
         ("product_adjoint.cu", "product_gradient"),
         ("plain.cu", "plain_cost"),
-        ("window.cu", "window_sum"),
+        ("taps.cu", "taps_sum"),
     ],
 )
 def test_a_file_stands_alone_with_its_defaults(file, kernel):

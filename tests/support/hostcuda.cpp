@@ -1,7 +1,7 @@
 // Blocks of threads as fibers: what hostcuda.h declares.
 //
 // With HOST_TRACE the kernel's object is compiled with -fsanitize=thread, which calls a function
-// before every access to memory. These functions are here, instead of the sanitizer's own: they find
+// before every access to memory. These functions replace the sanitizer's own: they find
 // data races in shared memory (two threads use a word between the same two barriers, and one
 // writes it), whatever the order of the threads, and keep a record of accesses to be counted.
 #include "hostcuda.h"

@@ -53,7 +53,7 @@ def launches(layer: str, gpu: str, which: str, similarity: str = "product") -> l
 def used(launch: Launch) -> list[str]:
     """Return the arrays that a launch reads or writes: a gradient of products not its own map."""
     own = launch.arrays[-1].removeprefix("grad_")
-    of_products = own.startswith("fmap") and not dict(launch.constants)["differences"]
+    of_products = own.startswith("fmap") and not dict(launch.constants)["l1"]
     return [name for name in launch.arrays if not (of_products and name == own)]
 
 
@@ -269,7 +269,7 @@ COMPILED = {
     "times gradients": lambda: summary_table("gradients"),
     "code forward": lambda: code_table("forward"),
     "code gradients": lambda: code_table("gradients"),
-    "differences": differences_table,
+    "l1": differences_table,
 }
 
 

@@ -27,7 +27,7 @@ def geometries(draw):
 
 @st.composite
 def cases(draw):
-    """Draw (shape of the maps, geometry), such that the window fits and the maps are small."""
+    """Draw (shape of the maps, geometry), such that the taps fit and the maps are small."""
     geometry = draw(geometries())
     sizes = []
     for extent, padding in zip(geometry.taps_extent, geometry.padding, strict=True):

@@ -1,9 +1,9 @@
-// The sum over a window's taps, and its adjoint, for kernel_size > 1.
+// The sum over the taps, and its adjoint, for kernel_size > 1.
 //
-//   window_sum     cost[e, y, x]   = scale * sum over i, j of volume[e, y * stride + i * dilation,
-//                                                                      x * stride + j * dilation]
-//   window_spread  volume[e, u, v] = sum of grad_cost[e, y, x] over the i, j, y, x with
-//                                    y * stride + i * dilation = u and x * stride + j * dilation = v
+//   taps_sum     cost[e, y, x]   = scale * sum over i, j of volume[e, y * stride + i * dilation,
+//                                                                    x * stride + j * dilation]
+//   taps_spread  volume[e, u, v] = sum of grad_cost[e, y, x] over the i, j, y, x with
+//                                  y * stride + i * dilation = u and x * stride + j * dilation = v
 //
 // e counts samples and displacements, (y, x) output positions, (u, v) lattice positions; stride and
 // dilation are in lattice steps. The volume holds accumulators: a sum is rounded once, at its end.
@@ -28,7 +28,7 @@ struct Sizes {
   int lattice_height, lattice_width;
 };
 
-extern "C" __global__ void __launch_bounds__(threads, 1) window_sum(
+extern "C" __global__ void __launch_bounds__(threads, 1) taps_sum(
     const accumulator* __restrict__ volume, element* __restrict__ cost, const Sizes s,
     const accumulator scale) {
   const index output = static_cast<index>(blockIdx.x) * threads + threadIdx.x;
@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) window_sum(
   cost[output] = narrow<element>(sum * scale);
 }
 
-extern "C" __global__ void __launch_bounds__(threads, 1) window_spread(
+extern "C" __global__ void __launch_bounds__(threads, 1) taps_spread(
     const element* __restrict__ grad_cost, accumulator* __restrict__ volume, const Sizes s,
     const accumulator scale) {
   const index output = static_cast<index>(blockIdx.x) * threads + threadIdx.x;

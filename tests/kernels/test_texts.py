@@ -1,6 +1,7 @@
-"""The sizes that a launch passes are the fields of its kernel's struct, in their order."""
+"""The texts of the kernels: sizes that launches pass are fields of a struct; lines are short."""
 
 import re
+from pathlib import Path
 
 import host
 import pytest
@@ -9,7 +10,9 @@ from host import DEVICES
 
 from cupycorr.cuda.sources import _read
 
-KERNELS = ("plain.cu", "product.cu", "product_adjoint.cu", "window.cu")
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [*(ROOT / "kernels").glob("*.cu*"), *(ROOT / "tests" / "support").glob("hostcuda.*")]
+KERNELS = ("plain.cu", "product.cu", "product_adjoint.cu", "taps.cu")
 
 
 def fields(text):
@@ -40,3 +43,16 @@ def test_a_field_that_moved_is_caught():
         "int channels, height, width;", "int height, channels, width;"
     )
     assert [name for name, _ in launches()["product.cu"].sizes] != fields(text)
+
+
+def too_long(text):
+    return [line for line in text.splitlines() if len(line) > 100]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_lines_have_at_most_100_columns(path):
+    assert too_long(path.read_text()) == []
+
+
+def test_a_long_line_is_caught():
+    assert too_long("a" * 100 + "\n" + "b" * 101) == ["b" * 101]
