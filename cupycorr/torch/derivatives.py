@@ -16,24 +16,29 @@ from changes of the feature maps to that of the cost, and ``cupycorr::l1_grads``
 ``cupycorr::l1_cost`` is the cost itself.
 
 A call takes one of two ways (`derive`). Dense tensors in plain eager mode go straight to the
-engine, with the rules as an autograd function. Everything else (transforms of torch.func, tracers,
-dispatch modes, subclasses) calls the registered operator, and torch's dispatcher finds out what
-that means; its autograd kernel has the same rules for one level of differentiation.
+engine. Everything else (transforms of torch.func, tracers, dispatch modes, subclasses) calls the
+registered operator, and torch's dispatcher finds out what that means. Both ways attach the same
+rules to the results: the second one in the operator's autograd kernel, for one level of
+differentiation at a time.
 
-Private names of torch that are used, tried with torch 2.13, each with a test of ``tests/torch``
-that fails without it:
+Private names of torch that are used, tried with torch 2.13, and tests of ``tests/torch`` that fail
+without them:
 
-==============================================  ===============================================
-name                                            test
-==============================================  ===============================================
-``_C._dispatch_keys``, ``_C.DispatchKey[Set]``  test_gradients_agree_with_finite_differences
-``_C._dispatch_tls_local_include_set``          test_make_fx_records_the_operator
-``enable_single_level_autograd_function``       test_transforms_inside_are_the_same
-``autograd.function._SingleLevelFunction``      test_transforms_inside_are_the_same
-``_C._AutoDispatchBelowAutograd``               test_transforms_inside_are_the_same
-``forward_ad._set_fwd_grad_enabled``            test_hessians_of_all_modes_are_that_of_autograd
-``DTensor._op_dispatcher`` (`sharding`)         test_processes_compute_what_one_computes
-==============================================  ===============================================
+==========================================  =======================================================
+name                                        test
+==========================================  =======================================================
+``_C._dispatch_keys``                       test_a_lazily_negated_map_is_negated
+``_C._dispatch_tls_local_include_set``      test_the_dispatcher_gives_the_same_cost
+``_C._AutoDispatchBelowAutograd``           test_grad_is_the_gradient_of_autograd
+``enable_single_level_autograd_function``   test_grad_is_the_gradient_of_autograd
+``apply`` of ``autograd.Function``'s base   test_grad_is_the_gradient_of_autograd
+``forward_ad._set_fwd_grad_enabled``        test_hessians_of_all_modes_are_that_of_autograd
+``DTensor._op_dispatcher`` (`sharding`)     test_processes_compute_what_one_computes
+==========================================  =======================================================
+
+The first two belong to the way around the dispatcher. `torch.library.register_autograd` would do
+without the others but the last. With it torch.func.grad fails on the operators, and tangents in
+forward mode are silently zero.
 """
 
 from __future__ import annotations
@@ -47,7 +52,6 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.forward_ad import unpack_dual
 
 from cupycorr.cpu import engine
 from cupycorr.geometry import Axis
@@ -112,20 +116,16 @@ def derive(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor,
         # What is traced is to be the bare operator: the rest of this function cannot be traced.
         return dispatch(operator, layer, *operands)
     if not _are_plain(operands):
-        _learn_sharding()
-        device = operands[0].device.type
-        # Operands have the dtype that they are meant to have, whatever region this is called in.
-        with torch.autocast(device if device == "cuda" else "cpu", enabled=False):
-            return dispatch(operator, layer, *operands)
+        return _dispatch_uncast(operator, layer, *operands)
+    results = compute(operator, layer, *operands)
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
     if differentiated or any(_has_tangent(t) for t in operands):
-        results: tuple[Tensor, ...] = _Derivative.apply(operator, layer, *operands)  # type: ignore[no-untyped-call]
-        return results
-    return _Derivative.forward(None, operator, layer, *operands)
+        results = _Derivative.apply(results, operator, layer, *operands)  # type: ignore[no-untyped-call]
+    return results
 
 
 def _has_tangent(tensor: Tensor) -> bool:
-    return unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def dispatch(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
@@ -135,13 +135,13 @@ def dispatch(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tenso
 
 
 def derive_on_one_level(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
-    """Do what the autograd kernel of an operator must do: derive on this level, dispatch below it.
-
-    ``autograd.Function.apply`` would start again at the top level of torch.func's transforms.
-    """
+    """Compute results below this level of differentiation, and attach the rules on this level."""
+    # torch calls `_Derivative.jvp` with forward mode switched off, which holds for levels below.
+    with torch._C._AutoDispatchBelowAutograd(), forward_ad._set_fwd_grad_enabled(True):
+        results = dispatch(operator, layer, *operands)
     with enable_single_level_autograd_function():
-        results: tuple[Tensor, ...] = _SingleLevelDerivative.apply(operator, layer, *operands)  # type: ignore[attr-defined]
-    return results
+        derived: tuple[Tensor, ...] = _apply_on_one_level(results, operator, layer, *operands)  # type: ignore[no-untyped-call]
+    return derived
 
 
 def fields(layer: Layer) -> tuple[Any, ...]:
@@ -149,18 +149,13 @@ def fields(layer: Layer) -> tuple[Any, ...]:
     return (*(getattr(layer.geometry, name) for name in Axis._fields), layer.normalize)
 
 
-def _plain_keys() -> int:
-    """Return the dispatch keys that only ask for derivatives and values of dense tensors."""
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-    for name in ("", "Autograd", "Autocast"):
-        for device in ("CPU", "CUDA"):
-            key = getattr(torch._C.DispatchKey, name + device)
-            keys = keys | torch._C.DispatchKeySet(key)
-    in_place = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-    return (keys | in_place).raw_repr()
-
-
-_PLAIN = _plain_keys()
+_PLAIN = 0
+"""The dispatch keys that only ask for derivatives and values of dense tensors."""
+for _name in (
+    *("BackendSelect", "ADInplaceOrView", "CPU", "CUDA"),
+    *("AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"),
+):
+    _PLAIN |= torch.DispatchKeySet(getattr(torch.DispatchKey, _name)).raw_repr()
 
 
 def _are_plain(tensors: tuple[Tensor, ...]) -> bool:
@@ -169,6 +164,14 @@ def _are_plain(tensors: tuple[Tensor, ...]) -> bool:
     for tensor in tensors:
         keys |= torch._C._dispatch_keys(tensor).raw_repr()
     return not keys & ~_PLAIN and not torch.overrides.has_torch_function(tensors)
+
+
+def _dispatch_uncast(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
+    """Call the registered operator, in the operands' dtype where autocast has another one."""
+    _learn_sharding()
+    device = operands[0].device.type
+    with torch.autocast(device if device == "cuda" else "cpu", enabled=False):
+        return dispatch(operator, layer, *operands)
 
 
 def _learn_sharding() -> None:
@@ -185,13 +188,35 @@ def _register_sharding() -> None:
         sharding.register(operator.function)
 
 
-class _Rules:
-    """The derivatives of an operator."""
+class _Derivative(torch.autograd.Function):
+    """Attach an operator's derivatives to its results, which are computed before."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        results: tuple[Tensor, ...],
+        operator: Operator,
+        layer: Layer,
+        *operands: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.operator, ctx.layer = operator, layer
+        ctx.set_materialize_grads(False)
+        if operator.similarity == "l1":
+            ctx.save_for_backward(*operands[:2])
+            ctx.save_for_forward(*operands[:2])
+            return results
+        # An operand appears in the gradients of the others only.
+        needs = ctx.needs_input_grad[3:]
+        ctx.save_for_backward(
+            *(t if any(needs[:i] + needs[i + 1 :]) else None for i, t in enumerate(operands))
+        )
+        ctx.save_for_forward(*operands)
+        return results
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         operator: Operator = ctx.operator
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         grads: Iterable[Tensor | None]
         both = _BOTH.get(operator)
         if both is not None and all(needs) and upstream[0] is not None:
@@ -204,74 +229,42 @@ class _Rules:
                 _change(slot, changes, ctx) if needed else None
                 for slot, needed in zip(operator.operands, needs, strict=True)
             )
-        return None, None, *grads
+        return None, None, None, *grads
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         operator: Operator = ctx.operator
         if operator.similarity == "l1":
-            return _l1_jvp(ctx, tangents[2:])
-        changes = dict(zip(operator.operands, tangents[2:], strict=True))
+            return _l1_jvp(ctx, tangents[3:])
+        changes = dict(zip(operator.operands, tangents[3:], strict=True))
         results = tuple(_change(slot, changes, ctx) for slot in operator.results)
         # Autograd fails on a result without a tangent, beside one that has one.
         fmap = ctx.saved_tensors[0]
         return tuple(fmap.new_zeros(fmap.shape) if t is None else t for t in results)
 
 
-class _Derivative(_Rules, torch.autograd.Function):
-    """An operator on dense tensors, computed on their own memory.
-
-    `derive` calls ``forward`` alone, without a context, where nothing is to be derived.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, operator: Operator, layer: Layer, *operands: Tensor
-    ) -> tuple[Tensor, ...]:
-        if ctx is not None:
-            _save(ctx, operator, layer, operands)
-        fmap = operands[0]
-        shapes = {FMAP1: fmap.shape, FMAP2: fmap.shape, COST: layer.geometry.cost_shape(fmap.shape)}
-        results = tuple(fmap.new_empty(shapes[slot]) for slot in operator.results)
-        arrays = {
-            INPUTS[slot]: tensor for slot, tensor in zip(operator.operands, operands, strict=True)
-        }
-        arrays |= {
-            _RESULTS[slot]: tensor for slot, tensor in zip(operator.results, results, strict=True)
-        }
-        # Engines read the shape of a map that no wanted gradient depends on: either map's.
-        arrays.setdefault("fmap1", fmap)
-        arrays.setdefault("fmap2", fmap)
-        if fmap.is_cuda:
-            from cupycorr.torch import memory
-
-            memory.run(operator.what, arrays, layer)
-        else:
-            views = {name: _array(tensor) for name, tensor in arrays.items()}
-            engine.run(operator.what, views, layer, threads=torch.get_num_threads())
-        return results
+_apply_on_one_level = super(torch.autograd.Function, _Derivative).apply
+"""The method that `autograd.Function.apply` ends in; that one goes through all levels first."""
 
 
 def compute(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
     """Compute what an operator returns for dense tensors, on their own memory."""
-    return _Derivative.forward(None, operator, layer, *operands)
+    fmap = operands[0]
+    shapes = {FMAP1: fmap.shape, FMAP2: fmap.shape, COST: layer.geometry.cost_shape(fmap.shape)}
+    results = tuple(fmap.new_empty(shapes[slot]) for slot in operator.results)
+    arrays = dict(zip((INPUTS[slot] for slot in operator.operands), operands, strict=True))
+    arrays |= zip((_RESULTS[slot] for slot in operator.results), results, strict=True)
+    # Engines read the shape of a map that no wanted gradient depends on: either map's.
+    arrays.setdefault("fmap1", fmap)
+    arrays.setdefault("fmap2", fmap)
+    if fmap.is_cuda:
+        from cupycorr.torch import memory
 
-
-class _SingleLevelDerivative(_Rules, torch.autograd.function._SingleLevelFunction):
-    """An operator on the level that the dispatcher has come down to."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, operator: Operator, layer: Layer, *operands: Tensor
-    ) -> tuple[Tensor, ...]:
-        _save(ctx, operator, layer, operands)
-        # A transform may differentiate on a level below, which autograd.Function switched off.
-        with (
-            torch.enable_grad(),
-            forward_ad._set_fwd_grad_enabled(True),
-            torch._C._AutoDispatchBelowAutograd(),
-        ):
-            return dispatch(operator, layer, *operands)
+        memory.lend(operator.what, arrays, layer)
+    else:
+        views = {name: _array(tensor) for name, tensor in arrays.items()}
+        engine.run(operator.what, views, layer, threads=torch.get_num_threads())
+    return results
 
 
 def _array(tensor: Tensor) -> Any:
@@ -283,25 +276,10 @@ def _array(tensor: Tensor) -> Any:
     return tensor.numpy()
 
 
-def _save(ctx: Any, operator: Operator, layer: Layer, operands: tuple[Tensor, ...]) -> None:
-    ctx.operator, ctx.layer = operator, layer
-    ctx.set_materialize_grads(False)
-    if operator.similarity == "l1":
-        ctx.save_for_backward(*operands[:2])
-        ctx.save_for_forward(*operands[:2])
-        return
-    # An operand appears in the gradients of the others only.
-    needs = ctx.needs_input_grad[2:]
-    ctx.save_for_backward(
-        *(tensor if any(needs[:i] + needs[i + 1 :]) else None for i, tensor in enumerate(operands))
-    )
-    ctx.save_for_forward(*operands)
-
-
 def _change(slot: int, changes: dict[int, Tensor | None], ctx: Any) -> Tensor | None:
     """Return how the derivative with respect to a slot changes with the slots in ``changes``.
 
-    The sum over them of the derivative at that change, and at the third slot's saved value.
+    Each of these adds the derivative at its change and at the third slot's saved value.
     """
     values = dict(zip(ctx.operator.operands, ctx.saved_tensors, strict=True))
     operator = _OF_SLOT[slot]

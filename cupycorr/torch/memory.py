@@ -33,8 +33,10 @@ from torch import Tensor
 from cupycorr.layer import Layer
 
 
-def run(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
-    """Compute a layer's result into tensors; nothing is copied but what is not contiguous.
+def lend(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
+    """Lend tensors' memory to the CUDA engine, which computes a layer's result into it.
+
+    An input is copied only where it is not contiguous.
 
     Parameters
     ----------

@@ -139,11 +139,11 @@ class TestTheBridge:
         def results(one, two, upstream):
             cost = cupycorr.correlation(one, two, WINDOW, similarity="l1")
             with torch.no_grad():
-                grads = torch.ops.cupycorr.l1_grads(one, two, upstream, *_fields(Layer(WINDOW)))
-            tangent = torch.ops.cupycorr.l1_tangent(one, two, two, one, *_fields(Layer(WINDOW)))
+                grads = torch.ops.cupycorr.l1_grads(one, two, upstream, *fields(Layer(WINDOW)))
+            tangent = torch.ops.cupycorr.l1_tangent(one, two, two, one, *fields(Layer(WINDOW)))
             return cost, *grads, *torch.autograd.grad(cost, (one, two), upstream), tangent
 
-        from cupycorr.torch.operators import _fields
+        from cupycorr.torch.derivatives import fields
 
         whole, there = placed(tensors)
         upstream = maps("cpu", 1, shape=WINDOW.cost_shape(SHAPE))[0]
@@ -282,11 +282,11 @@ class TestOnADevice:
         assert_same(compiled(one, two), cupycorr.correlation(one, two, GEOMETRY) * 2)
 
     def test_opcheck_passes(self, cuda):
-        from cupycorr.torch.operators import _fields
+        from cupycorr.torch.derivatives import fields
 
         torch.library.opcheck(
             torch.ops.cupycorr.cost.default,
-            (*maps(cuda, requires_grad=True), *_fields(Layer(GEOMETRY))),
+            (*maps(cuda, requires_grad=True), *fields(Layer(GEOMETRY))),
         )
 
     def test_checkpoints_inference_mode_and_determinism(self, cuda):
@@ -369,10 +369,10 @@ class TestTheBridgeWithoutADevice:
         one, two = maps("cpu", dtype=dtype)
         cost = torch.empty(GEOMETRY.cost_shape(SHAPE), dtype=dtype)
         arrays = {"fmap1": one, "fmap2": two, "cost": cost}
-        torch_cuda.run("cost", arrays, Layer(GEOMETRY))
+        torch_cuda.lend("cost", arrays, Layer(GEOMETRY))
         grads = {"grad_fmap1": torch.empty_like(one), "grad_fmap2": torch.empty_like(two)}
         upstream = {"fmap1": one, "fmap2": two, "grad_cost": cost}
-        torch_cuda.run("grads", upstream | grads, Layer(GEOMETRY))
+        torch_cuda.lend("grads", upstream | grads, Layer(GEOMETRY))
         assert_same(cost, cupycorr.correlation(one, two, GEOMETRY))
         (_, name, arrays, _), _ = notes
         assert name == str(dtype).removeprefix("torch.")
@@ -382,7 +382,7 @@ class TestTheBridgeWithoutADevice:
     def test_device_and_stream_are_current_while_it_computes(self, bridge):
         torch_cuda, notes = bridge
         one, two = maps("cpu")
-        torch_cuda.run(
+        torch_cuda.lend(
             "cost",
             {"fmap1": one, "fmap2": two, "cost": torch.empty(GEOMETRY.cost_shape(SHAPE))},
             Layer(GEOMETRY),
@@ -392,7 +392,7 @@ class TestTheBridgeWithoutADevice:
     def test_workspace_is_torchs(self, bridge, monkeypatch):
         torch_cuda, notes = bridge
         one, two = maps("cpu")
-        torch_cuda.run(
+        torch_cuda.lend(
             "cost",
             {"fmap1": one, "fmap2": two, "cost": torch.empty(GEOMETRY.cost_shape(SHAPE))},
             Layer(GEOMETRY),
@@ -411,11 +411,13 @@ class TestTheBridgeWithoutADevice:
         stacks, engine = [], torch_cuda._engine()
         monkeypatch.setattr(engine, "run", lambda *a, **o: stacks.append(frames.stack()))
         one, two = (fmap.requires_grad_() for fmap in maps("cpu"))
-        cupycorr.correlation(one, two, GEOMETRY).sum().backward()
-        assert len(stacks) == 2
+        cupycorr.spatial_correlation_sample(one, two).sum().backward()
+        cupycorr.SpatialCorrelationSampler()(one, two)
+        assert len(stacks) == 3
         for names in stacks:
             # The engine itself launches: a test in tests/gpu.
-            assert len([*names, "run of the engine"]) <= 7, names
+            names.append("run")
+            assert len(names) <= 7, names
             assert len(set(names)) == len(names), names
 
     @pytest.mark.parametrize("layout", ["strided", "differentiated"])
@@ -428,7 +430,7 @@ class TestTheBridgeWithoutADevice:
         else:
             one.requires_grad_()
         cost = torch.empty(GEOMETRY.cost_shape(SHAPE))
-        torch_cuda.run("cost", {"fmap1": one, "fmap2": two, "cost": cost}, Layer(GEOMETRY))
+        torch_cuda.lend("cost", {"fmap1": one, "fmap2": two, "cost": cost}, Layer(GEOMETRY))
         assert_same(cost, want)
 
 
