@@ -169,9 +169,12 @@ def _are_plain(tensors: tuple[Tensor, ...]) -> bool:
 def _dispatch_uncast(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
     """Call the registered operator, in the operands' dtype where autocast has another one."""
     _learn_sharding()
-    device = operands[0].device.type
-    with torch.autocast(device if device == "cuda" else "cpu", enabled=False):
-        return dispatch(operator, layer, *operands)
+    device, dtype = operands[0].device.type, operands[0].dtype
+    enabled = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    if enabled and dtype is not torch.get_autocast_dtype(device):
+        with torch.autocast(device, enabled=False):
+            return dispatch(operator, layer, *operands)
+    return dispatch(operator, layer, *operands)
 
 
 def _learn_sharding() -> None:

@@ -199,6 +199,11 @@ class TestTraces:
         assert torch.ops.cupycorr.cost.default in [node.target for node in graph.graph.nodes]
         assert not difference(graph(*pair()), cost(*pair()))
 
+    def test_a_trace_before_autograd_holds_the_operator_alone(self):
+        graph = torch.fx.experimental.proxy_tensor.make_fx(cost, pre_dispatch=True)(*pair())
+        called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        assert called == [torch.ops.cupycorr.cost.default]
+
 
 class TestShapesOnly:
     @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
