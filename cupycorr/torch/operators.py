@@ -134,12 +134,12 @@ def _vmap_kernel(
     """Fold the batches of vmap into those of the maps; what has none is repeated."""
     operands, layer = _parse(operator, arguments)
     count = info.batch_size
-    folded = (
-        (t.expand(count, *t.shape) if dim is None else t.movedim(dim, 0)).flatten(0, 1)
+    batches = [
+        t.expand(count, *t.shape) if dim is None else t.movedim(dim, 0)
         for t, dim in zip(operands, in_dims, strict=False)
-    )
-    results = derivatives.dispatch(operator, layer, *folded)
-    results = tuple(t.view(count, len(t) // count, *t.shape[1:]) for t in results)
+    ]
+    results = derivatives.dispatch(operator, layer, *(t.flatten(0, 1) for t in batches))
+    results = tuple(t.reshape(*batches[0].shape[:2], *t.shape[1:]) for t in results)
     return _returned(results), _returned((0,) * len(results))
 
 

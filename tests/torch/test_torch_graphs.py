@@ -66,6 +66,13 @@ class TestCompile:
             assert not difference(function(*pair(shape)), cost(*pair(shape)))
         assert count == 1
 
+    def test_batches_of_dynamic_shapes_need_one_compilation(self, compiled):
+        function = compiled(vmap(cost, (0, None)), dynamic=True)
+        for batch, shape in ((4, (2, 3, 5, 6)), (5, (3, 4, 7, 9)), (8, (6, 2, 11, 10))):
+            maps = integers((batch, *shape)), integers(shape, seed=1)
+            assert not difference(function(*maps), vmap(cost, (0, None))(*maps))
+            torch.compiler.set_stance("fail_on_recompile")
+
     def test_the_graph_holds_the_operator_alone(self, compiled):
         graphs = []
 

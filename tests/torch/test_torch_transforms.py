@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 import torch.autograd.forward_ad as fwad  # noqa: E402
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap  # noqa: E402
 
-import cupycorr.torch.operators  # noqa: E402, F401 - defines the operators
+import cupycorr.torch  # noqa: E402, F401 - defines the operators
 
 FIELDS = (
     *(GEOMETRY.kernel_size, GEOMETRY.patch_size, GEOMETRY.stride, GEOMETRY.padding),
@@ -122,6 +122,9 @@ class TestFunc:
     def test_vmap_takes_maps_without_samples(self):
         maps = integers((3, 0, *SHAPE[1:])), integers((0, *SHAPE[1:]))
         assert vmap(cost, (0, None))(*maps).shape == (3, 0, *COST_SHAPE[1:])
+
+    def test_vmap_takes_an_empty_batch(self):
+        assert vmap(cost, (0, None))(integers((0, *SHAPE)), integers()).shape == (0, *COST_SHAPE)
 
     def test_gradients_inside_a_batch_stay_apart(self):
         maps = [m.requires_grad_() for m in (integers((3, *SHAPE)), integers((3, *SHAPE), seed=1))]
