@@ -136,6 +136,7 @@ def dispatch(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tenso
 
 def derive_on_one_level(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
     """Compute results below this level of differentiation, and attach the rules on this level."""
+    _learn_sharding()
     # torch calls `_Derivative.jvp` with forward mode switched off, which holds for levels below.
     with torch._C._AutoDispatchBelowAutograd(), forward_ad._set_fwd_grad_enabled(True):
         results = dispatch(operator, layer, *operands)
