@@ -55,9 +55,9 @@ class SpatialCorrelationSampler(torch.nn.Module):
 
     Notes
     -----
-    The parameters are read-only attributes. Under torch.autocast the maps are cast to the dtype of
-    the region: 16 bits in, 16 bits out,
-    with sums accumulated in float32 and rounded once.
+    The parameters are read-only attributes, as given: an int where both axes are equal. Under
+    torch.autocast the maps are cast to the dtype of the region: 16 bits in, 16 bits out, with sums
+    accumulated in float32 and rounded once.
     """
 
     def __init__(

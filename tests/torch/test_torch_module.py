@@ -13,6 +13,8 @@ from cupycorr import Geometry, SpatialCorrelationSampler
 
 torch = pytest.importorskip("torch")
 
+from cupycorr.modules import PARAMETERS  # noqa: E402
+
 # Large enough for the engine to use its threads.
 LARGE, LARGE_GEOMETRY = (1, 32, 40, 50), Geometry(patch_size=9)
 
@@ -59,7 +61,7 @@ class TestModule:
 
     def test_it_takes_over_the_state_of_a_module_that_kept_its_arguments_alone(self):
         module, maps = SpatialCorrelationSampler(*self.PARAMETERS), pair()
-        state = {name: value for name, value in vars(module).items() if name != "geometry"}
+        state = vars(torch.nn.Module()) | dict(zip(PARAMETERS, self.PARAMETERS, strict=True))
         other = SpatialCorrelationSampler.__new__(SpatialCorrelationSampler)
         other.__setstate__(state)
         assert repr(other) == repr(module)
@@ -148,7 +150,7 @@ def test_errors_name_the_modules_own_arguments():
         SpatialCorrelationSampler()(one, other)
 
 
-@pytest.mark.parametrize("name", ["kernel_size", "patch_size", "stride", "padding", "dilation"])
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_what_is_computed_with_and_cannot_be_changed(name):
     module = SpatialCorrelationSampler(3, (5, 3), padding=1)
     assert (module.kernel_size, module.patch_size, module.dilation_patch) == (3, (5, 3), 1)
