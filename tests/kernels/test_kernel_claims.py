@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import test_host
 from host import DEVICES, SHARED
-from kernel_tables import used
+from kernel_costs import used
 from test_host import TILED
 
 from cupycorr import Geometry
@@ -115,12 +115,12 @@ def test_words_that_do_not_exist_are_never_stored(kernel, case, device):
 
 @EVERY_DEVICE
 @EVERY_CASE
-def test_a_thread_of_the_product_reads_its_positions_and_its_window_once_per_channel(case, device):
+def test_a_thread_of_the_product_reads_its_positions_and_its_columns_once_per_channel(case, device):
     for launch, _, accesses in tiles(case, device, "product_cost"):
         tile = dict(launch.constants)
         load = 4
-        window = tile["lead"] + tile["advance_x"] * (tile["positions"] - 1) + tile["displacements"]
-        per_channel = tile["positions"] + -(-window // load) * load
+        columns = tile["lead"] + tile["advance_x"] * (tile["positions"] - 1) + tile["displacements"]
+        per_channel = tile["positions"] + -(-columns // load) * load
         owners = tile["channel_groups"] * tile["strips"] * tile["groups"] * tile["phases_x"]
         channels = CASES[case][0][1]
         operands = vectors_read(accesses)

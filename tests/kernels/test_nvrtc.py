@@ -99,13 +99,13 @@ def budget(launch):
         return MOST  # it also holds what is on its way from global to shared memory
     positions = tile["positions"]
     displacements = min(tile["displacements"], tile["patch_x"])
-    window = tile.get("lead", 0) + tile["advance_x"] * (positions - 1) + displacements
+    columns = tile.get("lead", 0) + tile["advance_x"] * (positions - 1) + displacements
     others = positions if launch.source == "product.cu" else positions * tile["channels"]
     if tile["l1"]:
         if launch.source == "product.cu":  # all that its launch bounds leave
             return min(MOST, REGISTERS // (tile["resident"] * launch.threads))
         others *= 2  # the targets beside their sums
-    values = positions * displacements + others + window
+    values = positions * displacements + others + columns
     words = 2 if tile["accumulator"] == "double" else 1
     return min(MOST, values * words + BESIDE_TILE[launch.source])
 

@@ -15,8 +15,9 @@ from devices import DEVICES, LAYERS
 
 from cupycorr.cuda import sources as cuda_sources
 from cupycorr.cuda.cost import LATENCY, REGISTERS, RESERVED_BYTES, SECTOR_BYTES
-from cupycorr.cuda.plan import Launch
+from cupycorr.cuda.plan import Launch, plan
 from cupycorr.cuda.tiles import ADDITIONS
+from cupycorr.layer import Layer
 
 WORD, LOAD = 4, 4  # bytes of a float32; of them in a 16-byte load
 DRAM_SHARE = 0.85  # of the data sheet's bandwidth that a kernel reaches
@@ -101,7 +102,7 @@ class Tile:
         self.lanes = self.phases_x * self.groups
         self.columns = self.groups * self.positions
         self.source_columns = self.lead + self.advance_x * (self.columns - 1) + self.patch_x
-        self.window = self.lead + self.advance_x * (self.positions - 1) + self.displacements
+        self.thread_columns = self.lead + self.advance_x * (self.positions - 1) + self.displacements
         self.q_groups = ceil(self.patch_x / self.displacements)
 
     def warps(self, address):
@@ -152,7 +153,7 @@ def _product_accesses(tile, block_y):
 
     return _add(
         _sum_of_wavefronts(tile.warps(address(0)), tile.positions // LOAD),
-        _sum_of_wavefronts(tile.warps(address(1)), ceil(tile.window / LOAD)),
+        _sum_of_wavefronts(tile.warps(address(1)), ceil(tile.thread_columns / LOAD)),
     )
 
 
@@ -189,13 +190,13 @@ def _gradient_accesses(tile, step):
         )
 
     span = tile.advance_x * (tile.positions - 1) + tile.patch_x
-    windows = [
-        sum(1 for k in range(0, tile.window, LOAD) if e0 + k < span)
+    loads = [
+        sum(1 for k in range(0, tile.thread_columns, LOAD) if e0 + k < span)
         for e0 in range(0, tile.patch_x, tile.displacements)
     ]
     return _add(
         _sum_of_wavefronts(tile.warps(g), tile.patch_x * tile.positions // LOAD),
-        _sum_of_wavefronts(tile.warps(source), tile.channels * sum(windows)),
+        _sum_of_wavefronts(tile.warps(source), tile.channels * sum(loads)),
     )
 
 
@@ -326,7 +327,7 @@ def machine(launch: Launch, channels: int, capability: int) -> Machine:
 
 
 def _work(tile):
-    return nvrtc.additions if tile.differences else nvrtc.multiply_adds
+    return nvrtc.additions if tile.l1 else nvrtc.multiply_adds
 
 
 def _unused_slots(launch: Launch, capability: int, longest: int) -> int:
@@ -370,7 +371,7 @@ def predict(launch: Launch, count: Counts, code: Machine, gpu: str, memory: floa
     warps = min(resident, most) * launch.threads / 32
     efficiency = min(0.92, 0.5 + 0.13 * warps / 4)
     written = count.results / 32
-    operations = ADDITIONS if Tile(launch).differences else 1
+    operations = ADDITIONS if Tile(launch).l1 else 1
     busy = {
         "arithmetic": count.executed * operations / device.multiply_adds,
         "shared memory": (count.merged + count.staged / 32 + 2 * written)
@@ -389,3 +390,54 @@ def predict(launch: Launch, count: Counts, code: Machine, gpu: str, memory: floa
     }
     bound = max(times, key=times.__getitem__)
     return Prediction(resident, times[bound], bound)
+
+
+# ---- layers: their launches, the bytes that those move, and their time
+
+PASSES = {"forward": 0, "gradients": 2}  # number of gradients
+RESULTS = {"forward": ("cost",), "gradients": ("grad_fmap1", "grad_fmap2")}
+
+
+def launches(layer: str, gpu: str, which: str) -> list[Launch]:
+    """Return the launches of a pass, in float32."""
+    shape, geometry = LAYERS[layer]
+    return list(plan(RESULTS[which], Layer(geometry), shape, "float32", DEVICES[gpu]).launches)
+
+
+def is_tiled(launch: Launch) -> bool:
+    """Tell whether a launch is of a product kernel."""
+    return launch.source in ("product.cu", "product_adjoint.cu")
+
+
+def used(launch: Launch) -> list[str]:
+    """Return the arrays that a launch reads or writes: a gradient of products not its own map."""
+    own = launch.arrays[-1].removeprefix("grad_")
+    of_products = own.startswith("fmap") and not dict(launch.constants)["l1"]
+    return [name for name in launch.arrays if not (of_products and name == own)]
+
+
+def moved(layer: str, which: str) -> int:
+    """Return the bytes that a pass moves if every launch moves each of its arrays once."""
+    arrays = touched(layer)
+    arrays |= {
+        "grad_cost": arrays["cost"],
+        "grad_fmap1": arrays["map"],
+        "grad_fmap2": arrays["map"],
+    }
+    return sum(arrays[name] for launch in launches(layer, "H100", which) for name in used(launch))
+
+
+@cache
+def microseconds(layer: str, gpu: str, which: str) -> float:
+    """Predict the time of a pass; compiles its tiled kernels."""
+    least, arrays = floor(layer, gpu, min(1, PASSES[which])).memory, touched(layer)
+    time = 0.0
+    for launch in launches(layer, gpu, which):
+        if is_tiled(launch):
+            code = machine(launch, LAYERS[layer][0][1], DEVICES[gpu].capability)
+            count = counts(launch, LAYERS[layer][0][1])
+            time += predict(launch, count, code, gpu, least).microseconds
+        else:  # sums over the taps, bound by memory
+            rate = FIGURES[gpu].dram * 1e3 * DRAM_SHARE
+            time += (arrays["cost"] + arrays["volume"]) / rate
+    return time

@@ -1,0 +1,128 @@
+"""The model of what the kernels cost: its targets, and what kernels/README.md says of it."""
+
+import re
+from pathlib import Path
+
+import kernel_costs
+import nvrtc
+import pytest
+from devices import DEVICES, LAYERS
+from kernel_costs import FIGURES, PASSES, counts, floor, is_tiled, microseconds, moved, wavefronts
+
+README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
+PAGE = README.read_text(encoding="utf-8")
+MISSING = nvrtc.missing(nvrtc.COMPILERS[0]) or nvrtc.missing(nvrtc.DISASSEMBLER)
+compiles = [
+    pytest.mark.slow,
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
+]
+# FlowNetC is bound by arithmetic, the default layer by memory.
+MOST = {"forward": 2.0, "gradients": 2.5}
+MOST_BYTES = 1.3
+
+
+def over_the_floor(layer, gpu, which):
+    """Return a pass's predicted time over the floor of arithmetic."""
+    return microseconds(layer, gpu, which) / floor(layer, gpu, PASSES[which]).arithmetic
+
+
+class TestTargets:
+    pytestmark = compiles
+
+    @pytest.mark.parametrize("gpu", ["2070S", "A100", "4090", "H100"])
+    @pytest.mark.parametrize("which", PASSES)
+    def test_flownetc_takes_little_more_than_its_multiply_adds(self, gpu, which):
+        assert 1 < over_the_floor("FlowNetC", gpu, which) <= MOST[which]
+
+    def test_twice_the_wavefronts_miss_the_target(self, monkeypatch):
+        microseconds.cache_clear()
+        right = kernel_costs.counts
+        monkeypatch.setattr(
+            kernel_costs,
+            "counts",
+            lambda *job: right(*job)._replace(merged=3 * right(*job).merged),
+        )
+        assert over_the_floor("FlowNetC", "2070S", "forward") > MOST["forward"]
+        microseconds.cache_clear()
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_the_default_layer_moves_little_more_than_each_tensor_once(which):
+    assert moved("default", which) <= MOST_BYTES * floor("default", "H100", PASSES[which]).bytes
+
+
+def table():
+    """Return the page's predictions: (layer, pass) to {GPU: (microseconds, over the floor)}."""
+    rows = re.findall(r"^\| (\S.*?) \| (forward|gradients) \| (.*) \|$", PAGE, re.MULTILINE)
+    head = re.search(r"^\| layer \| pass \| (.*) \|$", PAGE, re.MULTILINE)[1].split(" | ")
+    cells = {(layer, which): row.split(" | ") for layer, which, row in rows}
+    return {
+        key: {gpu: tuple(map(float, cell.rstrip("x").split(", "))) for gpu, cell in zip(
+            head, row, strict=True)}
+        for key, row in cells.items()
+    }  # fmt: skip
+
+
+def test_the_page_shows_three_layers_on_three_gpus():
+    assert set(table()) == {
+        (layer, which) for layer in ("FlowNetC", "PWC-Net 3", "default") for which in PASSES
+    }
+    assert all(set(row) == {"2070S", "A100", "H100"} for row in table().values())
+
+
+class TestPage:
+    pytestmark = compiles
+
+    @pytest.mark.parametrize("key", table(), ids=" ".join)
+    def test_the_page_shows_what_the_model_predicts(self, key):
+        # Another version of the compiler may schedule other instructions: hence the 5 %.
+        for gpu, (time, ratio) in table()[key].items():
+            predicted = microseconds(key[0], gpu, key[1])
+            least = floor(key[0], gpu, PASSES[key[1]])
+            assert time == pytest.approx(predicted, rel=0.05)
+            assert ratio == pytest.approx(predicted / max(least[:2]), rel=0.05)
+
+
+def test_the_figures_of_the_page_are_those_of_the_model():
+    for name, figures in FIGURES.items():
+        device = DEVICES[name]
+        row = [
+            f"{device.capability / 10}", device.multiprocessors, figures.gigahertz,
+            device.multiply_adds, device.shared_rate, figures.dram, figures.level2,
+        ]  # fmt: skip
+        line = next(
+            line for line in PAGE.splitlines() if re.match(rf"\| {name} [|(].*\d \|$", line)
+        )
+        assert line.split(" | ")[1:] == [*map(str, row[:-1]), f"{row[-1]} |"]
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, str(README), "exec"), {})
+    assert "product_cost" in (tmp_path / "product.cu").read_text()
+
+
+@pytest.mark.parametrize(
+    ("addresses", "strict", "merged"),
+    [
+        ([4 * i for i in range(32)], 4, 4),  # neighbours: each bank once per quarter
+        ([0] * 32, 4, 2),
+        ([4 * (i // 2) for i in range(32)], 4, 2),
+        ([32 * i for i in range(32)], 32, 32),  # one bank
+        ([8 * i for i in range(32)], 8, 8),  # every other one
+        ([0] * 8 + [None] * 24, 1, 1),
+    ],
+    ids=["neighbours", "one word", "pairs", "one bank", "every other bank", "idle lanes"],
+)
+def test_wavefronts_of_known_accesses(addresses, strict, merged):
+    assert wavefronts(addresses) == (strict, merged)
+
+
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer != "stride 3"])
+@pytest.mark.parametrize("which", PASSES)
+def test_blocks_do_at_least_the_work_of_the_layer(layer, which):
+    for gpu in FIGURES:
+        for launch in filter(is_tiled, kernel_costs.launches(layer, gpu, which)):
+            useful = counts(launch, LAYERS[layer][0][1]).useful
+            assert 1 <= useful * launch.blocks / kernel_costs.products(layer) < 1.6
