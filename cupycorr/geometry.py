@@ -360,7 +360,7 @@ def _pair(name: str, value: object, least: int | None = None) -> Pair:
     if type(value) is int and (least is None or value >= least):
         return value, value
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(_isinteger(number) for number in pair):
+    if len(pair) != 2 or not all(_is_integer(number) for number in pair):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     y, x = map(index, pair)
     if least is not None and min(y, x) < least:
@@ -370,7 +370,7 @@ def _pair(name: str, value: object, least: int | None = None) -> Pair:
 
 def integer(name: str, value: object, least: int | None = None) -> int:
     """Check one integer; ``name`` is what the error calls it."""
-    if not _isinteger(value):
+    if not _is_integer(value):
         raise TypeError(f"{name} must be an int, got {value!r}")
     number = index(value)
     if least is not None and number < least:
@@ -378,13 +378,15 @@ def integer(name: str, value: object, least: int | None = None) -> int:
     return number
 
 
-def _isinteger(value: object) -> TypeGuard[SupportsIndex]:
-    """Tell integers of any library from everything else; a bool is not one."""
+def _is_integer(value: object) -> TypeGuard[SupportsIndex]:
+    """Tell integers of any library from everything else; a bool of any library is not one."""
+    if type(value).__name__ in ("bool", "bool_"):
+        return False
     try:
         index(value)  # type: ignore[arg-type]
     except TypeError:
         return False
-    return not isinstance(value, bool)
+    return True
 
 
 def _centred(patch_size: Pair, dilation_patch: Pair) -> Pair:
