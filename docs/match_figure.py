@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import skimage
 from click.testing import CliRunner
+from cost_volume_figure import FAINT, INK, SCALE, Canvas
 from cupycorr.cli import main as command
 from PIL import Image
-from readme_figure import FAINT, INK, SCALE, Canvas
 
 PICTURE = Path(__file__).with_name("match.png")
 MARGIN, GAP, TOP, BELOW = 12, 10, 30, 40

@@ -2,8 +2,6 @@
 
 import itertools
 import struct
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 from typing import NamedTuple
@@ -712,12 +710,3 @@ def stored(image, form, folder):
     else:
         image.convert(form).save(folder / "b.png")
     return folder / "b.png"
-
-
-def test_the_picture_of_readme_is_what_its_script_draws(tmp_path):
-    script = Path(__file__).resolve().parents[2] / "docs" / "match_figure.py"
-    shown = script.with_name("match.png")
-    subprocess.run([sys.executable, script, tmp_path / "drawn.png"], check=True)
-    with pillow.open(tmp_path / "drawn.png") as drawn, pillow.open(shown) as picture:
-        assert drawn.size == picture.size
-    assert shown.stat().st_size < 200_000

@@ -1,6 +1,6 @@
 """Draw README's picture of a cost volume, from a stereo pair that scikit-image brings.
 
-Run as ``python docs/readme_figure.py [FILE]``; needs Pillow and scikit-image.
+Run as ``python docs/cost_volume_figure.py [FILE]``; needs Pillow and scikit-image.
 """
 
 import sys

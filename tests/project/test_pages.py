@@ -1,4 +1,4 @@
-"""README.md: every example runs and prints what the page says; the page and CI agree."""
+"""README.md and docs/: every example runs and prints what its page says; pages and CI agree."""
 
 import inspect
 import re
@@ -16,65 +16,87 @@ from command import invoke
 from cupycorr import Geometry
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 CI = ROOT / ".ci" / "run"
 SET_UP = "python -m pip install -e '.[test]' && "
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
+}
+PICTURES = {"cost_volume.png": "cost_volume_figure.py", "match.png": "match_figure.py"}
 
 
 class Block(NamedTuple):
-    """A fenced block: the section that it stands in, its first line's number, and its text."""
+    """A fenced block: its page and section, its first line's number, its language and text."""
 
+    page: str
     section: str
     line: int
     language: str
     text: str
 
 
-def blocks():
+def blocks(page, text):
     found, section, opened = [], "", None
-    lines = README.splitlines()
+    lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         if line.lstrip().startswith("```"):
             if opened is None:
                 opened = number, line.strip("` ")
             else:
-                text = "\n".join(lines[opened[0] : number - 1])
-                found.append(Block(section, opened[0] + 1, opened[1], text))
+                inside = "\n".join(lines[opened[0] : number - 1])
+                found.append(Block(page, section, opened[0] + 1, opened[1], inside))
                 opened = None
         elif opened is None and line.startswith("## "):
             section = line.removeprefix("## ")
-    assert opened is None, f"the block of line {opened[0]} is not closed"
+    assert opened is None, f"the block of {page}, line {opened[0]} is not closed"
     return found
 
 
-BLOCKS = blocks()
+BLOCKS = [block for page, text in PAGES.items() for block in blocks(page, text)]
 LINES = [line for block in BLOCKS if block.language == "bash" for line in block.text.splitlines()]
 SET_UP_LINES = [line for line in LINES if line.startswith(SET_UP)]
 COMMANDS = [line for line in LINES if line.startswith("cupycorr ")]
 TEST_RUNS = [line for line in LINES if line.startswith("python -m pytest ")]
-SECTIONS = list(dict.fromkeys(b.section for b in BLOCKS if b.language == "python"))
 
 
-def on_its_device(value):
-    """Return a parameter that runs where its device is: a section, or a command."""
-    gpu = value == "CuPy arrays" or re.match(r"cupycorr (warmup|\w+ cuda)\b", value)
-    return pytest.param(value, marks=pytest.mark.gpu) if gpu else value
+def examples():
+    """Return what runs as one: the Python blocks of a section of README, or of another page."""
+    found = {}
+    for block in BLOCKS:
+        if block.language == "python":
+            part = block.section if block.page == "README.md" else ""
+            found.setdefault((block.page, part), []).append(block)
+    return found
+
+
+def on_its_device(value, is_gpu):
+    return pytest.param(value, marks=pytest.mark.gpu) if is_gpu else value
+
+
+def needs_gpu(command):
+    return re.match(r"cupycorr (warmup|\w+ cuda)\b", command) is not None
 
 
 def test_every_block_is_of_a_kind_that_a_test_executes():
     assert {block.language for block in BLOCKS} == {"python", "bash"}
     assert sorted(LINES) == sorted(SET_UP_LINES + COMMANDS + TEST_RUNS)
-    assert all([SECTIONS, COMMANDS, TEST_RUNS])
+    assert all([examples(), COMMANDS, TEST_RUNS])
 
 
-@pytest.mark.parametrize("section", [on_its_device(section) for section in SECTIONS])
-def test_python_examples_print_what_the_page_says(section, capsys, monkeypatch, tmp_path):
+def test_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 220
+
+
+@pytest.mark.parametrize(
+    "part", [on_its_device(part, part[1] == "CuPy arrays") for part in examples()], ids=str
+)
+def test_python_examples_print_what_the_page_says(part, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    examples = [b for b in BLOCKS if b.section == section and b.language == "python"]
-    if any("import torch" in example.text for example in examples):
+    run = examples()[part]
+    if any("import torch" in example.text for example in run):
         pytest.importorskip("torch")
-    namespace = {"__name__": "readme"}
-    for example in examples:
+    namespace = {"__name__": "page"}
+    for example in run:
         expected = re.findall(r"# -> (.*)", example.text)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -83,13 +105,13 @@ def test_python_examples_print_what_the_page_says(section, capsys, monkeypatch, 
             warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
             # Tracebacks show the lines of the page.
             source = "\n" * (example.line - 1) + example.text
-            exec(compile(source, str(ROOT / "README.md"), "exec"), namespace)
+            exec(compile(source, str(ROOT / example.page), "exec"), namespace)
         assert capsys.readouterr().out.splitlines() == expected
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Change to a folder with the two images that commands of the page read."""
+    """Change to a folder with the two images that commands of the pages read."""
     skimage = pytest.importorskip("skimage")
     for side in ("left", "right"):
         shutil.copy(Path(skimage.data_dir, f"motorcycle_{side}.png"), tmp_path / f"{side}.png")
@@ -97,8 +119,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("command", [on_its_device(command) for command in COMMANDS])
-def test_commands_of_the_page_succeed(command, folder):
+@pytest.mark.parametrize(
+    "command", [on_its_device(command, needs_gpu(command)) for command in dict.fromkeys(COMMANDS)]
+)
+def test_commands_of_the_pages_succeed(command, folder):
     if " cpu " in command:
         pytest.importorskip("torch")
     outcome = invoke(*shlex.split(command)[1:])
@@ -131,28 +155,51 @@ class TestSetUp:
         assert outcome.exit_code == 0, outcome.output
 
 
-def test_the_parameters_of_the_page_are_those_of_the_geometry():
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", README, re.MULTILINE)
+def test_the_parameters_of_readme_are_those_of_the_geometry():
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", PAGES["README.md"], re.MULTILINE)
     parameters = inspect.signature(Geometry).parameters.values()
     assert rows == [
         (p.name, "centred" if p.default is None else str(p.default)) for p in parameters
     ]
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\(([^)]+)\)", README))
-def test_links_inside_the_checkout_lead_somewhere(target):
-    if target.startswith("#"):
-        assert target[1:] in {heading.lower() for heading in re.findall(r"^## (.*)", README, re.M)}
-    elif not target.startswith("https://"):
-        assert (ROOT / target).is_file()
+@pytest.mark.parametrize(
+    ("page", "target"),
+    [
+        (page, target)
+        for page, text in PAGES.items()
+        for target in re.findall(r"\]\(([^)]+)\)", text)
+    ],
+)
+def test_links_inside_the_checkout_lead_somewhere(page, target):
+    if target.startswith("https://"):
+        return
+    path, _, heading = target.partition("#")
+    there = (ROOT / page).parent / path if path else ROOT / page
+    assert there.exists()
+    if heading:
+        text = there.read_text(encoding="utf-8")
+        titles = re.findall(r"^## (.*)", text, re.MULTILINE)
+        assert heading in {title.lower().replace(" ", "-") for title in titles}
 
 
-def test_the_picture_is_what_its_script_draws(tmp_path):
+@pytest.mark.parametrize(
+    "statement",
+    re.findall(r"`(from cupycorr[\w.]* import \w+[^`.]*)`", PAGES["docs/migrating.md"]),
+)
+def test_imports_of_the_migration_table_find_something(statement):
+    pytest.importorskip("torch")
+    exec(statement)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("picture", PICTURES)
+def test_a_picture_is_what_its_script_draws(picture, tmp_path):
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("skimage")
-    script, shown = ROOT / "docs" / "readme_figure.py", ROOT / "docs" / "cost_volume.png"
+    script, shown = ROOT / "docs" / PICTURES[picture], ROOT / "docs" / picture
     subprocess.run([sys.executable, script, tmp_path / "drawn.png"], check=True)
-    with image.open(tmp_path / "drawn.png") as drawn, image.open(shown) as picture:
-        assert drawn.size == picture.size
-    assert f"](docs/{shown.name})" in README
+    with image.open(tmp_path / "drawn.png") as drawn, image.open(shown) as drawn_before:
+        assert drawn.size == drawn_before.size
+    assert any(f"({picture})" in text or f"(docs/{picture})" in text for text in PAGES.values())
     assert shown.stat().st_size < 200_000
