@@ -20,15 +20,21 @@ LANES = {
     50: 128, 52: 128, 53: 128, 60: 64, 61: 128, 62: 128, 70: 64, 72: 64, 75: 64, 80: 64,
     86: 128, 87: 128, 89: 128, 90: 128, 100: 128, 103: 128, 120: 128, 121: 128,
 }  # fmt: skip
-REGISTERS = 65536  # of a multiprocessor
-RESERVED_BYTES = 1024  # of shared memory per block, by the driver
-LATENCY = 700  # cycles from a load of global memory to its use
-LEVEL2_BYTES = 24  # per cycle and multiprocessor
-SECTOR_BYTES = 32  # of global memory, the least that is moved
+REGISTERS = 65536  # per multiprocessor
+THREADS = 1024  # per multiprocessor; newer ones hold more, which no tile needs
+RESERVED_BYTES = 1024  # shared memory per block that the driver takes
+ISSUE = 128  # instructions of threads per cycle: 4 schedulers, 32 lanes
+WAVEFRONT_BYTES = 128
+LATENCY = 700  # cycles from a load of global memory to its use; an estimate
+LEVEL2_BYTES = 24  # per cycle and multiprocessor; an estimate
+SECTOR_BYTES = 32  # the least that global memory moves
+# Share of its peak that a multiprocessor reaches: it grows with the warps per scheduler, up to a
+# limit. A guess from experience with such loops, not fitted to measurements.
+EFFICIENCY, EFFICIENCY_PER_WARP, MOST_EFFICIENCY = 0.5, 0.13, 0.92
 
 
 class Device(NamedTuple):
-    """What plans depend on."""
+    """A GPU, as far as plans depend on it."""
 
     capability: int
     """Compute capability, 10 * major + minor."""
@@ -54,26 +60,26 @@ class Device(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What a block of threads needs: registers and shared memory, and work for each unit."""
+    """A block of threads: the registers and shared memory that it needs, and its work."""
 
     threads: int
     registers: int
-    """Of a thread; an estimate, fitted to compiled kernels."""
+    """Registers per thread; an estimate, fitted to compiled kernels."""
     shared_bytes: int
     rounds: int
-    """How many times it fills its buffers."""
+    """How many times the block fills its buffers."""
     multiply_adds: float
-    """Of all threads, in all rounds, as are the other counts; or additions in their place."""
+    """Multiply-adds (l1: additions) of the whole block, all rounds. The counts below likewise."""
     wavefronts: float
     """128-byte accesses of shared memory."""
     instructions: float
-    """Of all threads, beside the multiply-adds."""
+    """Instructions of threads, beside the multiply-adds."""
     words: float
-    """Staged in shared memory."""
+    """Words that are staged in shared memory."""
     bytes: float
-    """Read from global memory and written to it, in whole sectors."""
+    """Bytes that are read from global memory and written to it, in whole sectors."""
     ahead: bool
-    """Whether it fetches while it computes."""
+    """Whether the block fetches while it computes."""
 
 
 def cycles(block: Block, blocks: int, accumulator: str, device: Device) -> float:
@@ -87,15 +93,16 @@ def cycles(block: Block, blocks: int, accumulator: str, device: Device) -> float
     doubled = 2 if accumulator == "float64" else 1
     busy = max(
         block.multiply_adds / device.multiply_adds * doubled,
-        (block.wavefronts + block.words * doubled / 32) * 128 / device.shared_rate,
-        (block.multiply_adds + block.instructions) / 128,
+        (block.wavefronts + block.words * doubled / 32) * WAVEFRONT_BYTES / device.shared_rate,
+        (block.multiply_adds + block.instructions) / ISSUE,
         block.bytes / LEVEL2_BYTES,
     )
     most = -(-blocks // device.multiprocessors)
     together = min(at_once, most)
     warps = together * block.threads // 32
     # Four schedulers share the warps; with few of them the pipelines run dry.
-    efficiency = min(0.92, 0.5 + 0.13 * warps / 4) * warps / round_up(warps, 4)
+    efficiency = min(MOST_EFFICIENCY, EFFICIENCY + EFFICIENCY_PER_WARP * warps / 4)
+    efficiency *= warps / round_up(warps, 4)
     # Blocks that wait for memory leave the multiprocessor to the others that are resident.
     waiting = LATENCY * (1 if block.ahead else block.rounds) / together
     return most * (busy / efficiency + waiting)
@@ -106,7 +113,7 @@ def resident(block: Block, device: Device) -> int:
     return min(
         REGISTERS // (round_up(block.registers, 8) * block.threads),
         device.shared_bytes_of_multiprocessor // (block.shared_bytes + RESERVED_BYTES),
-        1024 // block.threads,
+        THREADS // block.threads,
     )
 
 

@@ -28,18 +28,39 @@ from cupycorr.cuda.cost import (
     round_up,
 )
 
-MOST_THREADS = 256  # of a block: of larger ones too many threads wait at a barrier
-MOST_REGISTERS = 255  # of a thread
+MOST_THREADS = 256  # per block: with more, too many threads wait at a barrier
+MOST_REGISTERS = 255  # per thread
 MOST_SLOTS = 8  # for source rows of a gradient
 LEAST_BUSY = 0.8  # share of a block's threads that have outputs
-# Instructions that take the place of a multiply-add where absolute differences are summed: two
-# additions; and for their gradients two comparisons besides.
+STORE = 10  # instructions per result, from a register to global memory
+
+# For l1, instructions in place of a multiply-add: two additions, and two comparisons in gradients.
 ADDITIONS, COMPARISONS = 2, 2
 DIFFERENCES = 8  # that a thread holds until they are added
 
+# The counts below are read off NVRTC's machine code of product.cu and product_adjoint.cu, for the
+# layers of tests/support/devices.py; tests/kernels/test_nvrtc.py holds the registers to budgets.
+# product.cu: registers beside sums and operands, per thread, per copy and per staged channel,
+OFFSETS, COPY_OFFSETS, CHANNEL_OFFSETS = 12, 3, 2
+# instructions of a round beside its copies, of a copy, and of a channel beside its loads,
+FETCH, COPY, CHANNEL = 35, 4, 10
+# and wavefronts per 16-byte load of a warp: of map 1, whose words neighbouring strips share, and of
+# map 2.
+WAVEFRONTS_1, WAVEFRONTS_2 = 2, 5
+# product_adjoint.cu: registers beside sums, per thread, per copy of G and per copy of the source,
+GRADIENT_OFFSETS, G_OFFSETS, SOURCE_OFFSETS = 90, 2, 1.3
+HELD_OPERANDS = 60  # registers of operands, free while words are on their way
+# instructions of a step beside loads, per thread and per row, and of a copy,
+STEP, STEP_ROW, GRADIENT_COPY = 100, 30, 5
+# and wavefronts per 16-byte load of a warp: of G where a block has many rows or few, and of the
+# source, whose words threads of several rows share.
+MANY_ROWS = 4
+WAVEFRONTS_G, WAVEFRONTS_G_MANY_ROWS = 4, 6
+WAVEFRONTS_SOURCE, WAVEFRONTS_SOURCE_SHARED = 4, 2
+
 
 class Product(NamedTuple):
-    """What the tile of a product volume depends on. Sizes are size classes."""
+    """A product volume, as far as its tile depends on it. Sizes are rounded (`size_class`)."""
 
     samples: int
     """Samples times row phases."""
@@ -62,7 +83,7 @@ class Product(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """What the tile of a gradient depends on. Sizes are size classes, of the targets."""
+    """A gradient, as far as its tile depends on it. Sizes are those of the targets, rounded."""
 
     samples: int
     channels: int
@@ -120,19 +141,19 @@ def gradient_tile(problem: Gradient, device: Device) -> GradientTile | None:
 
 
 class _Columns(NamedTuple):
-    """What threads and blocks of product.cu own along x."""
+    """The columns of a thread and of a block of product.cu."""
 
     positions: int
-    """Of a thread."""
+    """Positions per thread."""
     displacements: int
-    """Of a thread."""
-    window: int
-    """Words of the second map that a thread reads for a channel, rounded up to whole loads."""
+    """Displacements per thread."""
+    source: int
+    """Words of map 2 that a thread reads for a channel, rounded up to whole loads."""
     groups: int
     lanes: int
     """Threads along x."""
     staged1: int
-    """Columns of a phase of the first map."""
+    """Columns of a phase of map 1."""
     staged2: int
     pitch1: int
     pitch2: int
@@ -153,13 +174,13 @@ def _product_tiles(problem: Product, device: Device) -> Iterator[tuple[float, Pr
 def _columns(problem: Product, positions: int, groups: int, load: int) -> _Columns:
     patch, advance = problem.patch[1], problem.advance[1]
     displacements = displacements_of_thread(patch, load)
-    window = round_up(problem.lead + advance * (positions - 1) + displacements, load)
+    source = round_up(problem.lead + advance * (positions - 1) + displacements, load)
     staged = groups * positions
     staged2 = problem.lead + advance * (staged - 1) + patch
     last = advance * positions * (groups - 1) + round_up(patch, displacements) - displacements
     return _Columns(
-        positions, displacements, window, groups, problem.phases_x * groups, staged, staged2,
-        odd_units(staged, load), odd_units(max(staged2, last + window), load),
+        positions, displacements, source, groups, problem.phases_x * groups, staged, staged2,
+        odd_units(staged, load), odd_units(max(staged2, last + source), load),
     )  # fmt: skip
 
 
@@ -182,7 +203,7 @@ def _tiles_of_strips(
         for rows, columns in ((rows1, own.staged1), (rows2, own.staged2))
     )
     line = channel_groups * strips * (own.lanes * own.positions + load)
-    sums, operands = own.positions * own.displacements, own.positions + own.window
+    sums, operands = own.positions * own.displacements, own.positions + own.source
     blocks = problem.samples * -(-problem.rows * row_strips // strips)
     blocks *= -(-problem.columns // own.staged1)
     bytes_moved = bytes_of_rows(
@@ -196,7 +217,8 @@ def _tiles_of_strips(
         if chunk % channel_groups or chunk > problem.channels:
             continue
         shared_bytes = max(buffers * chunk * words, line) * word_bytes
-        registers = (sums + operands) * word_bytes // 4 + 12 + 3 * copies + 2 * chunk
+        registers = (sums + operands) * word_bytes // 4 + OFFSETS
+        registers += COPY_OFFSETS * copies + CHANNEL_OFFSETS * chunk
         registers += DIFFERENCES * word_bytes // 4 if problem.l1 else 0
         ahead = True
         if not problem.asynchronous:
@@ -207,7 +229,7 @@ def _tiles_of_strips(
             registers = max(registers, registers - shared + staged)
         if registers > MOST_REGISTERS or shared_bytes > device.shared_bytes:
             continue
-        fetching = 35 + chunk * copies * (4 + (not problem.asynchronous) * problem.vector)
+        fetching = FETCH + chunk * copies * (COPY + (not problem.asynchronous) * problem.vector)
         rounds = -(-problem.channels // chunk)
         block = Block(
             threads,
@@ -216,12 +238,11 @@ def _tiles_of_strips(
             rounds,
             multiply_adds=problem.channels * sums * own.lanes * strips
             * (ADDITIONS if problem.l1 else 1),
-            # Neighbouring strips share the words of the first map.
             wavefronts=problem.channels * own.lanes * strips / 32
-            * (2 * own.positions + 5 * own.window) / load,
-            instructions=problem.channels * own.lanes * strips * (operands // load + 10)
+            * (WAVEFRONTS_1 * own.positions + WAVEFRONTS_2 * own.source) / load,
+            instructions=problem.channels * own.lanes * strips * (operands // load + CHANNEL)
             + threads * rounds * fetching
-            + sums * busy * 10,
+            + sums * busy * STORE,
             words=problem.channels * copies * threads * problem.vector,
             bytes=bytes_moved,
             ahead=ahead,
@@ -294,24 +315,25 @@ def _gradient_of(
     line = channel_groups * rows * (lanes * positions + load)
     shared_bytes = max(buffers * words, line) * word_bytes
 
-    # Registers; the compiler holds no more of G and of windows than there is room for.
+    # Registers; the compiler holds no more operands than there is room for.
     source_columns = problem.phases_x * (advance_x * (columns - 1) + patch_x)
     source_copies = copies_of_thread(block_channels, source_columns, problem.vector, threads)
     g_copies = rows * copies_of_thread(patch_x, problem.phases_x * columns, 1, threads)
     staged = 0 if problem.asynchronous else slots * source_copies * problem.vector
     staged += 0 if problem.upstream_asynchronous else g_copies
     staged = staged * word_bytes // 4
-    registers = channels * positions * word_bytes // 4 * (2 if problem.l1 else 1) + 90
-    registers += 2 * g_copies + ceil(1.3 * slots * source_copies)
+    registers = channels * positions * word_bytes // 4 * (2 if problem.l1 else 1)
+    registers += GRADIENT_OFFSETS + G_OFFSETS * g_copies
+    registers += ceil(SOURCE_OFFSETS * slots * source_copies)
     ahead = some_asynchronous or registers + staged <= MOST_REGISTERS
-    registers = max(registers, registers - (0 if ahead else 60) + staged)
+    registers = max(registers, registers - (0 if ahead else HELD_OPERANDS) + staged)
     if registers > MOST_REGISTERS or shared_bytes > device.shared_bytes or slots > MOST_SLOTS:
         return None
 
     displacements = displacements_of_thread(patch_x, load)
-    window = round_up(advance_x * (positions - 1) + displacements, load)
+    source = round_up(advance_x * (positions - 1) + displacements, load)
     g_loads = patch_x * positions // load
-    window_loads = channels * -(-patch_x // displacements) * window // load
+    source_loads = channels * -(-patch_x // displacements) * source // load
     copies = patch_y * g_copies + source_rows * source_copies
     bytes_moved = (
         bytes_of_rows(patch_y * rows * patch_x, problem.phases_x * columns, word_bytes)
@@ -329,14 +351,17 @@ def _gradient_of(
         shared_bytes,
         rounds=patch_y,
         multiply_adds=terms * (ADDITIONS if problem.l1 else 1),
-        # Threads of several rows share the words of the source; those of G lie farther apart.
         wavefronts=patch_y
         * busy
         / 32
-        * ((6 if rows > 4 else 4) * g_loads + (2 if rows > 1 else 4) * window_loads),
-        instructions=patch_y * (busy * (g_loads + window_loads) + threads * (100 + 30 * rows))
-        + threads * copies * 5
-        + busy * channels * positions * 10
+        * (
+            (WAVEFRONTS_G_MANY_ROWS if rows > MANY_ROWS else WAVEFRONTS_G) * g_loads
+            + (WAVEFRONTS_SOURCE_SHARED if rows > 1 else WAVEFRONTS_SOURCE) * source_loads
+        ),
+        instructions=patch_y
+        * (busy * (g_loads + source_loads) + threads * (STEP + STEP_ROW * rows))
+        + threads * copies * GRADIENT_COPY
+        + busy * channels * positions * STORE
         + terms * (COMPARISONS if problem.l1 else 0),
         words=threads * (patch_y * g_copies + source_rows * source_copies * problem.vector),
         bytes=bytes_moved,
