@@ -28,7 +28,7 @@ extern "C" __global__ void hold(long long cycles)
 
 
 class Peaks(NamedTuple):
-    """What a device does at most per second; None where its properties do not tell."""
+    """A device's peak rates per second; None where its properties do not tell."""
 
     float32: float | None
     """Multiply-adds."""

@@ -1,4 +1,4 @@
-"""What this machine has: processor, libraries, and what a CUDA engine would need."""
+"""A description of this machine: processor, libraries, and what a CUDA engine would need."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from cupycorr.layer import SIMILARITIES, Layer
 
 # The spellings of spatial-correlation-sampler.
 DTYPES = dict(zip(("half", "bfloat", "float", "double"), ALL, strict=True))
-# What computes on each device; the first is the default, the others as each command says.
+# The engines of each device; the first is the default, the others as each command says.
 ENGINES = {"cpu": ("numpy", "torch"), "cuda": ("cupy", "plain", "torch")}
 
 # Option names and their order are those of spatial-correlation-sampler's two programs; the second
@@ -46,7 +46,7 @@ GEOMETRY_FIELDS = {name: field for name, (_, field, _) in SIZES.items() if field
 
 
 class Problem(NamedTuple):
-    """What is computed: a name, the maps' shape (N, C, H, W), and the layer."""
+    """A problem: its name, the maps' shape (N, C, H, W), and the layer."""
 
     name: str
     shape: tuple[int, int, int, int]
@@ -59,7 +59,7 @@ class Problem(NamedTuple):
 
 
 def description(problem: Problem) -> str:
-    """Return the geometry in words of Python, and what is summed unless that is products."""
+    """Return the geometry in words of Python, and the similarity unless it is the product."""
     return repr(problem.layer.geometry) + (", l1" if problem.layer.l1 else "")
 
 

@@ -52,7 +52,7 @@ class Phase(NamedTuple):
     lattice: slice
     """Lattice indices of the positions in the first map."""
     band: Band
-    """How many there are of each, and which meet."""
+    """The number of displacements and positions, and which pairs meet."""
 
 
 class Lattice(NamedTuple):

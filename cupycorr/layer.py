@@ -1,4 +1,4 @@
-"""What flows through the house: the layer, and the formats of its numbers."""
+"""The value that every engine takes: the layer, and the formats of its numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIMILARITIES = ("product", "l1")
 
 @dataclass(frozen=True)
 class Layer:
-    """What a cost volume computes of any two maps: all that is the layer's, and not an image's.
+    """A correlation layer: everything that a cost volume depends on except the maps.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What "correct" means: exact integers, the adjoint identity, and a bound on round-off.
+"""Three checks of an engine: exact integers, the adjoint identity, and a bound on round-off.
 
 The checks compare an engine with an oracle, by default this package's NumPy engine in float64.
 They are used by the tests and by ``cupycorr gradcheck`` alike; no other tolerance exists.
@@ -205,7 +205,7 @@ def check(
     seed : int, default 0
         Seed of the random maps.
     oracle : Engine, optional
-        What is taken for the truth, in float64; by default the NumPy engine.
+        The engine to compare with, in float64; by default the NumPy engine.
     """
     oracle = numpy_engine() if oracle is None else oracle
     geometry = layer.geometry
@@ -214,8 +214,8 @@ def check(
     names = "cost", "grad_fmap1", "grad_fmap2"
 
     # Exact integers, and on the same results the adjoint identity of products
-    # <cost, grad_cost> = <fmap1, grad_fmap1> = <fmap2, grad_fmap2>. Of differences the last two add
-    # up to the first, by Euler's theorem on homogeneous functions.
+    # <cost, grad_cost> = <fmap1, grad_fmap1> = <fmap2, grad_fmap2>. For l1 the last two add up to
+    # the first, by Euler's theorem on homogeneous functions.
     fmap1, fmap2, grad = (
         rng.integers(-2, 3, s).astype(np.float64) for s in (shape, shape, cost_shape)
     )

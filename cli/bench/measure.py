@@ -27,7 +27,7 @@ LEAST_RUNS = 3
 
 
 class Implementation(NamedTuple):
-    """What is measured.
+    """An implementation to be measured.
 
     correlate : (fmap1, fmap2, layer) -> cost, on arrays of the library
     vjp : (grad_cost, fmap1, fmap2, layer) -> (grad_fmap1, grad_fmap2), or None for autograd's
@@ -50,7 +50,7 @@ Stopwatch = Callable[[Callable[[], Any]], tuple[Timing, Any]]
 
 
 class Measured(NamedTuple):
-    """Of one pass: the time of each run, and the peak of memory beyond inputs and outputs."""
+    """One pass: the time of each run, and the peak of memory beyond inputs and outputs."""
 
     timings: list[Timing]
     extra_bytes: int
@@ -82,7 +82,7 @@ class Measured(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of one implementation: passes if timed, else why not."""
+    """The result of one implementation: its passes if it was timed, else the reason."""
 
     name: str
     status: str

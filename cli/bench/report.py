@@ -1,4 +1,4 @@
-"""What ``cupycorr bench`` found: as a table, and as an entry of its JSON document."""
+"""The results of ``cupycorr bench``: as a table, and as an entry of its JSON document."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .peers import ITEMSIZE
 
 SCALES = {"s": 1.0, "ms": 1e3, "us": 1e6}
 WIDTH = 100
-# Of a table, after the times and runs.
+# The columns of a table after the times and runs.
 COLUMNS = {
     "cpu": ("GEMM", "extra MB", "vs ours", "by min"),
     "cuda": ("GFMA/s", "GB/s", "host", "extra MB", "vs ours"),

@@ -16,7 +16,7 @@ from . import fields, search
 from .grids import Floats
 
 FLOW_WINDOW, STEREO_WINDOW = 9, 7
-"""Of the sizes tried on photographs the best: one search for stereo needs less support."""
+"""The best sizes among those tried on photographs; stereo needs less support."""
 
 
 @click.command(short_help="Match two images: optical flow, or disparities.")

@@ -64,7 +64,7 @@ BYTES_PER_PIXEL, BYTES = 48, 160 << 20
 Advance = Callable[[int], None]
 """Called with the number of costs that have been computed since the last call."""
 Correlate = Callable[[Floats, Floats, Geometry], Floats]
-"""What computes a cost volume; all give the same."""
+"""A function that computes a cost volume; all give the same."""
 
 
 class Step(NamedTuple):
@@ -75,7 +75,7 @@ class Step(NamedTuple):
 
 
 Plan = tuple[list[Step], list[Step]]
-"""What is searched for pixels of the first image in the second one, and the other way round."""
+"""The searches from the first image into the second one, and from the second into the first."""
 
 
 def stereo_steps(shape: tuple[int, ...], reach: int, window: int) -> Plan:

@@ -15,7 +15,7 @@ class Correlation(torch.nn.Module):
     Parameters
     ----------
     kernel_size : int
-        Taps of the window, per axis; odd.
+        Taps per axis; odd.
     max_displacement : int, pixels
         Largest displacement; output positions keep this distance from the padded border.
     pad : int, pixels, default 0

@@ -16,7 +16,7 @@ class Correlation(torch.nn.Module):
     Parameters
     ----------
     kernel_size : int or (int, int), default 1
-        Taps of the window, per axis.
+        Taps per axis.
     max_displacement : int, default 1
         Number of displacements to either side; the patch has ``2 * max_displacement + 1``.
     stride : int or (int, int), pixels, default 1
@@ -24,7 +24,7 @@ class Correlation(torch.nn.Module):
     padding : int or (int, int), pixels, default 0
         Zeros around both maps.
     dilation : int or (int, int), pixels, default 1
-        Spacing of the window's taps.
+        Spacing of the taps.
     dilation_patch : int or (int, int), pixels, default 1
         Spacing of the displacements.
 

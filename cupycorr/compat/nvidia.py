@@ -23,7 +23,7 @@ class Correlation(torch.nn.Module):
     pad_size : int, pixels, default 0
         Zeros around both maps.
     kernel_size : int, default 0
-        Taps of the window, per axis. The default is the original's; it is not valid.
+        Taps per axis. The default is the original's; it is not valid.
     max_displacement : int, pixels, default 0
         Largest displacement; output positions keep this distance from the padded border.
     stride1, stride2 : int, pixels, default 1 and 2
@@ -49,8 +49,8 @@ class Correlation(torch.nn.Module):
         OH = ceil((H + 2 * pad_size - 2 * (max_displacement + (kernel_size - 1) // 2)) / stride1)
 
     Source: A. Dosovitskiy et al., "FlowNet", ICCV 2015, section 3, and its Caffe layer. For
-    kernel_size 1, FlowNet's own, this is what flownet2-pytorch computes; larger windows it centres
-    on y and x, around which its padding leaves no room for them.
+    kernel_size 1, FlowNet's own, flownet2-pytorch computes the same. It centres more taps on y and
+    x, and its padding leaves no room for them there.
     """
 
     def __init__(
@@ -134,8 +134,8 @@ class CorrelationFunction:
 
     def __call__(self, input1: Tensor, input2: Tensor) -> Tensor:
         """Compute the cost volume; see `Correlation.forward`."""
-        # For even windows the size counts one position more than fit: one row and one column of
-        # zeros make room for it.
+        # For an even kernel_size the formula of OH counts one position too many: one row and one
+        # column of zeros make room for it.
         if self.geometry.kernel_size[0] % 2 == 0:
             input1, input2 = (pad(fmap, (0, 1, 0, 1)) for fmap in (input1, input2))
         volume: Tensor = correlate_channels(

@@ -14,7 +14,7 @@ from torch import Tensor
 from cupycorr.compat.channels import correlate_channels
 from cupycorr.compat.systems import pwc
 
-# What the two maps have been called.
+# Older names of the two maps.
 _SPELLINGS = {
     "tenFirst": "tenOne",
     "tenSecond": "tenTwo",

@@ -1,4 +1,4 @@
-"""What spatial-correlation-sampler's package offers, for programs that import it by its name."""
+"""The names of spatial-correlation-sampler's package, for programs that import it by its name."""
 
 from cupycorr.api import spatial_correlation_sample
 from cupycorr.modules import SpatialCorrelationSampler

@@ -8,7 +8,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from types import ModuleType
 
-# What stands in for a module unless another is given.
+# The module that stands in for another, unless the caller names one.
 _STAND_INS = {
     "spatial_correlation_sampler": "cupycorr.compat.spatial_correlation_sampler",
     "correlation_cuda": "cupycorr.compat.correlation_cuda",
@@ -17,7 +17,7 @@ _STAND_INS = {
 
 
 class StandIn:
-    """What `stand_in_for` did; `withdraw`, or the end of a ``with`` block, undoes it."""
+    """The modules that `stand_in_for` replaced; `withdraw`, or the end of ``with``, undoes it."""
 
     def __init__(self, modules: dict[str, ModuleType]) -> None:
         self._modules = modules

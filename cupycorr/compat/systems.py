@@ -12,7 +12,7 @@ from cupycorr.layer import Layer
 REQUIRED = object()
 """Stands where a parameter has no default."""
 SIMILARITIES = {"multiply": "product", "subtract": "l1"}
-"""What is summed, by Caffe's correlation_type."""
+"""The similarity for each correlation_type of Caffe."""
 
 
 class System(NamedTuple):

@@ -125,7 +125,7 @@ class Group(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What is computed on a pair of lattices for the targets in one map."""
+    """The work on a pair of lattices for the targets in one map."""
 
     groups: tuple[Group, ...]
     rows: slice

@@ -12,7 +12,7 @@ from math import inf
 from typing import NamedTuple
 
 Constants = tuple[tuple[str, int | bool | str], ...]
-"""What is compiled into a kernel, by name: numbers, and types by their names."""
+"""The constants of a compiled kernel, by name: numbers, and types by their names."""
 
 # Multiply-adds of float32 per clock and multiprocessor, by compute capability (CUDA C++
 # Programming Guide, "Throughput of Native Arithmetic Instructions").

@@ -43,11 +43,11 @@ class Compiled(NamedTuple):
 
     kernel: str
     seconds: float
-    """That compiling and loading it took; next to nothing if it was there."""
+    """The time to compile and load it; next to nothing if it was there."""
     registers: int
-    """Of a thread."""
+    """Registers per thread."""
     local_bytes: int
-    """Of a thread's local memory: registers that were spilled."""
+    """Local memory per thread: registers that were spilled."""
 
 
 def run(

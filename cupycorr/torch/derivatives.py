@@ -1,4 +1,4 @@
-"""What the operators compute, and their derivatives.
+"""The operators' formulas and derivatives.
 
 The cost volume and its two gradients are three faces of one trilinear form of three *slots*::
 
@@ -80,7 +80,7 @@ class Operator(NamedTuple):
 
     @property
     def what(self) -> str:
-        """What the engines call it."""
+        """The engines' name for it."""
         if self.results != (COST,):
             return "grads"
         return "tangent" if TANGENT1 in self.operands else "cost"
@@ -113,7 +113,7 @@ OPERATORS = (*_OF_SLOT, _GRADS, OF_L1_COST, _L1_TANGENT, *_L1_OF_SLOT, _L1_GRADS
 def derive(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
     """Compute what an operator returns, differentiably, in the operands' dtype."""
     if torch.compiler.is_compiling():
-        # What is traced is to be the bare operator: the rest of this function cannot be traced.
+        # The trace must hold the bare operator: torch cannot trace the rest of this function.
         return dispatch(operator, layer, *operands)
     if not _are_plain(operands):
         return _dispatch_uncast(operator, layer, *operands)

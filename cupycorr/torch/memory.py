@@ -91,7 +91,7 @@ class _Memory(NamedTuple):
         return self.tensor.__dlpack_device__()
 
     def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
-        # What CuPy computes goes to torch's stream (`_on_stream_of`): nothing has to be waited for.
+        # CuPy computes on torch's stream (`_on_stream_of`), so no stream has to wait.
         return self.tensor.__dlpack__(stream=-1, **options)
 
 

@@ -71,7 +71,7 @@ def _cast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
-# What an operator means under each dispatch key.
+# The functions that torch calls for an operator, one for each dispatch key.
 
 
 def _kernel(operator: Operator, *arguments: Any) -> Any:

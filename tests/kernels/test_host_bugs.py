@@ -65,7 +65,7 @@ BUGS = {
     "pairs that no tap touches": Bug(
         "if (!compared) continue;", "", "stride", plain=True, check="finite"),
     # taps.cu
-    "the wrong tap of a window": Bug("x * stride_x;", "x * stride_x + 1;", DEFAULTS),
+    "the wrong tap": Bug("x * stride_x;", "x * stride_x + 1;", DEFAULTS),
     "a dilation left out": Bug("i * dilation_y, stride_y", "i, stride_y", "dilated window"),
     "a column of the gradient left out": Bug("if (x >= 0) sum", "if (x > 0) sum", DEFAULTS),
     # staging.cuh
