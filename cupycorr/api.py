@@ -257,7 +257,7 @@ def _library(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
         return "numpy"
     libraries = [_library_of(array) for array in arrays]
     known = ("numpy", "cupy", "torch")
-    if libraries.count(libraries[0]) == len(libraries) and libraries[0] in known:
+    if libraries[0] in known and libraries == libraries[:1] * len(libraries):
         return libraries[0]
     for name, array, library in zip(names, arrays, libraries, strict=True):
         kind = type(array).__name__
@@ -286,7 +286,7 @@ def _check(names: tuple[str, ...], arrays: tuple[Any, ...], geometry: Geometry) 
     for array in arrays:
         dtypes.append(_dtype_name(array.dtype))
         shapes.append(tuple(array.shape))
-    if dtypes.count(dtypes[0]) != len(dtypes):
+    if dtypes != dtypes[:1] * len(dtypes):
         raise TypeError(f"{_all(names)} must have equal dtypes, got {_all(dtypes)}")
     if dtypes[0] not in DTYPES:
         allowed = _all(list(DTYPES), "or")
@@ -297,7 +297,7 @@ def _check(names: tuple[str, ...], arrays: tuple[Any, ...], geometry: Geometry) 
         raise ValueError(f"{_all(names[:2])} must have shape (N, C, H, W), got {shapes[0]}")
     if not isinstance(arrays[0], np.ndarray):
         devices = [array.device for array in arrays]
-        if devices.count(devices[0]) != len(devices):
+        if devices != devices[:1] * len(devices):
             raise ValueError(f"{_all(names)} must be on one device, got {_all(devices)}")
     cost_shape = geometry.cost_shape(shapes[0])
     if len(shapes) == 3 and shapes[2] != cost_shape:

@@ -156,9 +156,10 @@ class Geometry:
             if first_displacement is None
             else _pair("first_displacement", first_displacement),
         )
-        y, x = map(Axis._make, zip(*pairs, strict=True))
+        y, x = [Axis(*sizes) for sizes in zip(*pairs, strict=True)]
         # The class is frozen: attributes can only be set past its own __setattr__.
-        self.__dict__.update(zip(Axis._fields, pairs, strict=True), y=y, x=x)
+        for name, value in zip((*Axis._fields, "y", "x"), (*pairs, y, x), strict=True):
+            object.__setattr__(self, name, value)
 
     @staticmethod
     def from_flownet(
@@ -315,7 +316,8 @@ class Geometry:
             If the taps do not fit into the padded image.
         """
         size = self.y.output_size(height), self.x.output_size(width)
-        if min(size) < 1:
+        # Not their minimum: torch.compile would compile again for maps that are higher than wide.
+        if size[0] < 1 or size[1] < 1:
             padded = tuple(n + 2 * p for n, p in zip((height, width), self.padding, strict=True))
             raise ValueError(
                 f"the taps must fit into the padded image, got taps that span {self.taps_extent} "

@@ -91,8 +91,6 @@ class PWCNet(nn.Module):
     coarser one, upsampled to two channels, and the context network sees all of the finest one's.
     """
 
-    patch = Geometry(patch_size=9)
-
     def __init__(self):
         super().__init__()
         widths = (3, 16, 32, 64, 96, 128, 196)
@@ -103,6 +101,7 @@ class PWCNet(nn.Module):
         self.estimators = nn.ModuleList(
             Estimator(9 * 9 + extra) for extra in (0, 128 + 4, 96 + 4, 64 + 4, 32 + 4)
         )
+        self.patch = Geometry(patch_size=9)
         self.upsample = nn.ModuleList(upconv(e.outputs, 2) for e in self.estimators[:-1])
         self.context = nn.Sequential(
             conv(self.estimators[-1].outputs, 128),

@@ -21,8 +21,8 @@ registered operator, and torch's dispatcher finds out what that means. Both ways
 rules to the results: the second one in the operator's autograd kernel, for one level of
 differentiation at a time.
 
-Private names of torch that are used, tried with torch 2.13, and tests of ``tests/torch`` that fail
-without them:
+Private names of torch that are used, tried with torch 2.6, 2.13 and 2.14, and tests of
+``tests/torch`` that fail without them:
 
 ==========================================  =======================================================
 name                                        test
@@ -31,7 +31,8 @@ name                                        test
 ``_C._dispatch_tls_local_include_set``      test_the_dispatcher_gives_the_same_cost
 ``_C._AutoDispatchBelowAutograd``           test_grad_is_the_gradient_of_autograd
 ``enable_single_level_autograd_function``   test_grad_is_the_gradient_of_autograd
-``apply`` of ``autograd.Function``'s base   test_grad_is_the_gradient_of_autograd
+``autograd.function._SingleLevelFunction``  test_grad_is_the_gradient_of_autograd
+its ``_compiled_autograd_key``              test_compiled_autograd_gives_the_same_gradients
 ``forward_ad._set_fwd_grad_enabled``        test_hessians_of_all_modes_are_that_of_autograd
 ``DTensor._op_dispatcher`` (`sharding`)     test_processes_compute_what_one_computes
 ==========================================  =======================================================
@@ -85,11 +86,6 @@ class Operator(NamedTuple):
             return "grads"
         return "tangent" if TANGENT1 in self.operands else "cost"
 
-    @property
-    def function(self) -> Callable[..., Any]:
-        """The registered operator."""
-        return getattr(torch.ops.cupycorr, self.name).default  # type: ignore[no-any-return]
-
 
 OF_COST = Operator("cost", _MAPS, (COST,))
 _GRADS = Operator("grads", (*_MAPS, COST), _MAPS)
@@ -120,7 +116,7 @@ def derive(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor,
     results = compute(operator, layer, *operands)
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
     if differentiated or any(_has_tangent(t) for t in operands):
-        results = _Derivative.apply(results, operator, layer, *operands)  # type: ignore[no-untyped-call]
+        results = _Derivative.apply(results, operator, layer, *operands)  # type: ignore[attr-defined]
     return results
 
 
@@ -128,9 +124,14 @@ def _has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
+def registered(operator: Operator) -> Callable[..., Any]:
+    """Return the operator as it is registered with torch."""
+    return getattr(torch.ops.cupycorr, operator.name).default  # type: ignore[no-any-return]
+
+
 def dispatch(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
     """Call the registered operator."""
-    results = operator.function(*operands, *fields(layer))
+    results = registered(operator)(*operands, *fields(layer))
     return results if isinstance(results, tuple) else (results,)
 
 
@@ -141,7 +142,7 @@ def derive_on_one_level(operator: Operator, layer: Layer, *operands: Tensor) -> 
     with torch._C._AutoDispatchBelowAutograd(), forward_ad._set_fwd_grad_enabled(True):
         results = dispatch(operator, layer, *operands)
     with enable_single_level_autograd_function():
-        derived: tuple[Tensor, ...] = _apply_on_one_level(results, operator, layer, *operands)  # type: ignore[no-untyped-call]
+        derived: tuple[Tensor, ...] = _Derivative.apply(results, operator, layer, *operands)  # type: ignore[attr-defined]
     return derived
 
 
@@ -189,11 +190,16 @@ def _register_sharding() -> None:
     from cupycorr.torch import sharding
 
     for operator in OPERATORS:
-        sharding.register(operator.function)
+        sharding.register(registered(operator))
 
 
-class _Derivative(torch.autograd.Function):
-    """Attach an operator's derivatives to its results, which are computed before."""
+class _Derivative(torch.autograd.function._SingleLevelFunction):
+    """Attach an operator's derivatives to its results, which are computed before.
+
+    `torch.autograd.Function` would go through all levels of torch.func first.
+    """
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
     @staticmethod
     def forward(
@@ -245,10 +251,6 @@ class _Derivative(torch.autograd.Function):
         # Autograd fails on a result without a tangent, beside one that has one.
         fmap = ctx.saved_tensors[0]
         return tuple(fmap.new_zeros(fmap.shape) if t is None else t for t in results)
-
-
-_apply_on_one_level = super(torch.autograd.Function, _Derivative).apply
-"""The method that `autograd.Function.apply` ends in; that one goes through all levels first."""
 
 
 def compute(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:

@@ -153,7 +153,7 @@ def _autograd_kernel(operator: Operator, *arguments: Any) -> Any:
 def _autocast_kernel(operator: Operator, fmap1: Tensor, fmap2: Tensor, *fields: Any) -> Any:
     fmap1, fmap2 = autocast(fmap1, fmap2)
     with torch.autocast(fmap1.device.type, enabled=False):
-        return operator.function(fmap1, fmap2, *fields)
+        return derivatives.registered(operator)(fmap1, fmap2, *fields)
 
 
 @lru_cache(maxsize=1024)
