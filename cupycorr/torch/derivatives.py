@@ -21,7 +21,7 @@ registered operator, and torch's dispatcher finds out what that means. Both ways
 rules to the results: the second one in the operator's autograd kernel, for one level of
 differentiation at a time.
 
-Private names of torch that are used, tried with torch 2.6, 2.13 and 2.14, and tests of
+Private names of torch that are used, tried with torch 2.6, 2.8, 2.10, 2.13 and 2.14, and tests of
 ``tests/torch`` that fail without them:
 
 ==========================================  =======================================================
