@@ -12,6 +12,8 @@ from math import gcd
 from operator import index
 from typing import NamedTuple, SupportsIndex, TypeGuard
 
+import numpy as np
+
 Pair = tuple[int, int]
 IntOrPair = int | Pair
 
@@ -45,22 +47,21 @@ class Axis(NamedTuple):
     @lru_cache(maxsize=1024)  # noqa: B019 - an axis is a small immutable value
     def pairs(self, size: int) -> int:
         """Return how many different pairs of positions are compared on ``size`` pixels."""
-        positions = {
-            output * self.stride - self.padding + tap * self.dilation
-            for output in range(self.output_size(size))
-            for tap in range(self.kernel_size)
-        }
-        first, step = self.first_displacement, self.dilation_patch
-        # From a position, displacements lowest <= p < highest lead into the image.
-        return sum(
-            max(
-                0,
-                min(self.patch_size, ceil_div(size - position - first, step))
-                - max(0, ceil_div(-position - first, step)),
-            )
-            for position in positions
-            if 0 <= position < size
+        outputs = self.output_size(size)
+        is_touched = np.zeros(size, bool)
+        for tap in range(self.kernel_size):
+            first = tap * self.dilation - self.padding
+            low = max(0, ceil_div(-first, self.stride))
+            count = min(outputs, ceil_div(size - first, self.stride)) - low
+            if count > 0:
+                is_touched[first + low * self.stride :: self.stride][:count] = True
+        displacements = (
+            self.first_displacement + p * self.dilation_patch for p in range(self.patch_size)
         )
+        # From a position low <= position < high a displacement leads into the image.
+        bounds = [(max(0, -d), min(size, size - d)) for d in displacements if abs(d) < size]
+        low_and_high = np.searchsorted(np.flatnonzero(is_touched), bounds or [(0, 0)])
+        return int(np.diff(low_and_high).sum())
 
     @property
     def lattice_step(self) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+
 from cupycorr.geometry import Axis, ceil_div, split_into_phases
 
 
@@ -79,8 +81,11 @@ class Lattice(NamedTuple):
     @property
     def untouched(self) -> list[int]:
         """Lattice indices that no tap touches."""
-        touched = {i for tap in self.taps for i in range(tap.start, tap.stop, tap.step)}
-        return [i for i in range(self.size) if i not in touched]
+        untouched = np.ones(self.size, bool)
+        for tap in self.taps:
+            untouched[tap] = False
+        found: list[int] = np.flatnonzero(untouched).tolist()
+        return found
 
 
 @lru_cache(maxsize=1024)

@@ -182,18 +182,22 @@ def plan(shape: tuple[int, int, int], geometry: Geometry, itemsize: int, adjoint
         strict=True,
     )
 
-    def scratch_bytes() -> int:
+    def scratch_bytes() -> tuple[int, int]:
         # Parts of all rows; those of map 2 overlap by the patch, and source blocks by theirs.
         part1 = min(1.0, (size[2] + geometry.y.taps_extent // geometry.y.stride) / rows)
         part2 = min(1.0, part1 + size[0] * geometry.y.dilation_patch / height)
         packed = channels * (part1 * prod(packed1) + 2 * part2 * prod(packed2))
         products = size[0] * size[1] * part1 * prod(volume)
-        return int(itemsize * ((2 if adjoint else 1) * packed + products))
+        return int(itemsize * (2 if adjoint else 1) * packed), int(itemsize * products)
 
-    # Rows are cut down to those that the patch spans, then the patch, then rows to the last.
+    # Rows are cut down to those that the patch spans, then the patch, then rows to the last. The
+    # patch is not cut further than its products take most of the memory: every part packs anew.
     spanned = max(1, patch_y * geometry.y.dilation_patch // geometry.y.stride)
     for axis, least in ((2, spanned), (0, 1), (1, 1), (2, 1)):
-        while size[axis] > least and scratch_bytes() > CHUNK_BYTES:
+        while size[axis] > least:
+            packed, products = scratch_bytes()
+            if packed + products <= CHUNK_BYTES or (axis != 2 and products <= packed):
+                break
             size[axis] = max(least, -(-size[axis] // 2))
 
     parts = []
@@ -205,7 +209,7 @@ def plan(shape: tuple[int, int, int], geometry: Geometry, itemsize: int, adjoint
             for y, x in product(lattices_y, lattices_x)
         )
         parts.append(Part(p, q, h, steps))
-    samples = max(1, BATCH_BYTES // max(1, scratch_bytes()))
+    samples = max(1, BATCH_BYTES // max(1, sum(scratch_bytes())))
     return Plan(samples, tuple(parts), geometry.multiply_adds((1, channels, height, width)))
 
 
@@ -330,17 +334,24 @@ def _is_partition(parts: list[slice], size: int) -> bool:
 def cover(band: Band, size: int) -> tuple[Tiles, ...]:
     """Cover all targets with tiles of ``size``; the last one may be smaller."""
     found: list[Tiles] = []
-    for start in range(0, band.count1, size):
+    start = 0
+    while start < band.count1:
         targets = min(size, band.count1 - start)
         virtual = start + band.shift
+        whole = targets + band.count_patch - 1
         low = max(0, virtual)
-        high = min(band.count2, virtual + targets - 1 + band.count_patch)
-        tile = Tiles(start, targets, 1, low, max(0, high - low), low - virtual)
-        last = found[-1] if found else None
-        if last and (last.size, last.extent, last.cut, tile.cut) == (targets, tile.extent, 0, 0):
-            found[-1] = last._replace(repeat=last.repeat + 1)
-        else:
-            found.append(tile)
+        extent = max(0, min(band.count2, virtual + whole) - low)
+        # How many tiles, from this one on, are equal: those that end where their sources do, or
+        # meet no source any more.
+        repeat = 1
+        if extent == whole:
+            repeat = min((band.count1 - start) // size, (band.count2 - virtual - whole) // size + 1)
+        elif extent == 0:
+            ahead = -virtual - whole if virtual < 0 else band.count1
+            repeat = min((band.count1 - start) // size, ahead // size + 1)
+        repeat = max(1, repeat)
+        found.append(Tiles(start, targets, repeat, low, extent, low - virtual if extent else 0))
+        start += repeat * targets
     return tuple(found)
 
 
