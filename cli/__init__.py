@@ -6,6 +6,10 @@ cupycorr, and inside it once installed.
 
 from __future__ import annotations
 
+import io
+import sys
+from typing import Any
+
 import click
 
 import cupycorr
@@ -19,7 +23,20 @@ from .warmup import warmup
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-@click.group(context_settings=CONTEXT)
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # A name or a sign that the terminal's encoding lacks must not end a command.
+                stream.reconfigure(errors="replace")
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            raise click.exceptions.Exit(130) from None
+
+
+@click.group(cls=_Commands, context_settings=CONTEXT)
 @click.version_option(cupycorr.__version__, prog_name="cupycorr")
 def main() -> None:
     """Measure and check the correlation layer on this machine, and match images by it."""

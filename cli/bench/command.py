@@ -13,7 +13,7 @@ import numpy as np
 
 import cupycorr
 
-from .. import cuda, environment, progress
+from .. import cuda, environment, files, progress
 from ..options import (
     DTYPES,
     Problem,
@@ -27,6 +27,7 @@ from ..presets import PRESETS, chosen_problems, preset_option
 from . import features, measure, report
 from .peers import ITEMSIZE, PEERS, missing
 
+STANDARD_OUTPUT = Path("-")
 NO_PEER_ON_CUDA = "runs on torch tensors, which bench does not measure on cuda"
 
 
@@ -92,9 +93,9 @@ NO_PEER_ON_CUDA = "runs on torch tensors, which bench does not measure on cuda"
 @click.option(
     "--json",
     "json_file",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    type=click.Path(dir_okay=False, writable=True, path_type=Path, allow_dash=True),
     metavar="FILE",
-    help="Write parameters, machine and the seconds of every run.",
+    help="Write parameters, machine and the seconds of every run; with - instead of the tables.",
 )
 def bench(
     device: str,
@@ -119,8 +120,8 @@ def bench(
     1; what differs is reported and not timed. All implementations run in turns, on as many threads.
     On cuda the device's own time counts, by events on the current stream.
 
-    Exits with 1 if cupycorr itself fails, and with 2 if the options are wrong or something is
-    missing.
+    Exits with 1 if cupycorr itself fails, with 2 if the options are wrong or something is missing,
+    and with 130 if it is interrupted; what is measured until then is shown and written.
     """
     refuse_engines(device, engines)
     if device == "cuda" and "torch" in engines:
@@ -128,6 +129,8 @@ def bench(
     _refuse_options(device, threads, cold)
     if device == "cuda":
         environment.require_cuda()
+    if json_file is not None and json_file != STANDARD_OUTPUT:
+        files.refuse("--json", [json_file], inputs=images or ())
     kind = DTYPES[dtype]
     problems = chosen_problems(sizes, presets)
     implementations, absent = _implementations(device, engines, against, kind, sizes.similarity)
@@ -158,30 +161,43 @@ def bench(
             gemm = {"size": measure.GEMM_SIZE, "seconds": measure.gemm_seconds(kind)}
             document |= {"threads": count, "gemm": gemm}
             stopwatch = measure.by_clock
-        report.heading(document)
-        for problem in problems:
-            maps = (
-                measure.random_maps(problem.shape, kind)
-                if pair is None
-                else _image_maps(problem, pair, downscale)
-            )
-            able, unable = _split(implementations, problem, kind)
-            tiled = any(one.name == "cupycorr cupy" for one in able)
-            kernels = _kernels(problem, kind) if tiled else []
-            with progress.bar(problem.name, len(able) * (runs + 1)) as advance:
-                outcomes = measure.compare(
-                    able, problem, maps, kind, runs=runs, max_seconds=max_seconds,
-                    advance=partial(advance, 1), stopwatch=stopwatch,
-                )  # fmt: skip
-            entry = report.entry(problem, kind, [*outcomes, *unable, *absent])
-            if device == "cuda":
-                entry["kernels"] = kernels
-            document["problems"].append(entry)
-            report.show(document, entry, scale)
-    if json_file is not None:
-        json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        if json_file != STANDARD_OUTPUT:
+            report.heading(document)
+        try:
+            for problem in problems:
+                maps = (
+                    measure.random_maps(problem.shape, kind)
+                    if pair is None
+                    else _image_maps(problem, pair, downscale)
+                )
+                able, unable = _split(implementations, problem, kind)
+                tiled = any(one.name == "cupycorr cupy" for one in able)
+                kernels = _kernels(problem, kind) if tiled else []
+                with progress.bar(problem.name, len(able) * (runs + 1)) as advance:
+                    outcomes = measure.compare(
+                        able, problem, maps, kind, runs=runs, max_seconds=max_seconds,
+                        advance=partial(advance, 1), stopwatch=stopwatch,
+                    )  # fmt: skip
+                entry = report.entry(problem, kind, [*outcomes, *unable, *absent])
+                if device == "cuda":
+                    entry["kernels"] = kernels
+                document["problems"].append(entry)
+                if json_file != STANDARD_OUTPUT:
+                    report.show(document, entry, scale)
+        finally:
+            # An interrupt, or a reader of the tables that has left, loses nothing.
+            if json_file is not None and document["problems"]:
+                _write(json_file, document)
     if report.own_failure(document):
         raise click.exceptions.Exit(1)
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    text = json.dumps(document, indent=1) + "\n"
+    if path == STANDARD_OUTPUT:
+        click.echo(text, nl=False)
+    else:
+        files.write(path, text.encode())
 
 
 def _refuse_options(device: str, threads: int | None, cold: bool) -> None:

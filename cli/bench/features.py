@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
 
+import click
 import numpy as np
 import numpy.typing as npt
 
@@ -55,10 +56,20 @@ def load(path: str | Path) -> Image:
 
 
 def load_pair(path1: str | Path, path2: str | Path) -> tuple[Image, Image]:
-    """Read two images as `load` does, cut to their common size from the top left corner."""
+    """Read two images of equal size as `load` does.
+
+    Raises
+    ------
+    click.UsageError
+        If their sizes differ.
+    Unavailable
+        As by `load`.
+    """
     one, two = load(path1), load(path2)
-    height, width = (min(sizes) for sizes in zip(one.shape, two.shape, strict=True))
-    return one[:height, :width], two[:height, :width]
+    if one.shape != two.shape:
+        sizes = " and ".join(f"{width} x {height}" for height, width in (one.shape, two.shape))
+        raise click.UsageError(f"A and B must have equal sizes, got {sizes} pixels")
+    return one, two
 
 
 def feature_maps(

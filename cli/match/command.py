@@ -10,7 +10,7 @@ import numpy as np
 import cupycorr
 from cupycorr import Geometry
 
-from .. import environment, progress
+from .. import environment, files, progress
 from ..bench import features
 from . import fields, search
 from .grids import Floats
@@ -24,7 +24,7 @@ FLOW_WINDOW, STEREO_WINDOW = 9, 7
 @click.argument("image_b", metavar="B", type=click.Path(exists=True, dir_okay=False))
 @click.option(
     "--out",
-    "files",
+    "outputs",
     required=True,
     multiple=True,
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
@@ -40,7 +40,7 @@ FLOW_WINDOW, STEREO_WINDOW = 9, 7
     default=64,
     show_default=True,
     metavar="PIXELS",
-    help="How far to search: along each axis, or for stereo from 0 to the left.",
+    help="How far a match may be: along each axis, or for stereo from 0 to the left.",
 )
 @click.option(
     "--window",
@@ -66,7 +66,7 @@ FLOW_WINDOW, STEREO_WINDOW = 9, 7
 def match(
     image_a: str,
     image_b: str,
-    files: tuple[Path, ...],
+    outputs: tuple[Path, ...],
     stereo: bool,
     reach: int,
     window: int | None,
@@ -95,14 +95,14 @@ def match(
     if window % 2 == 0:
         raise click.UsageError(f"--window must be odd, got {window}")
     environment.require_pillow()
-    for file in files:
-        fields.refuse(file, stereo)
+    for path in outputs:
+        fields.refuse(path, stereo)
+    files.refuse("--out", outputs, inputs=(image_a, image_b))
+    if legend and all(_is_array(path) for path in outputs):
+        raise click.UsageError("--legend is for pictures, got none among --out")
     if device == "cuda":
         environment.require_cuda()
-    one, two = features.load(image_a), features.load(image_b)
-    if one.shape != two.shape:
-        sizes = f"{_size(one.shape)} and {_size(two.shape)}"
-        raise click.UsageError(f"A and B must have equal sizes, got {sizes} pixels")
+    one, two = features.load_pair(image_a, image_b)
     steps = search.stereo_steps if stereo else search.flow_steps
     plan = steps(one.shape, reach, window)
     _refuse_too_large(one.shape, plan)
@@ -111,19 +111,29 @@ def match(
         correlate = _on_cuda if device == "cuda" else cupycorr.correlation
         field = search.match(one, two, plan, advance, correlate)
     del one, two
+    search.bound(field, reach)
     lengths = fields.lengths(field)
-    _describe(lengths, "disparities" if stereo else "lengths")
     if full is None:
         full = fields.full_range(lengths)
-    for file in files:
-        fields.write(file, field, stereo=stereo, full=full, legend=legend)
-        picture = file.suffix.lower() not in fields.ARRAYS
-        click.echo(f"{file}, fullest colour {full:.2f} pixels" if picture else file)
+    for path in outputs:
+        suffix = path.suffix.lower()
+        content = fields.encode(suffix, field, stereo=stereo, full=full, legend=legend)
+        files.write(path, content)
+    # Now that the files are there, nobody need listen any more.
+    _describe(lengths, "disparities" if stereo else "lengths")
+    for path in outputs:
+        click.echo(path if _is_array(path) else f"{path}, fullest colour {full:.2f} pixels")
+
+
+def _is_array(path: Path) -> bool:
+    return path.suffix.lower() in fields.ARRAYS
 
 
 def _describe(lengths: Floats, what: str) -> None:
     """Print how many pixels have a match, and how far away those are."""
     known = lengths[~np.isnan(lengths)]
+    if not known.size:
+        click.echo("Warning: no pixel has a match; A and B may show different things", err=True)
     click.echo(f"{_size(lengths.shape)} pixels, {100 * known.size / lengths.size:.1f} % matched")
     if known.size:
         low, middle, high = np.quantile(known, (0, 0.5, 1))

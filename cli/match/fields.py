@@ -7,6 +7,7 @@ pictures.
 from __future__ import annotations
 
 import struct
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -148,15 +149,13 @@ def add_legend(picture: Colours, full: float, stereo: bool) -> None:
 
 
 def refuse(path: Path, stereo: bool) -> None:
-    """Refuse a file that cannot be written, before time is spent on what it shall hold.
+    """Refuse a file whose format cannot hold what is asked for.
 
     Raises
     ------
     click.UsageError
-        If its folder does not exist, or its suffix stands for no format of fields or pictures.
+        If its suffix stands for no format of fields or of pictures in colour.
     """
-    if not path.parent.is_dir():
-        raise click.UsageError(f"--out {path}: there is no folder {path.parent}")
     suffix = path.suffix.lower()
     wrong, right = (".flo", ".pfm") if stereo else (".pfm", ".flo")
     if suffix == wrong:
@@ -167,6 +166,11 @@ def refuse(path: Path, stereo: bool) -> None:
             f"--out {path}: the suffix must be {right}, .npy or a picture's that Pillow writes, "
             f"such as .png, got {suffix!r}"
         )
+    if suffix not in ARRAYS:
+        try:
+            _picture(suffix, np.zeros((8, 8, 3), np.uint8))
+        except (OSError, ValueError) as error:
+            raise click.UsageError(f"--out {path}: {error}") from None
 
 
 def _picture_suffixes() -> set[str]:
@@ -176,12 +180,13 @@ def _picture_suffixes() -> set[str]:
     return {suffix for suffix, name in formats.items() if name in Image.SAVE}
 
 
-def write(path: Path, field: Field, *, stereo: bool, full: float, legend: bool) -> None:
-    """Write displacements, or for stereo disparities, in the format of the file's suffix.
+def encode(suffix: str, field: Field, *, stereo: bool, full: float, legend: bool) -> bytes:
+    """Encode displacements, or for stereo disparities, in the format of a suffix.
 
     Parameters
     ----------
-    path : path
+    suffix : str
+        Of a file, in small letters.
     field : array (2, H, W), float32
         NaN where unknown. For stereo the disparity is -dx.
     stereo : bool
@@ -193,24 +198,29 @@ def write(path: Path, field: Field, *, stereo: bool, full: float, legend: bool) 
     Raises
     ------
     Unavailable
-        If the file cannot be written.
+        If the format cannot hold the picture.
     """
+    if suffix == ".flo":
+        return flo(field)
     disparity = np.subtract(0, field[1])
+    if suffix == ".pfm":
+        return pfm(disparity)
+    if suffix == ".npy":
+        file = BytesIO()
+        np.save(file, disparity if stereo else pairs(field))
+        return file.getvalue()
+    picture = ramp(disparity, full) if stereo else wheel(field, full)
+    if legend:
+        add_legend(picture, full, stereo)
     try:
-        match path.suffix.lower():
-            case ".flo":
-                path.write_bytes(flo(field))
-            case ".pfm":
-                path.write_bytes(pfm(disparity))
-            case ".npy":
-                with path.open("wb") as file:  # a name would get another suffix after .NPY
-                    np.save(file, disparity if stereo else pairs(field))
-            case _:
-                from PIL import Image
-
-                picture = ramp(disparity, full) if stereo else wheel(field, full)
-                if legend:
-                    add_legend(picture, full, stereo)
-                Image.fromarray(picture).save(path)
+        return _picture(suffix, picture)
     except (OSError, ValueError) as error:
-        raise Unavailable(f"cannot write {path}: {error}") from None
+        raise Unavailable(f"cannot encode a picture as {suffix}: {error}") from None
+
+
+def _picture(suffix: str, colours: Colours) -> bytes:
+    from PIL import Image
+
+    file = BytesIO()
+    Image.fromarray(colours).save(file, Image.registered_extensions()[suffix])
+    return file.getvalue()

@@ -347,6 +347,17 @@ def best(cost: Floats, geometry: Geometry) -> tuple[Field, Floats]:
     return field, largest
 
 
+def bound(field: Field, reach: int) -> None:
+    """Bound displacements along each axis, in place.
+
+    Searches at full size may lead a little beyond what the first one covered. Up to a pixel beyond
+    ``reach`` a displacement becomes that; farther it is no match.
+    """
+    beyond = (np.abs(field) >= reach + 1).any(0)
+    np.clip(field, -reach, reach, out=field)
+    field[:, beyond] = np.nan
+
+
 def consistent(field: Field, backward: Field) -> Mask:
     """Tell where going along a displacement and back along that found there leads to the start.
 

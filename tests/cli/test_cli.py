@@ -379,13 +379,23 @@ def test_feature_maps_are_deterministic_and_normalized():
     assert once.std((0, 2, 3)) == pytest.approx(1, rel=1e-5)
 
 
-def test_images_of_different_size_and_mode_are_cut_to_the_common_size(tmp_path):
+def test_images_of_any_mode_are_read(tmp_path):
     image = pytest.importorskip("PIL.Image")
-    image.new("RGBA", (9, 6), (255, 0, 0, 9)).save(tmp_path / "a.png")
-    image.new("P", (7, 8)).save(tmp_path / "b.png")
+    image.new("RGBA", (7, 6), (255, 0, 0, 9)).save(tmp_path / "a.png")
+    image.new("P", (7, 6)).save(tmp_path / "b.png")
     one, two = features.load_pair(tmp_path / "a.png", tmp_path / "b.png")
     assert one.shape == two.shape == (6, 7)
     assert one.max() == pytest.approx(0.299 * 255, abs=1)
+
+
+def test_images_of_different_sizes_are_refused(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for file, size in zip(files, ((9, 6), (7, 8)), strict=True):
+        image.new("L", size).save(file)
+    outcome = invoke("bench", "cpu", *SMALL, "--images", *files)
+    assert outcome.exit_code == 2
+    assert "A and B must have equal sizes, got 9 x 6 and 7 x 8 pixels" in outcome.stderr
 
 
 def test_a_file_that_is_no_image_ends_the_command(tmp_path):

@@ -451,7 +451,8 @@ FIELD = np.array(
 
 class TestFiles:
     def write(self, path, *, stereo=False, full=5.0, legend=False, field=FIELD):
-        fields.write(path, field, stereo=stereo, full=full, legend=legend)
+        suffix = path.suffix.lower()
+        path.write_bytes(fields.encode(suffix, field, stereo=stereo, full=full, legend=legend))
         return path
 
     def test_flo_is_what_middlebury_describes(self, tmp_path):
@@ -644,11 +645,35 @@ class TestCommand:
         assert outcome.exit_code == 2
         assert "missing  NVIDIA driver: no library" in outcome.stderr
 
-    def test_a_file_that_cannot_be_written_is_named(self, small, tmp_path):
-        file = tmp_path / "f.jpg"
-        outcome = matched(small, "--out", tmp_path / "f.xbm")  # holds black and white only
+    @pytest.mark.parametrize("reach", [1, 3, 6, 16])
+    @pytest.mark.parametrize("words", [(), ("--stereo",)])
+    def test_no_displacement_is_longer_than_what_is_asked_for(self, words, reach, tmp_path):
+        image = photograph("gravel.png")[:120, :160].astype(np.uint8)
+        pillow.fromarray(image).save(tmp_path / "a.png")
+        pillow.fromarray(np.roll(image, (0 if words else 2, -reach - 1), (0, 1))).save(
+            tmp_path / "b.png"
+        )
+        files = tmp_path / "a.png", tmp_path / "b.png"
+        out = "--max-displacement", reach, "--out", tmp_path / "f.npy"
+        outcome = invoke("match", *files, *out, *words)
+        assert outcome.exit_code == 0, outcome.stderr
+        found = np.load(tmp_path / "f.npy")
+        assert not (np.abs(found) > reach).any()
+
+    def test_images_that_do_not_match_are_told(self, tmp_path):
+        for name in ("a", "b"):
+            pillow.new("L", (40, 40)).save(tmp_path / f"{name}.png")
+        outcome = matched(tmp_path, "--out", tmp_path / "f.npy")
+        assert outcome.exit_code == 0
+        assert "0.0 % matched" in outcome.stdout
+        assert "Warning: no pixel has a match" in outcome.stderr
+
+    def test_a_format_that_holds_no_colours_is_refused_before_the_work(self, small, tmp_path):
+        file = tmp_path / "f.xbm"  # holds black and white only
+        outcome = matched(small, "--out", file)
         assert outcome.exit_code == 2
-        assert f"cannot write {tmp_path / 'f.xbm'}: " in outcome.stderr
+        assert f"--out {file}: " in outcome.stderr
+        assert "matched" not in outcome.stdout
         assert not file.exists()
 
     def test_missing_pillow_is_named(self, small, tmp_path, monkeypatch):

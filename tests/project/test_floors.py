@@ -49,6 +49,7 @@ ROOMS = {
         for module in ("caffe", "correlation_cuda", "mmcv", "nvidia", "sniklaus")
     },
     "cupycorr": Room(7),
+    "cupycorr.__main__": Room(9),
     "cupycorr.cli": Room(
         8,
         NUMPY | {"click", "rich"},
