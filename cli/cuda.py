@@ -13,7 +13,7 @@ from cupycorr.verify import plain_cost, plain_grads
 
 from .bench.measure import Implementation, Timing
 from .environment import Unavailable
-from .options import Problem
+from .options import Problem, described
 
 LEAD_SECONDS = 1e-3
 RESOLUTION = 5e-7  # of events, in seconds
@@ -138,8 +138,7 @@ def refuse_too_large(problem: Problem, itemsize: int, cold: bool) -> None:
     available = cupy.cuda.Device().mem_info[0] + cupy.get_default_memory_pool().free_bytes()
     if needed > available:
         raise Unavailable(
-            f"{problem.name}: maps {problem.shape} and a cost volume of "
-            f"{problem.cost_shape} need about {needed / 1e9:.1f} GB, "
+            f"{described(problem)} needs about {needed / 1e9:.1f} GB, "
             f"got {available / 1e9:.1f} GB of free memory on the device"
         )
 

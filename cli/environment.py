@@ -138,6 +138,21 @@ def available_memory() -> int:
         return 2 << 30
 
 
+def require_memory(what: str, needed: int) -> None:
+    """Refuse what does not fit into memory before it takes the machine down.
+
+    Raises
+    ------
+    Unavailable
+        If less than ``needed`` bytes are free.
+    """
+    available = available_memory()
+    if needed > available:
+        raise Unavailable(
+            f"{what} needs about {needed / 1e9:.1f} GB, got {available / 1e9:.1f} GB of free memory"
+        )
+
+
 def require_pillow() -> None:
     """Refuse to go on without what reads and writes images."""
     if not has("PIL"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import click
@@ -15,6 +16,7 @@ from .options import (
     ENGINES,
     Problem,
     Sizes,
+    described,
     description,
     device_argument,
     engine_option,
@@ -38,6 +40,7 @@ DEFAULTS = {
 # Above this, numerical differentiation entry by entry takes minutes; torch's fast mode then
 # compares one random projection of the Jacobian.
 MOST_ENTRIES = 4000
+NO_BFLOAT16 = "bfloat16 with NumPy's or CuPy's arrays needs ml_dtypes: pip install ml_dtypes"
 
 
 @click.command(short_help="Check the cost volume and its gradients.")
@@ -54,7 +57,7 @@ MOST_ENTRIES = 4000
     default=["float64"],
     show_default=True,
     type=click.Choice([*DTYPES, "all"]),
-    help="What is computed in; repeatable.",
+    help="What is computed in, all: what is there; repeatable.",
 )
 def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple[str, ...]) -> None:
     """Check the cost volume and its gradients, forward and backward.
@@ -74,16 +77,21 @@ def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple
     names = _engines(device, engines)
     every = tuple(DTYPES)
     chosen = every if "all" in dtypes else tuple(d for d in every if d in dtypes)
-    if set(names) - {"torch"} and "bfloat16" in chosen and not environment.has("ml_dtypes"):
-        raise environment.Unavailable(
-            "bfloat16 with NumPy's or CuPy's arrays needs ml_dtypes: pip install ml_dtypes"
-        )
+    no_bfloat16 = not environment.has("ml_dtypes") and set(names) - {"torch"}
+    if no_bfloat16 and "bfloat16" in dtypes:
+        raise environment.Unavailable(NO_BFLOAT16)
+    maps, cost = math.prod(problem.shape), math.prod(problem.cost_shape)
+    # At most at once, in float64: maps, their copies, gradients twice, and results.
+    environment.require_memory(described(problem), 8 * (10 * maps + 4 * cost))
     if device == "cuda":
         click.echo(cuda.line(cuda.device()))
     click.echo(f"maps {problem.shape}, {description(problem)}")
     outcomes = []
     for name in names:
         for dtype in chosen:
+            if no_bfloat16 and dtype == "bfloat16" and name != "torch":
+                click.echo(f"left out  {name} {dtype}: {NO_BFLOAT16}")
+                continue
             for check, against in _checks(name, device, problem, dtype):
                 verdict = "ok    " if check.error is None else "FAILED"
                 what = f"{name} {dtype}: {check.name} ({against})"
@@ -138,8 +146,6 @@ def _checks(
 
 
 def _torch_checks(device: str, problem: Problem) -> Iterator[tuple[verify.Check, str]]:
-    import math
-
     import torch
 
     generator = torch.Generator().manual_seed(0)

@@ -63,6 +63,11 @@ def description(problem: Problem) -> str:
     return repr(problem.layer.geometry) + (", l1" if problem.layer.l1 else "")
 
 
+def described(problem: Problem) -> str:
+    """Return the name and the sizes, for a message."""
+    return f"{problem.name}: maps {problem.shape} with a cost volume of {problem.cost_shape}"
+
+
 class Sizes(NamedTuple):
     """The values of the options, and which of them the user gave."""
 

@@ -18,6 +18,7 @@ from ..options import (
     DTYPES,
     Problem,
     Sizes,
+    described,
     device_argument,
     engine_option,
     problem_options,
@@ -138,7 +139,10 @@ def bench(
     if pair is not None:
         problems = [_on_images(problem, pair, downscale, sizes) for problem in problems]
     for problem in problems:
-        _refuse_too_large(problem, kind)
+        # At most at once: two libraries' maps, gradients and results, and the float originals.
+        numbers = 6 * prod(problem.shape) + 3 * prod(problem.cost_shape)
+        needed = numbers * (ITEMSIZE[kind] + max(4, ITEMSIZE[kind]))
+        environment.require_memory(described(problem), needed)
         if device == "cuda":
             cuda.refuse_too_large(problem, ITEMSIZE[kind], cold)
     count = environment.usable_cores() if threads is None else threads
@@ -275,20 +279,6 @@ def _split(
         else:
             able.append(one)
     return able, unable
-
-
-def _refuse_too_large(problem: Problem, dtype: str) -> None:
-    """Refuse what does not fit into memory before it takes the machine down."""
-    maps, cost = prod(problem.shape), prod(problem.cost_shape)
-    # At most at once: two libraries' maps, gradients and results, and the float originals.
-    needed = (6 * maps + 3 * cost) * (ITEMSIZE[dtype] + max(4, ITEMSIZE[dtype]))
-    available = environment.available_memory()
-    if needed > available:
-        raise environment.Unavailable(
-            f"{problem.name}: maps {problem.shape} and a cost volume of "
-            f"{problem.cost_shape} need about {needed / 1e9:.1f} GB, "
-            f"got {available / 1e9:.1f} GB of free memory"
-        )
 
 
 Pair = tuple[features.Image, features.Image]

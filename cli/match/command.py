@@ -105,7 +105,8 @@ def match(
     one, two = features.load_pair(image_a, image_b)
     steps = search.stereo_steps if stereo else search.flow_steps
     plan = steps(one.shape, reach, window)
-    _refuse_too_large(one.shape, plan)
+    needed = search.memory(one.shape, plan)
+    environment.require_memory(f"matching {_size(one.shape)} pixels", needed)
     costs = search.count_costs(one.shape, plan)
     with progress.bar("match", costs) as advance:
         correlate = _on_cuda if device == "cuda" else cupycorr.correlation
@@ -151,13 +152,3 @@ def _on_cuda(fmap1: Floats, fmap2: Floats, geometry: Geometry) -> Floats:
 
 def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[1]} x {shape[0]}"
-
-
-def _refuse_too_large(shape: tuple[int, ...], plan: search.Plan) -> None:
-    """Refuse images that do not fit into memory before they take the machine down."""
-    needed, available = search.memory(shape, plan), environment.available_memory()
-    if needed > available:
-        raise environment.Unavailable(
-            f"matching {_size(shape)} pixels needs about {needed / 1e9:.1f} GB, "
-            f"got {available / 1e9:.1f} GB of free memory"
-        )

@@ -379,6 +379,23 @@ def test_feature_maps_are_deterministic_and_normalized():
     assert once.std((0, 2, 3)) == pytest.approx(1, rel=1e-5)
 
 
+def test_gradcheck_refuses_what_does_not_fit_into_memory():
+    outcome = invoke("gradcheck", "cpu", "--height", 3000, "-w", 3000, "-c", 2000)
+    assert outcome.exit_code == 2
+    assert "needs about" in outcome.stderr
+    assert not outcome.stdout
+
+
+def test_all_dtypes_are_those_that_there_are(monkeypatch):
+    present = environment.has
+    monkeypatch.setattr(environment, "has", lambda name: name != "ml_dtypes" and present(name))
+    outcome = invoke("gradcheck", "cpu", "--engine", "numpy", "--dtype", "all")
+    assert outcome.exit_code == 0, outcome.output
+    assert "left out  numpy bfloat16: " in outcome.stdout
+    assert "pip install ml_dtypes" in outcome.stdout
+    assert "numpy float16: " in outcome.stdout
+
+
 def test_images_of_any_mode_are_read(tmp_path):
     image = pytest.importorskip("PIL.Image")
     image.new("RGBA", (7, 6), (255, 0, 0, 9)).save(tmp_path / "a.png")
