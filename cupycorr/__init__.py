@@ -6,6 +6,7 @@ heavier; CuPy and torch are imported when they are first needed. `compat` has ot
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from cupycorr.api import correlation, correlation_vjp, spatial_correlation_sample
@@ -16,20 +17,20 @@ if TYPE_CHECKING:
     from cupycorr.modules import SpatialCorrelationSampler
 
 __version__ = "0.1.0"
-__all__ = [
-    "Geometry",
-    "SpatialCorrelationSampler",
-    "compat",
-    "correlation",
-    "correlation_vjp",
-    "spatial_correlation_sample",
-]
+__all__ = ["Geometry", "compat", "correlation", "correlation_vjp", "spatial_correlation_sample"]
+if importlib.util.find_spec("torch") is not None:
+    __all__ += ["SpatialCorrelationSampler"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "SpatialCorrelationSampler":
-        from cupycorr.modules import SpatialCorrelationSampler
-
+        try:
+            from cupycorr.modules import SpatialCorrelationSampler
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            # An AttributeError, as for any name that is not there: hasattr and help expect it.
+            raise AttributeError(f"{name} needs torch: pip install 'cupycorr[torch]'") from error
         return SpatialCorrelationSampler
     if name == "compat":
         return importlib.import_module("cupycorr.compat")

@@ -6,6 +6,7 @@ same classes and functions, with the same arguments, defaults, shapes and diviso
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from cupycorr.compat.stand_in import StandIn, stand_in_for
@@ -13,12 +14,16 @@ from cupycorr.compat.stand_in import StandIn, stand_in_for
 if TYPE_CHECKING:
     from cupycorr.compat import caffe, mmcv, nvidia, sniklaus, taichi
 
-__all__ = ["StandIn", "caffe", "mmcv", "nvidia", "sniklaus", "stand_in_for", "taichi"]
+__all__ = ["StandIn", "stand_in_for", "taichi"]
+if find_spec("torch") is not None:
+    __all__ += ["caffe", "mmcv", "nvidia", "sniklaus"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return import_module(f"{__name__}.{name}")  # most of them load torch
+        return import_module(f"{__name__}.{name}")
+    if name in ("caffe", "mmcv", "nvidia", "sniklaus"):
+        raise AttributeError(f"{name} needs torch: pip install 'cupycorr[torch]'")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,6 +1,7 @@
 """Run a program that imports another system's package, with cupycorr in its place.
 
     python -m cupycorr.compat NAME[=SYSTEM] ... -- program.py [arguments of the program]
+    python -m cupycorr.compat NAME[=SYSTEM] ... -- -m package.module [arguments of the program]
 
 NAME is what the program imports, SYSTEM what it is to find there: caffe, mmcv, nvidia, sniklaus or
 taichi. See `cupycorr.compat.stand_in_for`.
@@ -10,10 +11,13 @@ from __future__ import annotations
 
 import runpy
 import sys
-from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
+from cupycorr import compat
 from cupycorr.compat.stand_in import stand_in_for
+
+SYSTEMS = ("caffe", "mmcv", "nvidia", "sniklaus", "taichi")
 
 
 def main(words: list[str]) -> None:
@@ -21,15 +25,37 @@ def main(words: list[str]) -> None:
     if "--" not in words[1:-1]:
         sys.exit((__doc__ or "").rstrip())
     split = words.index("--")
-    program = Path(words[split + 1]).resolve()
-    # As Python itself does for a program, unless it is told to leave the path alone.
-    sys.argv = [str(program), *words[split + 2 :]]
-    if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = str(program.parent)
     for word in words[:split]:
         name, _, system = word.partition("=")
-        stand_in_for(name, import_module(f"cupycorr.compat.{system}") if system else None)
-    runpy.run_path(str(program), run_name="__main__")
+        if system and system not in SYSTEMS:
+            _fail(f"SYSTEM must be one of {', '.join(SYSTEMS)}, got {system}")
+        try:
+            stand_in_for(name, getattr(compat, system) if system else None)
+        except ValueError as error:
+            _fail(str(error))
+    program, *arguments = words[split + 1 :]
+    safe = getattr(sys.flags, "safe_path", False)
+    # As Python itself does for a program, unless it is told to leave the path alone.
+    if program == "-m":
+        if not arguments:
+            _fail("-m must be followed by the name of a module")
+        module, sys.argv = arguments[0], arguments
+        if not safe:
+            sys.path[0] = str(Path.cwd())
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return
+    path = Path(program).resolve()
+    if not path.exists():
+        _fail(f"there is no program {program}")
+    sys.argv = [str(path), *arguments]
+    if not safe:
+        sys.path[0] = str(path.parent)
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"python -m cupycorr.compat: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

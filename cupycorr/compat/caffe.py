@@ -24,8 +24,9 @@ class Correlation(torch.nn.Module):
         Step between output positions, and between displacements.
     do_abs : bool, default False
         Must be False: the original reads it from the prototxt and does not use it.
-    correlation_type : {"multiply", "subtract"}, default "multiply"
-        The mean of products, or of absolute differences; in upper case too.
+    correlation_type : {"multiply", "subtract", 0, 1}, default "multiply"
+        The mean of products, or of absolute differences; in upper case too, or the number of the
+        prototxt's enum.
 
     Raises
     ------
@@ -49,7 +50,7 @@ class Correlation(torch.nn.Module):
         stride_1: int = 1,
         stride_2: int = 1,
         do_abs: bool = False,
-        correlation_type: str = "multiply",
+        correlation_type: str | int = "multiply",
     ) -> None:
         super().__init__()
         if do_abs:
@@ -124,7 +125,7 @@ class Correlation1D(Correlation):
         stride_1: int = 1,
         stride_2: int = 1,
         do_abs: bool = False,
-        correlation_type: str = "multiply",
+        correlation_type: str | int = "multiply",
         single_direction: int = 0,
     ) -> None:
         super().__init__(

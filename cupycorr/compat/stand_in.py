@@ -11,6 +11,7 @@ from types import ModuleType
 # The module that stands in for another, unless the caller names one.
 _STAND_INS = {
     "spatial_correlation_sampler": "cupycorr.compat.spatial_correlation_sampler",
+    "spatial_correlation_sampler_backend": "cupycorr.compat.spatial_correlation_sampler_backend",
     "correlation_cuda": "cupycorr.compat.correlation_cuda",
     "correlation_package.correlation": "cupycorr.compat.nvidia",
 }
@@ -48,7 +49,8 @@ def stand_in_for(name: str, module: ModuleType | None = None) -> StandIn:
         "networks.correlation_package.correlation". The packages stay the program's own.
     module : module, optional
         What the program is to find, for instance `cupycorr.compat.nvidia`. There are defaults for
-        "spatial_correlation_sampler"; for "correlation_package.correlation", NVIDIA's module; and
+        "spatial_correlation_sampler", and "spatial_correlation_sampler_backend", the extension that
+        copies of its Python file call; for "correlation_package.correlation", NVIDIA's module; and
         for "correlation_cuda", the extension that copies of NVIDIA's module call.
 
     Returns

@@ -11,8 +11,8 @@ from cupycorr.layer import Layer
 
 REQUIRED = object()
 """Stands where a parameter has no default."""
-SIMILARITIES = {"multiply": "product", "subtract": "l1"}
-"""The similarity for each correlation_type of Caffe."""
+SIMILARITIES = {"multiply": "product", "subtract": "l1", 0: "product", 1: "l1"}
+"""The similarity for each correlation_type of Caffe, a name or the number of its enum."""
 
 
 class System(NamedTuple):
@@ -54,7 +54,7 @@ def caffe(
     pad: int,
     stride_1: int,
     stride_2: int,
-    correlation_type: str,
+    correlation_type: str | int,
     single_direction: int | None = None,
 ) -> Layer:
     """Translate Caffe's layer for flow or, given a direction, for stereo."""
@@ -66,11 +66,12 @@ def caffe(
     )
     if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-    if correlation_type.lower() not in SIMILARITIES:
+    kind = correlation_type.lower() if isinstance(correlation_type, str) else correlation_type
+    if kind not in SIMILARITIES:
         raise ValueError(
             f"correlation_type must be 'multiply' or 'subtract', got {correlation_type!r}"
         )
-    return Layer(geometry, SIMILARITIES[correlation_type.lower()], normalize=True)
+    return Layer(geometry, SIMILARITIES[kind], normalize=True)
 
 
 def pwc(intStride: int | None = None) -> Layer:

@@ -173,7 +173,7 @@ class TestFlowNet:
         assert_equal(named(*tensors()), want)
         assert_equal(ordered(*tensors()), want)
 
-    @pytest.mark.parametrize("correlation_type", ["subtract", "SUBTRACT"])
+    @pytest.mark.parametrize("correlation_type", ["subtract", "SUBTRACT", 1])
     def test_caffes_layer_computes_mean_differences(self, layer, correlation_type):
         pad, k, reach, *strides = layer
         module = caffe.Correlation(k, reach, pad, *strides, correlation_type=correlation_type)

@@ -46,7 +46,14 @@ ROOMS = {
     "cupycorr.compat": Room(6),
     **{
         f"cupycorr.compat.{module}": Room(6, TORCH)
-        for module in ("caffe", "correlation_cuda", "mmcv", "nvidia", "sniklaus")
+        for module in (
+            "caffe",
+            "correlation_cuda",
+            "mmcv",
+            "nvidia",
+            "sniklaus",
+            "spatial_correlation_sampler_backend",
+        )
     },
     "cupycorr": Room(7),
     "cupycorr.__main__": Room(9),
