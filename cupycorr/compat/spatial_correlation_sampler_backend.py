@@ -31,10 +31,10 @@ def forward(input1: Tensor, input2: Tensor, *sizes: int) -> Tensor:
 
 def backward(input1: Tensor, input2: Tensor, grad_output: Tensor, *sizes: int) -> list[Tensor]:
     """Compute the gradients with respect to both maps; ``sizes`` are those of `forward`."""
-    maps = [fmap.detach().requires_grad_() for fmap in (input1, input2)]
+    one, two = (fmap.detach().requires_grad_() for fmap in (input1, input2))
     with torch.enable_grad():
-        cost = correlation(*maps, _geometry(*sizes))
-    return list(torch.autograd.grad(cost, maps, grad_output))
+        cost = correlation(one, two, _geometry(*sizes))
+    return list(torch.autograd.grad(cost, (one, two), grad_output))
 
 
 def _geometry(*sizes: int) -> Geometry:
