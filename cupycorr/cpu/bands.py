@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cupycorr.cpu.plan import Block, Tiles, split
+from cupycorr.cpu.plan import Block, Tiles, rows_at_once, split
 from cupycorr.cpu.threads import Scratch
 
 Array = npt.NDArray[Any]
@@ -59,9 +59,10 @@ def multiply(
     """Write the products of some rows of tiles of all blocks, and of samples n, into the volume.
 
     Each block has its arrays. Targets and sources (N, tile, C, rows, columns) have the rows and
-    columns of the block's target_shape and source_shape, the sources' columns in reverse; for
-    matrix products they are contiguous. Values, the volume (N, P, Q, rows, columns), cover all
-    targets of the block; with shifts they must be zero where a displacement leads out of the map.
+    columns of the block's target_shape and source_shape, the sources' columns in reverse. For
+    matrix products the targets are contiguous, and the sources with rows before channels. Values,
+    the volume (N, P, Q, rows, columns), cover all targets of the block; with shifts they must be
+    zero where a displacement leads out of the map.
     """
     for number, block in enumerate(blocks):
         targets, source, volume = all_targets[number][n], sources[number][n], values[number][n]
@@ -76,11 +77,10 @@ def multiply(
         dense, full, inside = _matrices(
             "products", len(volume), block, tiles, source.dtype, scratch
         )
-        np.matmul(
-            _tile_view(source, tiles.source, tiles, tiles.extent).swapaxes(-1, -2),
-            _tile_view(targets, tiles.start, tiles, tiles.size),
-            out=dense.reshape(*dense.shape[:3], -1, dense.shape[5]),
-        )
+        one = _row_view(source, tiles)
+        two = _tile_view(targets, tiles.start, tiles, tiles.size)[:, :, :, None]
+        for factor, other, out in small_products(one, two, dense):
+            np.matmul(factor, other, out=out)
         if dense.shape != full.shape:
             full[:, :, :, inside[0], inside[1]] = dense
             full[:, :, :, : inside[0].start] = 0
@@ -119,11 +119,26 @@ def multiply_adjoint(
             band[...] = cells
         if dense.shape != full.shape:
             dense[...] = full[:, :, :, inside[0], inside[1]]
-        np.matmul(
-            _tile_view(source, tiles.source, tiles, tiles.extent),
-            dense.reshape(*dense.shape[:3], -1, dense.shape[5]),
-            out=_tile_view(result, tiles.start, tiles, tiles.size),
-        )
+        one = _tile_view(source, tiles.source, tiles, tiles.extent)
+        two = dense.reshape(*dense.shape[:3], -1, dense.shape[5])
+        results_of_tiles = _tile_view(result, tiles.start, tiles, tiles.size)
+        for factor, other, out in small_products(one, two, results_of_tiles):
+            np.matmul(factor, other, out=out)
+
+
+def small_products(one: Array, two: Array, out: Array) -> list[tuple[Array, Array, Array]]:
+    """Cut matrix products (..., M, N) into some of few rows each (`plan.rows_at_once`)."""
+    rows, terms = one.shape[-2:]
+    size = rows_at_once(terms * two.shape[-1])
+    if size >= rows:
+        return [(one, two, out)]
+    whole = rows // size * size
+    equal = (
+        one[..., :whole, :].reshape(*one.shape[:-2], -1, size, terms),
+        two[..., None, :, :],
+        out[..., :whole, :].reshape(*out.shape[:-2], -1, size, out.shape[-1]),
+    )
+    return [equal, (one[..., whole:, :], two, out[..., whole:, :])]
 
 
 def multiply_adjoint_by_shifts(
@@ -207,6 +222,20 @@ def _tile_view(packed: Array, first_row: int, tiles: Tiles, rows: int) -> Array:
         packed,
         first_row * per_row,
         (per_n, per_across, tiles.size * per_row, per_channel, item),
+    )
+
+
+def _row_view(packed: Array, tiles: Tiles) -> Array:
+    """View packed source blocks as (N, tile across, tile down, row, column, C)."""
+    packed = packed.swapaxes(2, 3)  # As it lies in memory.
+    batch, across, _, channels, columns = packed.shape
+    per_n, per_across, per_row, per_channel, item = packed.strides
+    return np.ndarray(
+        (batch, across, tiles.repeat, tiles.extent, columns, channels),
+        packed.dtype,
+        packed,
+        tiles.source * per_row,
+        (per_n, per_across, tiles.size * per_row, per_row, item, per_channel),
     )
 
 

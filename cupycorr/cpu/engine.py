@@ -8,8 +8,9 @@ each of which all threads share the work:
 2. multiply: products of tiles and their source blocks (`bands`);
 3. store: sum the products over the taps, divide, round, and write the result.
 
-Absolute differences are no matrix product; `l1` computes them. The engine trusts its arguments;
-arrays may have any strides. A uint16 array holds the bits of bfloat16 numbers.
+Absolute differences are no matrix product; `l1` computes them.
+The engine trusts its arguments; arrays may have any strides. A uint16 array holds the bits of
+bfloat16 numbers.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def run(
             if result is not None:
                 result.fill(0)
         return
-    cost, grads = (l1.cost, l1.grads) if layer.similarity == "l1" else (_cost, _grads)
+    cost, grads = (l1.cost, l1.grads) if layer.l1 else (_cost, _grads)
     (grads if what == "grads" else cost)(arrays, layer, threads)
 
 
@@ -88,7 +89,9 @@ def _cost(arrays: Mapping[str, Any], layer: Layer, threads: int | None) -> None:
                 products: list[Unit] = []
                 for group in step.targets[0].groups:
                     targets, pack_targets = packed(map1, 1, group, step, dtype, team.arena, names)
-                    sources, pack_sources = packed(map2, 2, group, step, dtype, team.arena, names)
+                    sources, pack_sources = packed(
+                        map2, 2, group, step, dtype, team.arena, names, by_rows=True
+                    )
                     units += pack_targets + pack_sources
                     values = _values(volume, group)
                     for n in spans(len(out), group.samples):
@@ -227,8 +230,7 @@ class _Product:
         out, sums, rows = self.gradient.out[n, part], self.gradient.sums, self.targets.rows
         gradient = scratch.take("rows", out[:, :, rows].shape, accumulator(out.dtype))
         self._assemble(gradient, n, part)
-        flat = gradient.reshape(-1)
-        if not np.isfinite(np.dot(flat, flat)):
+        if not np.isfinite(gradient.sum()):
             # Redo the products such that a NaN or infinity stays with its own targets.
             for group, sources, results, values in self.groups:
                 (tiles,) = cover(group.blocks[0].y, group.blocks[0].y.count1)

@@ -45,8 +45,10 @@ VOLUME_ELEMENTS = 1 << 19
 MAP_ELEMENTS = 1 << 22
 """Elements of a map that are packed at a time, unless one sample (for gradients: one channel) has
 more."""
-CHANNELS_LAST = 16
-"""The number of channels from which on channels come last in memory."""
+CHANNELS_LAST, ROW_ELEMENTS = 16, 9 << 10
+"""From so many channels on they come last in memory, and a product with ones sums them, which takes
+half the time of a sum. A row of differences has no more elements than OpenBLAS multiplies on one
+thread; more channels than that are summed."""
 CHANNELS_AT_ONCE = 64
 """A unit computes the gradients of at least so many channels, where there are so many."""
 SAMPLE_ELEMENTS = 1 << 16
@@ -200,11 +202,10 @@ def _prepare(
         else:
             np.abs(values, out=terms)
         place = alone[:, rows][:, part, across]
-        if channels < CHANNELS_LAST:
-            np.add.reduce(terms, axis=-1, out=place)
+        if CHANNELS_LAST <= channels <= ROW_ELEMENTS:
+            np.matmul(terms, ones_of_channels, out=place)
         else:
-            # A product with ones takes half the time of a sum.
-            place[...] = np.dot(terms.reshape(-1, channels), ones_of_channels).reshape(place.shape)
+            np.add.reduce(terms, axis=-1, out=place)
 
 
 def _sum_rows(
@@ -249,12 +250,11 @@ def _sum_rows(
                 np.abs(terms, out=terms)
             else:
                 np.multiply(terms, _sign(ones[0], twos[0], scratch), out=terms)
-            if channels < CHANNELS_LAST:
-                sums[q, :, rows, across] = np.add.reduce(terms, axis=-1)
+            place = sums[q, :, rows, across]
+            if CHANNELS_LAST <= channels <= ROW_ELEMENTS:
+                np.matmul(terms, ones_of_channels, out=place)
             else:
-                # A product with ones takes half the time of a sum.
-                total_of_channels = np.dot(terms.reshape(-1, channels), ones_of_channels)
-                sums[q, :, rows, across] = total_of_channels.reshape(shape[:-1])
+                np.add.reduce(terms, axis=-1, out=place)
         sums = sum_taps(volume, y, x)
         total = sums if len(all_lattices) == 1 else sums + (0 if total is None else total)
     if total is not None:
@@ -428,7 +428,8 @@ def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice, slice]]:
     """Cut displaced maps (Q, N, rows, columns, C) into blocks (Q, rows, columns)."""
     patch, samples, rows, columns, channels = shape
     each = samples * channels
-    across = max(1, min(columns, BLOCK_ELEMENTS // each))
+    across = max(1, min(columns, BLOCK_ELEMENTS // each, ROW_ELEMENTS // channels))
+    across = -(-columns // -(-columns // across))
     together = max(1, min(patch, BLOCK_ELEMENTS // (each * across)))
     down = max(1, BLOCK_ELEMENTS // (each * across * together))
     # Displacements are fastest: they share what they read.

@@ -28,10 +28,13 @@ def packed(
     dtype: np.dtype[Any],
     arena: Scratch,
     names: Iterator[int],
+    *,
+    by_rows: bool = False,
 ) -> tuple[list[Array], list[Unit]]:
     """Return what blocks need of map 1 or 2, (N, tile, C, rows, columns) each, and how to pack it.
 
-    ``names`` are those of the arrays in the arena.
+    ``names`` are those of the arrays in the arena. In memory the channels of a row lie together if
+    ``by_rows``, or else the rows of a channel.
     """
     is_target = (which == 2) == group.blocks[0].mirrored
     values = fmap[:, :, group.images[which - 1]]
@@ -47,9 +50,12 @@ def packed(
         return [view if is_target else view[..., ::-1] for view in views], []
     arrays = []
     for block in group.blocks:
-        shape = block.target_shape if is_target else block.source_shape
-        whole = (len(fmap), block.across.repeat, fmap.shape[1], *shape)
-        arrays.append(arena.take(next(names), whole, dtype))
+        rows, columns = block.target_shape if is_target else block.source_shape
+        shape = [len(fmap), block.across.repeat, fmap.shape[1], rows, columns]
+        if by_rows:
+            shape[2:4] = rows, fmap.shape[1]
+        array = arena.take(next(names), tuple(shape), dtype)
+        arrays.append(array.swapaxes(2, 3) if by_rows else array)
     units: list[Unit] = []
     for n, part in map_parts(values.shape):
         units.append(partial(_pack, values, which, group, hide, arrays, n, part))

@@ -27,6 +27,9 @@ BATCH_BYTES = 32 << 20
 MATRIX_BYTES = 2 << 20
 """A unit's product matrices are not larger than this, so that they stay in the cache. They are not
 much smaller either: threads wait for the interpreter between calls, so calls should be long."""
+PRODUCT = 1 << 18
+"""A matrix product has no more multiply-adds than this: up to here OpenBLAS uses one thread."""
+
 SHIFTED_BYTES = 1 << 20
 """A unit that multiplies by shifts has no more bytes of targets than this, for the same reasons."""
 UNITS, UNIT_MULTIPLY_ADDS = 6, 1 << 21
@@ -357,20 +360,20 @@ def cover(band: Band, size: int) -> tuple[Tiles, ...]:
 
 # The model of `choose_tiling`: seconds of one thread in float32 on a CPU with AVX-512. Only the
 # ratios matter for the choice.
-MULTIPLY_ADD = 2.2e-11
+MULTIPLY_ADD = 1.35e-11
 """Time of a multiply-add inside a matrix product."""
-PACKED_BY_BLAS = 4.5e-10
-"""Time of an element of a tile or a source block that BLAS copies before it multiplies."""
-COPIED, COPIED_RUN = 7e-10, 8e-9
+LANES, MORE_TARGETS, MORE_ROWS = 16, 4, 1.5
+"""A product takes as long as one of a multiple of ``LANES`` targets, of ``MORE_TARGETS`` more and
+of ``MORE_ROWS`` more rows: what BLAS does once for each of them."""
+READ = 1.2e-10
+"""Time of a source that BLAS reads, in one channel."""
+CELL = 6e-10
+"""Time of a cell of a product matrix beside its multiply-adds."""
+COPIED, COPIED_RUN = 1e-9, 1.6e-9
 """Time of an element that is packed or copied between volume and band, and of the start of each
 run of such elements; a run is as long as a tile has columns."""
 CALL = 1.5e-6
 """Time of one call of NumPy."""
-BLAS_CALL = 1e-6
-"""Time that the product of one tile takes beside its multiply-adds."""
-CELL, CELL_ADJOINT = 1e-9, 1.8e-9
-"""Time of a cell of a product matrix beside its multiply-adds: for the volume it is written, for a
-gradient it is filled and read. With shifts, a cell of the volume takes ``CELL`` in both."""
 SHIFTED, SHIFTED_ADJOINT = 4e-10, 1.5e-9
 """Time of a product of two positions in one channel where displacements are computed one after the
 other: for the volume by einsum, for a gradient by a multiplication and an addition."""
@@ -399,7 +402,11 @@ def choose_tiling(channels: int, y: Band, x: Band, itemsize: int, adjoint: bool)
         extent = max(t.extent for t in across)
         for rows in _even_sizes(y.count1):
             source = (rows + y.count_patch - 1) * extent
-            if rows * columns * source * itemsize > MATRIX_BYTES:
+            targets = rows * columns
+            if targets * source * itemsize > MATRIX_BYTES:
+                continue
+            # A row of a product must not be too long already.
+            if targets * (source if adjoint else channels) > PRODUCT:
                 continue
             cost = _cost_of_tiles(channels, y, x, cover(y, rows), across, adjoint)
             if cost < best_cost:
@@ -416,19 +423,32 @@ def _cost_of_tiles(
     adjoint: bool,
 ) -> float:
     targets = down[0].size * across[0].size
-    tiles_y, tiles_x = (sum(t.repeat for t in axis) for axis in (down, across))
     sources_y, sources_x = (sum(t.repeat * t.extent for t in axis) for axis in (down, across))
     products = targets * sources_y * sources_x
-    packed_by_blas = targets * tiles_y * tiles_x + sources_y * sources_x
+    height, extent = (max(t.extent for t in axis) for axis in (down, across))
+    # A product is a row of sources by targets, summed over channels, or channels by targets, over
+    # all sources.
+    lines, terms = (channels, height * extent) if adjoint else (extent, channels)
+    count = -(-lines // rows_at_once(terms * targets))
+    lanes = -(-targets // LANES) * LANES + MORE_TARGETS
+    effort = lanes / targets * (1 + MORE_ROWS * count / max(1, lines))
     packed = y.count1 * x.count1 + y.count2 * sources_x
     band = y.count1 * x.count1 * y.count_patch * x.count_patch
     return (
-        channels * (products * MULTIPLY_ADD + packed_by_blas * PACKED_BY_BLAS)
-        + products * (CELL_ADJOINT if adjoint else CELL)
+        channels * (products * MULTIPLY_ADD * effort + sources_y * sources_x * READ)
+        + products * CELL
         + (channels * packed + band) * (COPIED + COPIED_RUN / across[0].size)
         + (len(across) + 1) * (len(down) + 1) * 10 * CALL
-        + tiles_x * tiles_y * BLAS_CALL
     )
+
+
+def rows_at_once(multiply_adds: int) -> int:
+    """Return how many rows a product may have, if each of them takes so many multiply-adds.
+
+    The numbers returned are those that the kernels of BLAS take without a remainder.
+    """
+    most = max(1, PRODUCT // max(1, multiply_adds))
+    return most - most % 4 if most >= 8 else {5: 4, 7: 6}.get(most, most)
 
 
 @lru_cache(maxsize=256)

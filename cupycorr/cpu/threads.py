@@ -1,25 +1,36 @@
-"""Run independent units of work on several threads, with BLAS held to one thread meanwhile.
+"""Run independent units of work on several threads.
 
 NumPy releases the interpreter lock inside its loops and matrix products, so plain threads use all
-cores; BLAS's own threads would only speed up the products, and fight with ours.
+cores. BLAS's own threads would only speed up the products, and fight with ours. A limit on them
+would hold for the whole process: other threads would meet it, and an interrupt might leave it
+there. So nothing is limited. The engine multiplies so little at a time (`plan.PRODUCT`) that
+OpenBLAS computes each product on the thread that asks for it.
+
+Workers stay from call to call. A call that an exception ends does not wait for them: its arrays
+and its scratch memory are left to them, and nobody takes these again.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
+from functools import cache
 from math import prod
-from typing import Any
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+_T = TypeVar("_T")
+
+
+CACHE_LINE = 64
+"""Bytes of a cache line. Buffers start with one: other matrices take 1.4 times as long."""
 
 
 class Scratch:
@@ -38,7 +49,9 @@ class Scratch:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.size < size:
             self.nbytes += size - (0 if buffer is None else buffer.size)
-            self._buffers[name] = buffer = np.empty(size, np.uint8)
+            buffer = np.empty(size + CACHE_LINE, np.uint8)
+            first = -buffer.ctypes.data % CACHE_LINE
+            self._buffers[name] = buffer = buffer[first : first + size]
             self._layout = None
         return np.ndarray(shape, dtype, buffer)
 
@@ -68,8 +81,6 @@ def release_scratch() -> None:
     _idle.clear()
 
 
-WORTH_LIMITING_BLAS = 1 << 18
-"""Multiply-adds from which on BLAS might use several threads for a product."""
 WORTH_THREADS = 1 << 22
 """Multiply-adds from which on several threads are used."""
 
@@ -88,11 +99,7 @@ class Team:
     """
 
     def __init__(self, multiply_adds: int, threads: int | None) -> None:
-        self._blas: AbstractContextManager[None] | None = None
-        self._pool: ThreadPoolExecutor | None = None
         self._count = 1
-        if multiply_adds >= WORTH_LIMITING_BLAS:
-            self._blas = _blas.one_thread()
         if multiply_adds >= WORTH_THREADS:
             self._count = max(1, thread_count() if threads is None else threads)
 
@@ -104,17 +111,11 @@ class Team:
         self.arena = self._scratches[0]
         """Memory for the arrays that all units share."""
         self._scratches += [Scratch() for _ in range(self._count + 1 - len(self._scratches))]
-        if self._blas is not None:
-            self._blas.__enter__()
-        if self._count > 1:
-            self._pool = ThreadPoolExecutor(self._count - 1, initializer=_limit_blas)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-        if self._blas is not None:
-            self._blas.__exit__(*error)
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:
+            return
         retained = 0
         for scratches in [self._scratches, *_idle]:
             for scratch in scratches:
@@ -125,113 +126,102 @@ class Team:
     def work(self, units: Sequence[Unit]) -> None:
         """Run units, in any order and at the same time, and return when all are done."""
         queue = deque(units)
-        helpers = self._scratches[2 : 1 + min(self._count, len(queue))]
-        futures = [self._pool.submit(_drain, queue, s) for s in helpers if self._pool]
+        scratches = deque(self._scratches[2 : 1 + min(self._count, len(queue))])
+        done: SimpleQueue[BaseException | None] = SimpleQueue()
+        helpers = len(scratches)
+        # NumPy 2 keeps this setting in the context: no interrupt can leave it in the caller's.
+        context, errors = copy_context(), np.geterr()
         try:
-            with np.errstate(all="ignore"):
-                while queue:
-                    try:
-                        unit = queue.popleft()
-                    except IndexError:
-                        break
-                    unit(self._scratches[1])
+            if helpers:
+                _hire(helpers)
+            for _ in range(helpers):
+                _tasks.put((queue, scratches, done))
+            context.run(np.seterr, all="ignore")
+            while (unit := _take(queue)) is not None:
+                context.run(unit, self._scratches[1])
         finally:
             # After an error here, what is left must not run on.
             queue.clear()
-            for future in futures:
-                future.result()
+            context.run(np.seterr, **errors)
+        while helpers and _take(scratches) is not None:
+            helpers -= 1
+        for _ in range(helpers):
+            error = done.get()
+            if error is not None:
+                raise error
 
 
-def _drain(queue: deque[Unit], scratch: Scratch) -> None:
-    with np.errstate(all="ignore"):
-        while True:
-            try:
-                unit = queue.popleft()
-            except IndexError:
-                return
+def _take(queue: deque[_T]) -> _T | None:
+    try:
+        return queue.popleft()
+    except IndexError:
+        return None
+
+
+_Task = tuple["deque[Unit]", "deque[Scratch]", "SimpleQueue[BaseException | None]"]
+_tasks: SimpleQueue[_Task] = SimpleQueue()
+_workers: list[Thread] = []
+
+
+def _hire(count: int) -> None:
+    """Start workers until there are so many; they end with the process."""
+    while len(_workers) < count:
+        worker = Thread(target=_serve, args=(_tasks,), name="cupycorr", daemon=True)
+        worker.start()
+        _workers.append(worker)
+
+
+def _serve(tasks: SimpleQueue[_Task]) -> None:
+    _limit_openmp()
+    np.seterr(all="ignore")
+    while True:
+        _carry_out(*tasks.get())
+
+
+def _carry_out(
+    queue: deque[Unit], scratches: deque[Scratch], done: SimpleQueue[BaseException | None]
+) -> None:
+    """Help with the units of a call, unless it has ended before this worker was free."""
+    scratch = _take(scratches)
+    if scratch is None:
+        return
+    try:
+        while (unit := _take(queue)) is not None:
             unit(scratch)
+    except BaseException as error:
+        queue.clear()
+        done.put(error)
+    else:
+        done.put(None)
+
+
+def _limit_openmp() -> None:
+    """Hold a BLAS with OpenMP to one thread: that limit is the calling thread's."""
+    from threadpoolctl import ThreadpoolController
+
+    ThreadpoolController().select(user_api="openmp").limit(limits=1)
+
+
+def _forget_workers() -> None:
+    """Hire anew in the child process after a fork, where no other thread exists."""
+    global _tasks
+    _tasks = SimpleQueue()
+    _workers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_workers)
 
 
 def thread_count() -> int:
     """Return the number of threads that NumPy's BLAS would use."""
-    return _blas.thread_count()
+    return max((library.get_num_threads() for library in _libraries()), default=1)
 
 
-class _Blas:
-    """Holds BLAS to one thread while at least one caller wants that.
-
-    Some libraries have one limit for the process, which must not be restored before the last
-    caller leaves; others have a limit for each calling thread.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.users = 0
-        self.saved: list[int] = []
-
-    def thread_count(self) -> int:
-        """Return how many threads the calling thread's products would use without a limit."""
-        with self.lock:
-            counts = self.saved if self.users else [b.get_num_threads() for b in _libraries(False)]
-        return max([*counts, *(b.get_num_threads() for b in _libraries(True))], default=1)
-
-    @contextmanager
-    def one_thread(self) -> Iterator[None]:
-        """Limit BLAS for the calling thread."""
-        own = [library.get_num_threads() for library in _libraries(True)]
-        with self.lock:
-            if self.users == 0:
-                self.saved = [library.get_num_threads() for library in _libraries(False)]
-            self.users += 1
-        _limit_blas()
-        try:
-            yield
-        finally:
-            _set(_libraries(True), own)
-            with self.lock:
-                self.users -= 1
-                if self.users == 0:
-                    _set(_libraries(False), self.saved)
-
-    def reset(self) -> None:
-        """Forget the callers of the parent process, whose threads do not exist after a fork."""
-        self.lock = threading.Lock()
-        if self.users:
-            self.users = 0
-            _set(_libraries(False), self.saved)
-
-
-_blas = _Blas()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_blas.reset)
-
-
-def _limit_blas() -> None:
-    """Limit BLAS to one thread, for the calling thread where it can be told apart."""
-    for per_thread in (True, False):
-        libraries = _libraries(per_thread)
-        _set(libraries, [1] * len(libraries))
-
-
-def _set(libraries: list[Any], counts: list[int]) -> None:
-    for library, count in zip(libraries, counts, strict=True):
-        # threadpoolctl lets the first thread that limits a library keep that right to itself.
-        take = getattr(library, "clear_controlling_thread", None)
-        if take is not None:
-            take(force=True)
-        library.set_num_threads(count)
-        if take is not None:
-            take(force=True)
-
-
-@lru_cache(maxsize=2)
-def _libraries(per_thread: bool) -> list[Any]:
-    """Return the BLAS libraries of this process, by whether each thread has a limit of its own."""
+@cache
+def _libraries() -> list[Any]:
+    """Return the BLAS libraries of this process."""
     from threadpoolctl import ThreadpoolController
 
-    return [
-        library
-        for library in ThreadpoolController().select(user_api="blas").lib_controllers
-        if per_thread
-        == (library.internal_api == "mkl" or getattr(library, "threading_layer", "") == "openmp")
-    ]
+    libraries: list[Any] = ThreadpoolController().select(user_api="blas").lib_controllers
+    return libraries
