@@ -8,7 +8,7 @@ each of which all threads share the work:
 2. multiply: products of tiles and their source blocks (`bands`);
 3. store: sum the products over the taps, divide, round, and write the result.
 
-Absolute differences are no matrix product; `l1` computes them.
+Small maps go another way (`pairs`). Absolute differences are no matrix product; `l1` computes them.
 The engine trusts its arguments; arrays may have any strides. A uint16 array holds the bits of
 bfloat16 numbers.
 """
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from cupycorr.cpu import bands, l1
+from cupycorr.cpu import bands, l1, pairs
 from cupycorr.cpu.packing import clear_untouched, map_parts, packed, volume_parts
 from cupycorr.cpu.plan import Group, Step, cover, plan, spans
 from cupycorr.cpu.taps import accumulator, spread_taps, store, sum_taps
@@ -65,6 +65,10 @@ def run(
                 result.fill(0)
         return
     cost, grads = (l1.cost, l1.grads) if layer.l1 else (_cost, _grads)
+    if not layer.l1 and pairs.fit(arrays["fmap1"].shape[1:], layer.geometry):
+        cost = pairs.cost
+        if what == "grads" and pairs.grads(arrays, layer, threads):
+            return
     (grads if what == "grads" else cost)(arrays, layer, threads)
 
 

@@ -11,6 +11,7 @@ from strategies import cases, pairs
 import cupycorr
 from cupycorr import Geometry, verify
 from cupycorr.cpu import engine as numpy_engine
+from cupycorr.cpu import pairs as all_pairs
 from cupycorr.layer import DTYPES, Layer
 
 # Large enough for every strategy of the engine: matrix products over whole rows, over tiles, and
@@ -40,11 +41,21 @@ LARGE = {
     "three channels": ((1, 3, 60, 50), Geometry(3, 5, padding=1)),
     "one row": ((1, 100, 1, 200), Geometry(patch_size=(3, 21))),
     "one column": ((1, 100, 200, 1), Geometry(patch_size=(21, 3))),
+    "small maps": ((8, 128, 16, 28), Geometry(patch_size=9)),
     "many small maps": ((40, 32, 6, 7), Geometry(patch_size=7)),
     "far off centre": ((1, 32, 40, 50), Geometry(patch_size=5, first_displacement=(-31, 40))),
     "even patch, cropped": ((1, 33, 41, 43), Geometry(1, (8, 10), padding=(-3, -5))),
 }
 ROUND_OFF = ("FlowNetC", "stereo", "dense window", "windows far apart", "one channel")
+
+
+@pytest.fixture(scope="module", params=["chosen", "tiles"], autouse=True)
+def way(request):
+    """Compute small maps as the engine chooses to, and once more by tiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "tiles":
+            patch.setattr(all_pairs, "fit", lambda shape, geometry: False)
+        yield
 
 
 def integers(rng, shape, dtype="float64"):
@@ -307,7 +318,7 @@ def test_upstream_of_displacements_that_lead_outside_is_never_read(name, rng):
 # Repetition.
 
 REPEATED = [("FlowNetC", "float32"), ("dense window", "float16"), ("windows far apart", "float64"),
-            ("defaults", "float32"), ("stereo", "float32")]  # fmt: skip
+            ("defaults", "float32"), ("stereo", "float32"), ("small maps", "float32")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "dtype"), REPEATED)
