@@ -38,6 +38,10 @@ _functions: dict[tuple[Any, ...], Any] = {}
 _compiling = threading.Lock()
 
 
+class Unusable(RuntimeError):
+    """CuPy or NVRTC cannot be used as they are; the message says why, and has a remedy."""
+
+
 class Compiled(NamedTuple):
     """A kernel that was made ready."""
 
@@ -84,7 +88,7 @@ def run(
     Raises
     ------
     RuntimeError
-        If a kernel cannot be compiled, or the device cannot launch it.
+        If the device cannot launch a kernel; otherwise as `load`.
     """
     given = {name: array for name, array in arrays.items() if array is not None}
     results = tuple(name for name in RESULTS[what] if name in given)
@@ -214,22 +218,37 @@ def _function(launch: Launch) -> Any:
 
 
 def _compile(launch: Launch) -> Any:
-    try:
-        module = cupy.RawModule(code=source(launch), options=OPTIONS)
-        function = module.get_function(launch.kernel)
-        function.compile()
-    except cupy.cuda.compiler.CompileException as error:
-        unknown = "--gpu-architecture" in str(error)
-        remedy = "update nvidia-cuda-nvrtc-cu12" if unknown else "please report it"
-        raise RuntimeError(
-            f"{launch.source} must compile for sm_{cupy.cuda.Device().compute_capability}, got "
-            f"from NVRTC ({remedy}):\n{error}"
-        ) from error
-    except (ImportError, OSError, RuntimeError) as error:
-        raise RuntimeError(
-            f"NVRTC must be there to compile {launch.source}, got: {error}; "
-            "pip install nvidia-cuda-nvrtc-cu12"
-        ) from error
+    function = load(source(launch), launch.kernel)
     if launch.shared_bytes > function.max_dynamic_shared_size_bytes:
         function.max_dynamic_shared_size_bytes = launch.shared_bytes
+    return function
+
+
+def load(code: str, kernel: str) -> Any:
+    """Compile a source, and load one of its kernels on the current device.
+
+    Raises
+    ------
+    Unusable
+        If NVRTC is missing, or CuPy cannot write to its cache.
+    cupy.cuda.compiler.CompileException
+        If NVRTC refuses the source.
+    cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError, MemoryError
+        If CUDA fails.
+    """
+    try:
+        cupy.cuda.nvrtc.getVersion()
+    except (ImportError, OSError, RuntimeError) as error:  # CuPy's releases differ
+        raise Unusable(
+            f"NVRTC must be there to compile {kernel}, got: {error}; "
+            "pip install nvidia-cuda-nvrtc-cu12"
+        ) from error
+    try:
+        function = cupy.RawModule(code=code, options=OPTIONS).get_function(kernel)
+        function.compile()
+    except OSError as error:
+        raise Unusable(
+            f"CuPy must be able to write {kernel} to its cache, got: {error}; set CUPY_CACHE_DIR "
+            "to a folder that can be written, or CUPY_CACHE_IN_MEMORY=1"
+        ) from error
     return function

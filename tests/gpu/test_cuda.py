@@ -1,5 +1,9 @@
 """The CUDA engine on real CuPy arrays, on whatever CUDA device is there."""
 
+import os
+import subprocess
+import sys
+
 import definition
 import frames
 import numpy as np
@@ -293,15 +297,42 @@ def test_an_image_of_about_the_same_size_compiles_nothing(cp, monkeypatch):
     cupycorr.correlation(*arrays(61), PATCH)
 
 
-def test_a_source_that_does_not_compile_is_one_clear_error(cp, monkeypatch):
+def test_a_source_that_does_not_compile_is_the_compilers_error(cp, monkeypatch):
     from cupycorr.cuda import engine as cuda_engine
 
     one = cp.ones((1, 1, 4, 4), cp.float32)
-    monkeypatch.setattr(cuda_engine, "source", lambda launch: "this is not CUDA C")
+    text = '#line 7 "product.cu"\nthis is not CUDA C'
+    monkeypatch.setattr(cuda_engine, "source", lambda launch: text)
     monkeypatch.setattr(cuda_engine, "_functions", {})
     cuda_engine._prepared.cache_clear()
-    with pytest.raises(RuntimeError, match=r"product\.cu must compile for sm_\d+, got from NVRTC"):
+    with pytest.raises(cp.cuda.compiler.CompileException, match=r"product\.cu.*7"):
         cupycorr.correlation(one, one, PATCH)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path, in_memory):
+    cache = tmp_path / "cache"
+    program = (
+        "import os\n"
+        "import cupy, numpy\n"
+        "import cupycorr\n"
+        f"os.rmdir({str(cache)!r})\n"
+        f"open({str(cache)!r}, 'w').close()\n"
+        "one = cupy.asarray(numpy.ones((1, 2, 3, 4), 'f'))\n"
+        "print(cupycorr.spatial_correlation_sample(one, one).get().sum())"
+    )
+    changes = {"CUPY_CACHE_DIR": str(cache), "CUPY_CACHE_IN_MEMORY": str(int(in_memory))}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | changes
+    )
+    if in_memory:
+        assert done.stdout == "24.0\n", done.stderr
+    else:
+        assert "\nNotADirectoryError: " in done.stderr  # the cause
+        assert done.stderr.splitlines()[-1].startswith(
+            "cupycorr.cuda.engine.Unusable: CuPy must be able to write product_cost to its cache, "
+            f"got: [Errno 20] Not a directory: '{cache}"
+        )
 
 
 def test_threads_may_call_at_once(cp, rng):

@@ -1,0 +1,85 @@
+"""Where a kernel cannot be made ready, the engine's error says why, with a remedy that helps."""
+
+import errno
+import os
+
+import pytest
+from devices import DEVICES
+
+from cupycorr import Geometry
+from cupycorr.cuda import plan as cuda_plan
+from cupycorr.layer import Layer
+
+(LAUNCH,) = cuda_plan.plan(
+    ("cost",), Layer(Geometry()), (1, 1, 4, 4), "float32", DEVICES["A100"]
+).launches
+NO_LIBRARY = "libnvrtc.so.12: cannot open shared object file: No such file or directory"
+CACHE = "/cache/kernel"
+OF_CUPY = {
+    "driver": "cuda.driver.CUDADriverError",
+    "runtime": "cuda.runtime.CUDARuntimeError",
+    "memory": "cuda.memory.OutOfMemoryError",
+    "compiler": "cuda.compiler.CompileException",
+    "NVRTC": "cuda.nvrtc.NVRTCError",
+}
+
+
+@pytest.fixture
+def cp():
+    return pytest.importorskip("cupy")
+
+
+@pytest.fixture
+def _nvrtc(cp, monkeypatch):
+    monkeypatch.setattr(cp.cuda.nvrtc, "getVersion", lambda: (12, 9))
+
+
+def raising(error):
+    def call(*args, **kwargs):
+        raise error
+
+    return call
+
+
+def failure(cp, monkeypatch, error):
+    """Return what the engine raises where CuPy raises an error for a kernel."""
+    from cupycorr.cuda import engine as cuda_engine
+
+    monkeypatch.setattr(cp, "RawModule", raising(error))
+    raised = RuntimeError, MemoryError, cp.cuda.compiler.CompileException
+    with pytest.raises(raised) as caught:
+        cuda_engine._compile(LAUNCH)
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", [ImportError, OSError, RuntimeError])
+def test_a_missing_nvrtc_is_to_be_installed(cp, monkeypatch, kind):
+    from cupycorr.cuda import engine as cuda_engine
+
+    error = kind(NO_LIBRARY)
+    monkeypatch.setattr(cp.cuda.nvrtc, "getVersion", raising(error))
+    said = rf"^NVRTC must be there .*{NO_LIBRARY}; pip install nvidia-cuda-nvrtc-cu12$"
+    with pytest.raises(cuda_engine.Unusable, match=said) as caught:
+        cuda_engine._compile(LAUNCH)
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.ENOTDIR, errno.EROFS])
+@pytest.mark.usefixtures("_nvrtc")
+def test_a_cache_that_cannot_be_written_is_to_be_moved(cp, monkeypatch, number):
+    error = OSError(number, os.strerror(number), CACHE)
+    caught = failure(cp, monkeypatch, error)
+    assert f"got: {error}; set CUPY_CACHE_DIR " in str(caught)
+    assert str(caught).endswith(" CUPY_CACHE_IN_MEMORY=1")
+    assert "NVRTC" not in str(caught)
+    assert caught.__cause__ is error
+
+
+@pytest.mark.parametrize("name", OF_CUPY)
+@pytest.mark.usefixtures("_nvrtc")
+def test_errors_of_compiler_driver_and_runtime_are_passed_on(cp, monkeypatch, name):
+    kind = cp
+    for part in OF_CUPY[name].split("."):
+        kind = getattr(kind, part)
+    error = kind.__new__(kind, "out of order")  # past __init__, which asks the library for words
+    assert failure(cp, monkeypatch, error) is error
