@@ -20,6 +20,8 @@ from .gradcheck import gradcheck
 from .match import match
 from .warmup import warmup
 
+CUDA_MODULES = ("cupy.", "cupy_backends.", "cupycorr.cuda.")
+"""Where the exceptions of compiler, driver and runtime are defined, and the CUDA engine's own."""
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -34,6 +36,10 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             raise click.exceptions.Exit(130) from None
+        except Exception as error:
+            if not type(error).__module__.startswith(CUDA_MODULES):
+                raise
+            raise click.ClickException(" ".join(str(error).split())) from error
 
 
 @click.group(cls=_Commands, context_settings=CONTEXT)

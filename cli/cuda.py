@@ -111,7 +111,7 @@ def kernels(problem: Problem, dtype: str) -> list[dict[str, Any]]:
     Raises
     ------
     RuntimeError
-        If one does not compile, or cannot be launched.
+        As `cuda.engine.warm_up`.
     """
     from cupycorr.cuda import engine as cuda_engine
 
@@ -160,9 +160,11 @@ class Stopwatch:
     def __init__(self, cold: bool) -> None:
         import cupy
 
+        from cupycorr.cuda import engine as cuda_engine
+
         clock = 1000 * cupy.cuda.Device().attributes.get("ClockRate", 0)
         self._cycles = int(LEAD_SECONDS * (clock or 1e9))
-        self._hold = cupy.RawKernel(HOLD, "hold")
+        self._hold = cuda_engine.load(HOLD, "hold")
         self._flushed = cupy.cuda.alloc(_flushed_bytes()) if cold else None
         self._events = cupy.cuda.Event(), cupy.cuda.Event()
 

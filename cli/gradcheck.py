@@ -68,7 +68,8 @@ def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple
     differences the latter two add up to the former. In float64 torch's own gradcheck and
     gradgradcheck follow, which compare with finite differences.
 
-    Exits with 1 if a check fails, and with 2 if the options are wrong or something is missing.
+    Exits with 1 if a check fails or a kernel does not compile, and with 2 if the options are wrong
+    or something is missing.
     """
     refuse_engines(device, engines)
     if device == "cuda":
@@ -139,7 +140,7 @@ def _checks(
     except RuntimeError as failure:
         if device == "cpu":
             raise
-        # A kernel that does not compile, or that the device refuses or stops.
+        # CUDA cannot be used as it is, or the device refuses or stops a kernel.
         yield verify.Check("kernels", " ".join(str(failure).split())), "on the device"
     if name == "torch" and dtype == "float64":
         yield from _torch_checks(device, problem)

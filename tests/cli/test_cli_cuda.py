@@ -1,6 +1,8 @@
 """The command line on CUDA devices; what needs none runs everywhere."""
 
 import json
+import os
+import subprocess
 import sys
 
 import click
@@ -103,6 +105,48 @@ def test_nvrtc_is_what_cupy_loads(monkeypatch):
     finding = environment._nvrtc(cupy_found=True)
     assert not finding.found
     assert "no libnvrtc" in finding.detail
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "name", ["cuda.runtime.CUDARuntimeError", "cuda.memory.OutOfMemoryError",
+             "cuda.compiler.CompileException"],
+)  # fmt: skip
+def test_an_error_of_cupy_ends_a_command_with_one_line(monkeypatch, command, name):
+    kind = pytest.importorskip("cupy")
+    for part in name.split("."):
+        kind = getattr(kind, part)
+    arguments = {"CUDARuntimeError": (2,), "OutOfMemoryError": (9, 0)}
+    error = kind(*arguments.get(kind.__name__, ("line one:\nline two", "", "", ())))
+    assert _ended(monkeypatch, command, error) == f"Error: {' '.join(str(error).split())}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_error_of_the_engine_ends_a_command_with_one_line(monkeypatch, command):
+    pytest.importorskip("cupy")
+    from cupycorr.cuda import engine as cuda_engine
+
+    assert _ended(monkeypatch, command, cuda_engine.Unusable("no\ncache")) == "Error: no cache\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_other_errors_keep_their_traceback(monkeypatch, command):
+    with pytest.raises(ZeroDivisionError):
+        _ended(monkeypatch, command, ZeroDivisionError())
+
+
+def _ended(monkeypatch, command, error):
+    """Return what a command writes to stderr if its first question to the device fails."""
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(environment, "require_cuda", lambda: None)
+    monkeypatch.setattr(cuda, "device", fail)
+    monkeypatch.setattr(cuda, "refuse_too_large", fail)
+    outcome = invoke(*COMMANDS[command])
+    assert outcome.exit_code == 1
+    return outcome.stderr
 
 
 @pytest.mark.parametrize(
@@ -375,6 +419,28 @@ def test_warmup_leaves_nothing_for_the_first_call_to_compile(monkeypatch):
     maps = [cupy.asarray(np.ones(problem.shape, np.float32)) for _ in range(2)]
     cost = cupycorr.correlation(*maps, problem.layer.geometry)
     cupycorr.correlation_vjp(cost, *maps, problem.layer.geometry)
+
+
+@gpu
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_cache_that_cannot_be_written_ends_a_command_without_a_traceback(tmp_path, command):
+    cache = tmp_path / "cache"
+    program = (
+        "import os, sys\n"
+        "import cupy\n"
+        f"os.rmdir({str(cache)!r})\n"
+        f"open({str(cache)!r}, 'w').close()\n"
+        "from cupycorr.cli import main\n"
+        "main(prog_name='cupycorr')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *COMMANDS[command], *SMALL, "--patch", "2"],
+        capture_output=True, text=True, env=os.environ | {"CUPY_CACHE_DIR": str(cache)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"Not a directory: '{cache}" in done.stdout + done.stderr
+    assert "set CUPY_CACHE_DIR to a folder that can be written, or" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @gpu
