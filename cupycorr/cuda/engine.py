@@ -29,6 +29,7 @@ Allocate = Callable[[Shape, str], Any]
 # C++17 is not CuPy's default. No fast-math: the bound of `verify` assumes IEEE arithmetic (CuPy's
 # -ftz aside).
 OPTIONS = ("-std=c++17",)
+OLDEST_CUPY = 14  # older ones do not find the NVRTC that pip installs
 ALIGNMENT = 16  # bytes, of arrays that are read and written several elements at a time
 
 RESULTS = {"cost": ("cost",), "tangent": ("cost",), "grads": ("grad_fmap1", "grad_fmap2")}
@@ -40,6 +41,13 @@ _compiling = threading.Lock()
 
 class Unusable(RuntimeError):
     """CuPy or NVRTC cannot be used as they are; the message says why, and has a remedy."""
+
+
+if int(cupy.__version__.partition(".")[0]) < OLDEST_CUPY:
+    raise Unusable(
+        f"cupycorr needs CuPy >= {OLDEST_CUPY}, this is {cupy.__version__}; "
+        "pip install 'cupycorr[cuda12]' (cuda13 if the driver is for CUDA 13)"
+    )
 
 
 class Compiled(NamedTuple):

@@ -2,6 +2,9 @@
 
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from devices import DEVICES
@@ -10,6 +13,7 @@ from cupycorr import Geometry
 from cupycorr.cuda import plan as cuda_plan
 from cupycorr.layer import Layer
 
+ROOT = Path(__file__).resolve().parents[2]
 (LAUNCH,) = cuda_plan.plan(
     ("cost",), Layer(Geometry()), (1, 1, 4, 4), "float32", DEVICES["A100"]
 ).launches
@@ -83,3 +87,19 @@ def test_errors_of_compiler_driver_and_runtime_are_passed_on(cp, monkeypatch, na
         kind = getattr(kind, part)
     error = kind.__new__(kind, "out of order")  # past __init__, which asks the library for words
     assert failure(cp, monkeypatch, error) is error
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"),
+    [("9.6.0", True), ("13.6.0", True), ("14.0.0rc1", False), ("14.2.0", False), ("20.0", False)],
+)
+def test_a_cupy_older_than_14_is_refused_by_its_version(tmp_path, version, refused):
+    (tmp_path / "cupy.py").write_text(f"__version__ = {version!r}")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", "import cupycorr.cuda.engine"],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert (done.returncode != 0) == refused, done.stderr
+    assert (f": cupycorr needs CuPy >= 14, this is {version}; pip" in done.stderr) == refused
+    assert "NVRTC" not in done.stderr
