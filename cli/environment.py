@@ -19,7 +19,7 @@ LIBRARIES = (
 
 
 class Finding(NamedTuple):
-    """One thing that CUDA needs: what was found, and how to get it if it is missing."""
+    """One thing that CUDA needs: whether it can be used, what was found, and a remedy if not."""
 
     name: str
     found: bool
@@ -39,18 +39,18 @@ def require_cuda() -> None:
     Raises
     ------
     Unavailable
-        If the driver, CuPy, NVRTC or a device is missing, with all that was found and a remedy
-        for what was not.
+        If the driver, CuPy, NVRTC or a device cannot be used, with all that was found and a
+        remedy for what was not.
     """
     findings = cuda_findings()
     if all(finding.found for finding in findings):
         return
     lines = []
     for finding in findings:
-        lines.append(f"  {'found  ' if finding.found else 'missing'}  {finding.name}: "
+        lines.append(f"  {'ok    ' if finding.found else 'not ok'}  {finding.name}: "
                      f"{finding.detail}")  # fmt: skip
         if not finding.found and finding.remedy:
-            lines.append(f"           {finding.remedy}")
+            lines.append(f"          {finding.remedy}")
     listing = "\n".join(lines)
     raise Unavailable(f"CUDA cannot be used here. What it needs:\n{listing}")
 
@@ -80,13 +80,18 @@ def _driver() -> Finding:
 
 
 def _cupy() -> Finding:
-    remedy = "pip install cupy-cuda12x (cupy-cuda13x if the driver is for CUDA 13)"
-    if util.find_spec("cupy") is None:
+    if not has("cupy"):
+        remedy = "pip install 'cupycorr[cuda12]' (cuda13 if the driver is for CUDA 13)"
         return Finding("CuPy", False, "not installed", remedy)
     try:
         import cupy
+
+        import cupycorr.cuda.engine  # noqa: F401 - refuses an old CuPy
     except Exception as error:  # CuPy raises whatever a broken CUDA installation gives it
-        return Finding("CuPy", False, f"installed, but not importable: {error}", remedy)
+        # CuPy makes the folder of its cache when it is imported.
+        folder = isinstance(error, OSError)
+        remedy = "Set CUPY_CACHE_DIR to a folder that can be written." if folder else ""
+        return Finding("CuPy", False, f"installed, but cannot be used: {error}", remedy)
     return Finding("CuPy", True, str(cupy.__version__))
 
 
@@ -97,7 +102,7 @@ def _nvrtc(cupy_found: bool) -> Finding:
         "nvidia-cuda-nvrtc nvidia-cuda-runtime)"
     )
     if not cupy_found:
-        return Finding(name, False, "not looked for without CuPy", remedy)
+        return Finding(name, False, "not looked for without CuPy")
     try:
         from cupy.cuda import nvrtc
 

@@ -9,7 +9,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from command import invoke, main
+from command import installed, invoke, main
 from cupycorr.cli import cuda, environment, options
 from cupycorr.cli.bench import measure, memory, report
 
@@ -70,7 +70,7 @@ def test_a_command_names_all_that_cuda_needs_and_remedies_what_is_missing(
     outcome = invoke(*COMMANDS[command])
     assert outcome.exit_code == 2
     for name, finding in FINDINGS.items():
-        state = "missing" if name == missing else "found  "
+        state = "not ok" if name == missing else "ok    "
         assert f"{state}  {name}: {finding.detail}" in outcome.stderr
         assert (finding.remedy in outcome.stderr) == (name == missing)
 
@@ -90,7 +90,7 @@ def test_a_missing_library_is_a_finding_with_a_remedy(monkeypatch):
     monkeypatch.setattr(environment.ctypes, "CDLL", _not_loadable)
     findings = environment.cuda_findings()
     assert not any(finding.found for finding in findings)
-    assert all(finding.remedy for finding in findings[:3])
+    assert all(finding.remedy for finding in findings[:2])
 
 
 def _not_loadable(name):
@@ -105,6 +105,48 @@ def test_nvrtc_is_what_cupy_loads(monkeypatch):
     finding = environment._nvrtc(cupy_found=True)
     assert not finding.found
     assert "no libnvrtc" in finding.detail
+
+
+def with_path(folder):
+    """Return an environment in which a folder comes first where modules are looked for."""
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path}
+
+
+@pytest.mark.parametrize(
+    ("cupy", "said", "remedies"),
+    [
+        ("__version__ = '13.6.0'", ": cupycorr needs CuPy >= 14, this is 13.6.0; pip install",
+         ["cupycorr[cuda12]"]),
+        ("raise PermissionError(13, 'Permission denied', '/cache')",
+         "cannot be used: [Errno 13] Permission denied: '/cache'\n", ["CUPY_CACHE_DIR"]),
+        ("raise ImportError('libcublas.so.12 is not there')",
+         "cannot be used: libcublas.so.12 is not there\n", []),
+        ("import of_no_such_name", "cannot be used: No module named 'of_no_such_name'\n", []),
+    ],
+    ids=["old", "no cache", "no library", "no module"],
+)  # fmt: skip
+def test_a_cupy_that_cannot_be_used_is_not_called_missing(tmp_path, cupy, said, remedies):
+    (tmp_path / "cupy.py").write_text(cupy)
+    done = installed("warmup", env=with_path(tmp_path))
+    assert done.returncode == 2
+    assert said in done.stderr
+    known = ("cupycorr[cuda12]", "cupy-cuda12x", "CUPY_CACHE_DIR", "nvidia-cuda-nvrtc")
+    assert [remedy for remedy in known if remedy in done.stderr] == remedies
+    assert "missing" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_cache_that_cannot_be_made_is_told_with_its_path(tmp_path, command):
+    pytest.importorskip("cupy")
+    (tmp_path / "file").write_text("")
+    cache = str(tmp_path / "file" / "cache")
+    done = installed(*COMMANDS[command], env=os.environ | {"CUPY_CACHE_DIR": cache})
+    assert done.returncode == 2
+    assert f"Not a directory: {cache!r}\n          Set CUPY_CACHE_DIR to a folder" in done.stderr
+    assert "pip install" not in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -643,7 +643,7 @@ class TestCommand:
         monkeypatch.setattr(environment, "cuda_findings", lambda: [driver])
         outcome = matched(small, "--out", tmp_path / "f.npy", "--device", "cuda")
         assert outcome.exit_code == 2
-        assert "missing  NVIDIA driver: no library" in outcome.stderr
+        assert "not ok  NVIDIA driver: no library" in outcome.stderr
 
     @pytest.mark.parametrize("reach", [1, 3, 6, 16])
     @pytest.mark.parametrize("words", [(), ("--stereo",)])
