@@ -48,8 +48,8 @@ def lend(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
     Raises
     ------
     RuntimeError
-        If CuPy is missing, or torch was built for another kind of GPU; otherwise as
-        `cuda.engine.run`.
+        If CuPy is missing or too old, or torch was built for another kind of GPU; otherwise as
+        `cuda.engine.run`. An error of CuPy's own import is passed on.
     """
     engine, like = _engine(), tensors["fmap1"]
     with _on_stream_of(like):
@@ -65,7 +65,9 @@ def _engine() -> Any:
         )
     try:
         from cupycorr.cuda import engine as cuda_engine
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "cupy":
+            raise
         raise RuntimeError(
             f"CuPy must be there to compute CUDA tensors, got: {error}; "
             f"pip install 'cupycorr[cuda{(torch.version.cuda or '12').partition('.')[0]}]'"

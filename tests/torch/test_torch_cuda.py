@@ -435,14 +435,35 @@ class TestTheBridgeWithoutADevice:
         assert_same(cost, want)
 
 
+@pytest.fixture
+def _no_engine(monkeypatch):
+    """Have the CUDA engine imported anew."""
+    monkeypatch.delitem(sys.modules, "cupycorr.cuda.engine", raising=False)
+    monkeypatch.delattr("cupycorr.cuda.engine", raising=False)
+
+
+@pytest.mark.usefixtures("_no_engine")
 def test_cuda_tensors_without_cupy_are_one_clear_error(monkeypatch):
     from cupycorr.torch import memory as torch_cuda
 
-    monkeypatch.setitem(sys.modules, "cupycorr.cuda.engine", None)
-    monkeypatch.delattr("cupycorr.cuda.engine", raising=False)
+    monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(
         RuntimeError, match=r"CuPy must be there .* pip install 'cupycorr\[cuda1[23]\]'"
     ):
+        torch_cuda._engine()
+
+
+@pytest.mark.usefixtures("_no_engine")
+@pytest.mark.parametrize(
+    "error", ["ImportError('circular')", "ModuleNotFoundError('No fastrlock', name='fastrlock')"]
+)
+def test_a_cupy_that_cannot_be_imported_says_so_itself(monkeypatch, tmp_path, error):
+    from cupycorr.torch import memory as torch_cuda
+
+    (tmp_path / "cupy.py").write_text(f"raise {error}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    with pytest.raises(ImportError, match=r"^(circular|No fastrlock)$"):
         torch_cuda._engine()
 
 
