@@ -7,6 +7,7 @@ heavier; CuPy and torch are imported when they are first needed. `compat` has ot
 
 import importlib
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cupycorr.api import correlation, correlation_vjp, spatial_correlation_sample
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from cupycorr.modules import SpatialCorrelationSampler
 
 __version__ = "0.1.0"
+if not Path(__file__).with_name("cli").is_dir():
+    # In a clone, the packages cli and kernels lie beside this one.
+    __path__.append(str(Path(__file__).parents[1]))
 __all__ = ["Geometry", "compat", "correlation", "correlation_vjp", "spatial_correlation_sample"]
 if importlib.util.find_spec("torch") is not None:
     __all__ += ["SpatialCorrelationSampler"]
