@@ -1,5 +1,6 @@
 """README.md and docs/: every example runs and prints what its page says; pages and CI agree."""
 
+import codeop
 import inspect
 import re
 import shlex
@@ -17,7 +18,11 @@ from cupycorr import Geometry
 
 ROOT = Path(__file__).resolve().parents[2]
 CI = ROOT / ".ci" / "run"
-SET_UP = "python -m pip install -e '.[test]' && "
+SET_UP = ("python -m pip install -e . && ", "python -m pip install -e '.[test]' && ")
+ADDRESSES = (
+    "https://raw.githubusercontent.com/cupycorr/cupycorr/main/",
+    "https://github.com/cupycorr/cupycorr/blob/main/",
+)
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
@@ -60,11 +65,11 @@ TEST_RUNS = [line for line in LINES if line.startswith("python -m pytest ")]
 
 
 def examples():
-    """Return what runs as one: the Python blocks of a section of README, or of another page."""
+    """Return what runs as one: a Python block of README, or all those of another page."""
     found = {}
     for block in BLOCKS:
         if block.language == "python":
-            part = block.section if block.page == "README.md" else ""
+            part = f"{block.section}, {block.line}" if block.page == "README.md" else ""
             found.setdefault((block.page, part), []).append(block)
     return found
 
@@ -88,7 +93,7 @@ def test_readme_is_short():
 
 
 @pytest.mark.parametrize(
-    "part", [on_its_device(part, part[1] == "CuPy arrays") for part in examples()], ids=str
+    "part", [on_its_device(part, "CuPy arrays" in part[1]) for part in examples()], ids=str
 )
 def test_python_examples_print_what_the_page_says(part, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -107,6 +112,19 @@ def test_python_examples_print_what_the_page_says(part, capsys, monkeypatch, tmp
             source = "\n" * (example.line - 1) + example.text
             exec(compile(source, str(ROOT / example.page), "exec"), namespace)
         assert capsys.readouterr().out.splitlines() == expected
+
+
+@pytest.mark.parametrize(
+    "block", [b for b in BLOCKS if b.language == "python"], ids=lambda b: f"{b.page}:{b.line}"
+)
+def test_python_examples_can_be_pasted_into_a_console(block):
+    # A console ends a statement of several lines at an empty line, and nowhere else.
+    waiting = []
+    for line in [*block.text.splitlines(), ""]:
+        waiting.append(line)
+        if codeop.compile_command("\n".join(waiting), symbol="single") is not None:
+            waiting = []
+    assert not waiting
 
 
 @pytest.fixture
@@ -139,9 +157,9 @@ def test_parts_of_the_tests_exist(command):
 
 class TestSetUp:
     def test_one_command_runs_the_main_job_and_one_the_tests(self):
-        jobs = [line.removeprefix(SET_UP) for line in SET_UP_LINES]
-        assert jobs[0].startswith("cupycorr bench cpu ")
-        assert jobs[1:] == ["python -m pytest"]
+        main, tests = SET_UP_LINES
+        assert main.startswith(f"{SET_UP[0]}cupycorr bench cpu ")
+        assert tests == f"{SET_UP[1]}python -m pytest"
 
     @pytest.mark.skipif(not CI.exists(), reason="an sdist has no .ci")
     def test_they_are_what_ci_runs(self):
@@ -149,7 +167,7 @@ class TestSetUp:
         assert outcome.stdout.decode().splitlines() == SET_UP_LINES
 
     def test_the_main_job_succeeds(self):
-        command, runs, _ = SET_UP_LINES[0].removeprefix(SET_UP).rpartition(" --runs ")
+        command, runs, _ = SET_UP_LINES[0].removeprefix(SET_UP[0]).rpartition(" --runs ")
         assert runs
         outcome = invoke(*shlex.split(command)[1:], "--engine", "numpy", "--runs", 1)
         assert outcome.exit_code == 0, outcome.output
@@ -172,8 +190,10 @@ def test_the_parameters_of_readme_are_those_of_the_geometry():
     ],
 )
 def test_links_inside_the_checkout_lead_somewhere(page, target):
-    if target.startswith("https://"):
+    if target.startswith("https://") and not target.startswith(ADDRESSES):
         return
+    for address in ADDRESSES:
+        target = target.replace(address, "" if page == "README.md" else "../")
     path, _, heading = target.partition("#")
     there = (ROOT / page).parent / path if path else ROOT / page
     assert there.exists()
@@ -201,5 +221,5 @@ def test_a_picture_is_what_its_script_draws(picture, tmp_path):
     subprocess.run([sys.executable, script, tmp_path / "drawn.png"], check=True)
     with image.open(tmp_path / "drawn.png") as drawn, image.open(shown) as drawn_before:
         assert drawn.size == drawn_before.size
-    assert any(f"({picture})" in text or f"(docs/{picture})" in text for text in PAGES.values())
+    assert any(f"{picture})" in text for text in PAGES.values())
     assert shown.stat().st_size < 200_000
