@@ -7,6 +7,7 @@ cupycorr, and inside it once installed.
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Any
 
@@ -31,6 +32,8 @@ class _Commands(click.Group):
             if isinstance(stream, io.TextIOWrapper):
                 # A name or a sign that the terminal's encoding lacks must not end a command.
                 stream.reconfigure(errors="replace")
+        if os.environ.get("NO_COLOR"):
+            ctx.color = False
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

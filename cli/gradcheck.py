@@ -94,7 +94,11 @@ def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple
                 click.echo(f"left out  {name} {dtype}: {NO_BFLOAT16}")
                 continue
             for check, against in _checks(name, device, problem, dtype):
-                verdict = "ok    " if check.error is None else "FAILED"
+                verdict = (
+                    click.style("ok    ", fg="green")
+                    if check.error is None
+                    else click.style("FAILED", fg="red")
+                )
                 what = f"{name} {dtype}: {check.name} ({against})"
                 click.echo(f"{verdict}  {what}" + (f": {check.error}" if check.error else ""))
                 outcomes.append(check.error is None)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def bar(name: str, total: int) -> Iterator[Callable[..., None]]:
+def bar(name: str, total: int | None) -> Iterator[Callable[..., None]]:
     """Show a progress bar on standard error if that is a terminal, and nothing otherwise.
 
-    Yields what is called with the amount done since the last call, and with what it was done for if
-    that is to be shown.
+    Without a total it shows that work goes on. Yields what is called with the amount done since the
+    last call, and with what it was done for if that is to be shown.
     """
     if not sys.stderr.isatty():
         yield lambda *_: None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from functools import partial
 from math import prod
@@ -38,10 +39,10 @@ NO_PEER_ON_CUDA = "runs on torch tensors, which bench does not measure on cuda"
 @click.option("-d", "--dtype", type=click.Choice(list(DTYPES)), default="float", show_default=True)
 @click.option(
     "--scale",
-    type=click.Choice(list(report.SCALES)),
-    default="us",
+    type=click.Choice(["auto", *report.SCALES]),
+    default="auto",
     show_default=True,
-    help="Unit of the times.",
+    help="Unit of the times; auto: what suits each table, and us for the lines below.",
 )
 @click.option(
     "-r",
@@ -147,7 +148,10 @@ def bench(
             cuda.refuse_too_large(problem, ITEMSIZE[kind], cold)
     count = environment.usable_cores() if threads is None else threads
     torch_too = any(one.library == "torch" for one in implementations)
-    with measure.threads(count, torch_too):
+    with contextlib.ExitStack() as stack:
+        with progress.bar("getting ready", None):
+            stack.enter_context(measure.threads(count, torch_too))
+            gemm = measure.gemm_seconds(kind) if device == "cpu" else []
         document: dict[str, Any] = {
             "cupycorr": cupycorr.__version__,
             "machine": environment.machine(),
@@ -162,8 +166,10 @@ def bench(
             document |= {"cuda": cuda.device(), "cold": cold}
             stopwatch: measure.Stopwatch = cuda.Stopwatch(cold)
         else:
-            gemm = {"size": measure.GEMM_SIZE, "seconds": measure.gemm_seconds(kind)}
-            document |= {"threads": count, "gemm": gemm}
+            document |= {
+                "threads": count,
+                "gemm": {"size": measure.GEMM_SIZE, "seconds": gemm},
+            }
             stopwatch = measure.by_clock
         if json_file != STANDARD_OUTPUT:
             report.heading(document)
@@ -185,6 +191,8 @@ def bench(
                 entry = report.entry(problem, kind, [*outcomes, *unable, *absent])
                 if device == "cuda":
                     entry["kernels"] = kernels
+                elif report.exceeds_gemm(document, entry):
+                    gemm += measure.gemm_seconds(kind)
                 document["problems"].append(entry)
                 if json_file != STANDARD_OUTPUT:
                     report.show(document, entry, scale)

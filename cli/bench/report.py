@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from math import prod
 from statistics import median
 from typing import Any
@@ -16,22 +18,26 @@ from .peers import ITEMSIZE
 
 SCALES = {"s": 1.0, "ms": 1e3, "us": 1e6}
 WIDTH = 100
-# The columns of a table after the times and runs.
+"""Columns of the screen where that is no terminal, and at most."""
 COLUMNS = {
-    "cpu": ("GEMM", "extra MB", "vs ours", "by min"),
-    "cuda": ("GFMA/s", "GB/s", "host", "extra MB", "vs ours"),
+    "cpu": ("min", "vs ours", "median", "GEMM", "extra MB", "mean", "runs"),
+    "cuda": ("min", "vs ours", "median", "GB/s", "GFMA/s", "host", "extra MB", "mean", "runs"),
 }
+"""The columns of a table, the more important ones first: the last need a wide screen."""
+SHOWN = ("min", "median", "mean", "runs", "GEMM", "GFMA/s", "GB/s", "host", "extra MB", "vs ours")
+"""The columns from left to right."""
+TIMES = ("min", "median", "mean", "host")
 MEANING = (
     "extra: peak of what NumPy (tracemalloc) and torch (profiler) allocate beyond inputs and "
-    "outputs,\n"
-    "  in a run that is not timed. vs ours: time over cupycorr's, by median and by minimum."
+    "outputs, in a run that is not timed.",
+    "vs ours: the least time over cupycorr's.",
 )
 MEANING_ON_CUDA = (
-    "GFMA/s: multiply-adds of positions inside the images, each pair once; twice that backward.\n"
-    "GB/s: every input and output once. In brackets the share of the device's peak.\n"
-    "host: median of the time that launching takes Python, which does not count.\n"
-    "extra: peak of device memory beyond inputs and outputs, in a run that is not timed.\n"
-    "vs ours: median over cupycorr's."
+    "GFMA/s: multiply-adds of positions inside the images, each pair once; twice that backward.",
+    "GB/s: every input and output once. In brackets the share of the device's peak.",
+    "host: median of the time that launching takes Python, which does not count.",
+    "extra: peak of device memory beyond inputs and outputs, in a run that is not timed.",
+    "vs ours: the least time over cupycorr's.",
 )
 
 
@@ -40,21 +46,51 @@ def heading(document: dict[str, Any]) -> None:
     machine = document["machine"]
     libraries = ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())
     if document["device"] == "cuda":
-        click.echo(cuda.line(document["cuda"]))
-        click.echo(libraries)
-        click.echo(_peaks(document))
-        click.echo(MEANING_ON_CUDA)
+        _say(cuda.line(document["cuda"]), libraries, *_peaks(document), *MEANING_ON_CUDA)
         return
-    gemm = document["gemm"]
     load = "" if machine["load"] is None else f" (load before: {machine['load']:.1f})"
-    click.echo(f"{machine['processor']}, {document['threads']} threads{load}")
-    click.echo(libraries)
-    rate = 2 * gemm["size"] ** 3 / min(gemm["seconds"]) / 1e9
-    click.echo(
-        f"GEMM: share of the rate of a dense {gemm['size']}^3 np.matmul in this run, "
-        f"{rate:.1f} GFLOP/s;\n"
-        "  counts the multiply-adds of positions inside the images (or absolute differences), each "
-        f"pair once; twice that backward.\n{MEANING}"
+    _say(
+        f"{machine['processor']}, {document['threads']} threads{load}",
+        libraries,
+        f"GEMM: share of the rate of a dense {document['gemm']['size']}^3 np.matmul in this run, "
+        f"{_gemm_rate(document) / 1e9:.1f} GFLOP/s; counts the multiply-adds of positions inside "
+        "the images (or absolute differences), each pair once; twice that backward.",
+        *MEANING,
+    )
+
+
+def _say(*paragraphs: str) -> None:
+    """Print paragraphs, broken between words; further lines of each are indented."""
+    for paragraph in paragraphs:
+        click.echo(
+            textwrap.fill(paragraph, _width(), subsequent_indent="  ", break_on_hyphens=False)
+        )
+
+
+def _width() -> int:
+    return min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
+
+
+def _gemm_rate(document: dict[str, Any]) -> float:
+    gemm = document["gemm"]
+    rate: float = 2 * gemm["size"] ** 3 / min(gemm["seconds"])
+    return rate
+
+
+def _gemm_share(
+    document: dict[str, Any], problem: dict[str, Any], seconds: float, step: str
+) -> float:
+    share: float = 2 * problem["multiply_adds"][step] / seconds / _gemm_rate(document)
+    return share
+
+
+def exceeds_gemm(document: dict[str, Any], problem: dict[str, Any]) -> bool:
+    """Tell whether anything was faster than the dense product, which was timed too slow then."""
+    return any(
+        _gemm_share(document, problem, one[step]["median"], step) > 1
+        for one in problem["implementations"]
+        if one["status"] == "timed"
+        for step in PASSES
     )
 
 
@@ -99,37 +135,62 @@ def _implementation(outcome: Outcome) -> dict[str, Any]:
 
 def show(document: dict[str, Any], problem: dict[str, Any], scale: str) -> None:
     """Print the tables of one problem, and a line per implementation."""
-    from rich.console import Console
-    from rich.table import Table
-
-    # Rich breaks lines by the terminal; piped output has one width everywhere.
-    console = Console(file=sys.stdout, highlight=False)
-    console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH
     name, shape = problem["name"], tuple(problem["shape"])
-    click.echo(f"\n{name}: maps {shape} {document['dtype']}, {problem['description']}")
+    click.echo()
+    _say(f"{name}: maps {shape} {document['dtype']}, {problem['description']}")
     if problem.get("kernels"):
         seconds = sum(kernel["seconds"] for kernel in problem["kernels"])
         count = len(problem["kernels"])
-        click.echo(f"{count} kernels ready in {seconds:.2f} s; CuPy keeps on disk what it compiled")
+        _say(f"{count} kernels ready in {seconds:.2f} s; CuPy keeps on disk what it compiled")
     timed = [one for one in problem["implementations"] if one["status"] == "timed"]
     own = {one["name"]: one for one in timed if one["name"].startswith("cupycorr")}
     names = ("cupycorr torch", "cupycorr numpy", "cupycorr cupy", "cupycorr plain")
     ours = next((own[name] for name in names if name in own), None)
     for step in PASSES if timed else ():
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-        table.add_column(step)
-        for title in ("min", "median", "mean"):
-            table.add_column(f"{title} {scale}", justify="right", no_wrap=True)
-        for title in ("runs", *COLUMNS[document["device"]]):
-            table.add_column(title, justify="right", no_wrap=True)
-        for one in timed:
-            table.add_row(one["name"], *_cells(document, problem, one, ours, step, scale))
-        console.print(table)
+        longest = max(one[step]["median"] for one in timed)
+        unit = _unit(longest) if scale == "auto" else scale
+        _table(step, unit, [one["name"] for one in timed],
+               [_cells(document, problem, one, ours, step, unit) for one in timed],
+               COLUMNS[document["device"]])  # fmt: skip
+    if document["device"] == "cpu" and exceeds_gemm(document, problem):
+        _say("GEMM: over 100% is not possible: the machine was busy while np.matmul was timed.")
     for one in timed:
-        click.echo(_peer_line(one, scale))
+        click.echo(_peer_line(one, "us" if scale == "auto" else scale))
     for one in problem["implementations"]:
         if one["status"] != "timed":
-            click.echo(f"{one['name']}: {one['status']}: {one['reason']}")
+            verdict = click.style(one["status"], fg=COLOURS.get(one["status"]))
+            click.echo(f"{one['name']}: {verdict}: {one['reason']}")
+
+
+COLOURS = {"failed": "red", "wrong": "red"}
+
+
+def _unit(seconds: float) -> str:
+    """Return the unit in which a time has one to three digits before the point."""
+    return "s" if seconds >= 1 else "ms" if seconds >= 1e-3 else "us"
+
+
+def _table(
+    step: str, unit: str, names: list[str], rows: list[dict[str, str]], columns: tuple[str, ...]
+) -> None:
+    """Print as many of the columns as the screen has room for."""
+    titles = {column: f"{column} {unit}" if column in TIMES else column for column in columns}
+    widths = {
+        column: max(len(text) for text in (titles[column], *(row[column] for row in rows)))
+        for column in columns
+    }
+    first = max(len(text) for text in (step, *names))
+    room, kept = _width() - first, []
+    for column in columns:
+        room -= 2 + widths[column]
+        if room >= 0:
+            kept.append(column)
+    for name, row in ((step, titles), *zip(names, rows, strict=True)):
+        cells = [f"  {row[column]:>{widths[column]}}" for column in SHOWN if column in kept]
+        click.echo(f"{name:{first}}{''.join(cells)}")
+    left_out = [column for column in SHOWN if column in columns and column not in kept]
+    if left_out:
+        _say(f"No room for {', '.join(left_out)}; --json FILE has the runs.")
 
 
 def own_failure(document: dict[str, Any]) -> bool:
@@ -141,8 +202,8 @@ def own_failure(document: dict[str, Any]) -> bool:
     )
 
 
-def _peaks(document: dict[str, Any]) -> str:
-    """Return the line about the device's peaks, and how runs are timed."""
+def _peaks(document: dict[str, Any]) -> tuple[str, str]:
+    """Return the lines about the device's peaks, and how runs are timed."""
     found, peaks = document["cuda"], document["cuda"]["peaks"]
     rates = [
         f"{peaks[kind] / 1e9:.0f} GFMA/s in {kind}" if peaks[kind] else f"unknown in {kind}"
@@ -152,8 +213,8 @@ def _peaks(document: dict[str, Any]) -> str:
     cache = "overwritten before each run" if document["cold"] else "as the run before leaves it"
     return (
         f"peak: {', '.join(rates)}, at {found['clock_hz'] / 1e6:.0f} MHz and "
-        f"{found['memory_clock_hz'] / 1e6:.0f} MHz\n"
-        f"Times are the device's, by events; its L2 cache is {cache}."
+        f"{found['memory_clock_hz'] / 1e6:.0f} MHz",
+        f"Times are the device's, by events; its L2 cache is {cache}.",
     )
 
 
@@ -163,26 +224,27 @@ def _cells(
     one: dict[str, Any],
     ours: dict[str, Any] | None,
     step: str,
-    scale: str,
-) -> list[str]:
+    unit: str,
+) -> dict[str, str]:
+    """Return what stands in each column."""
     measured = one[step]
-    cells = [_number(measured[key] * SCALES[scale]) for key in ("min", "median", "mean")]
-    cells.append(str(measured["runs"]))
-    extra = _number(measured["extra_bytes"] / 1e6)
-    against = [
-        "" if ours is None else f"{measured[key] / ours[step][key]:.2f}"
-        for key in ("median", "min")
-    ]
+    cells = {key: _number(measured[key] * SCALES[unit]) for key in ("min", "median", "mean")}
+    cells["runs"] = str(measured["runs"])
+    cells["extra MB"] = _number(measured["extra_bytes"] / 1e6)
+    cells["vs ours"] = "" if ours is None else f"{measured['min'] / ours[step]['min']:.2f}"
     if document["device"] == "cuda":
         kind = "float64" if document["dtype"] == "float64" else "float32"
-        for amount, peak in (("multiply_adds", kind), ("bytes", "memory")):
+        for title, amount, peak in (
+            ("GFMA/s", "multiply_adds", kind),
+            ("GB/s", "bytes", "memory"),
+        ):
             rate = problem[amount][step] / measured["median"]
-            cells.append(_rate(rate, document["cuda"]["peaks"][peak]))
-        host = median(measured["host_seconds"]) * SCALES[scale]
-        return [*cells, _number(host), extra, against[0]]
-    gemm = document["gemm"]
-    least = 2 * problem["multiply_adds"][step] * min(gemm["seconds"]) / (2 * gemm["size"] ** 3)
-    return [*cells, f"{100 * least / measured['median']:.1f}%", extra, *against]
+            cells[title] = _rate(rate, document["cuda"]["peaks"][peak])
+        cells["host"] = _number(median(measured["host_seconds"]) * SCALES[unit])
+    else:
+        share = _gemm_share(document, problem, measured["median"], step)
+        cells["GEMM"] = f"{100 * share:.1f}%"
+    return cells
 
 
 def _rate(rate: float, peak: float | None) -> str:

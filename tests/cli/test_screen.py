@@ -1,0 +1,128 @@
+"""What the commands show on a terminal: its width, colours, units, and that they are at work."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from statistics import median
+
+import pytest
+from command import invoke
+from cupycorr.cli.bench import measure, report
+
+pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
+SMALL = ["-b", "1", "-c", "3", "--height", "12", "-w", "11", "--engine", "numpy"]
+COLOUR = re.compile(r"\x1b\[3[12]m")
+
+
+def on_a_terminal(*words, columns, **variables):
+    """Run the command on a terminal, and return what it shows."""
+    ours, theirs = pty.openpty()
+    environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "CI")}
+    environment |= {"COLUMNS": str(columns), "TERM": "xterm"} | variables
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cupycorr", *map(str, words)],
+        stdout=theirs, stderr=subprocess.PIPE, env=environment,
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # the end, on Linux
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    assert process.wait() == 0, process.stderr.read()
+    process.stderr.close()
+    return shown.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_bench_fits_the_terminal_and_keeps_words_names_and_units(columns):
+    words = ["bench", "cpu", *SMALL[:-2], "-r", "1", "--against", "all"]
+    pytest.importorskip("torch")
+    shown = on_a_terminal(*words, columns=columns)
+    before_lines = shown[: shown.index("cupycorr numpy  Forward")]
+    assert max(map(len, before_lines.splitlines())) <= columns
+    piped = invoke(*words).stdout
+    meaning = " ".join(report.MEANING)
+    assert meaning in " ".join(piped.split())
+    assert meaning in " ".join(shown.split())
+    for name in ("cupycorr numpy", "cupycorr torch", "torch-slices", "torch-all-pairs"):
+        rows = re.findall(rf"^{name} +\d.*", before_lines, re.MULTILINE)
+        assert len(rows) == 2
+    heads = re.findall(r"^(?:forward|backward) .*", before_lines, re.MULTILINE)
+    assert len(heads) == 2
+    for head in heads:
+        assert re.search(r"min (s|ms|us)\b", head)
+        assert ("runs" in head) == (columns > 60)
+    assert ("No room for" in shown) == (columns == 60)
+
+
+def test_bench_says_at_once_that_it_is_at_work():
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-c", AT_WORK, *SMALL, "-r", "1"]
+    subprocess.run(words, stdout=subprocess.DEVNULL, stderr=theirs, check=True)
+    os.close(theirs)
+    assert b"getting ready" in os.read(ours, 1 << 16)
+    os.close(ours)
+
+
+AT_WORK = """
+import sys
+from cupycorr.cli import main
+from cupycorr.cli.bench import measure
+measure.gemm_seconds = lambda dtype: sys.exit(0)  # before anything is measured
+main(["bench", "cpu", *sys.argv[1:]])
+"""
+
+
+def test_verdicts_are_coloured_on_a_terminal_alone():
+    words = ["gradcheck", "cpu", *SMALL]
+    shown = on_a_terminal(*words, columns=80)
+    assert len(COLOUR.findall(shown)) == shown.count("ok    ") > 0
+    assert not COLOUR.search(on_a_terminal(*words, columns=80, NO_COLOR="1"))
+    assert not COLOUR.search(invoke(*words).stdout)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit"), [(2e-6, "us"), (9e-4, "us"), (2e-3, "ms"), (0.9, "ms"), (3.0, "s")]
+)
+def test_a_table_has_the_unit_that_suits_it(seconds, unit, monkeypatch, capsys):
+    timing = {"min": seconds, "median": seconds, "mean": seconds, "runs": 1, "extra_bytes": 0}
+    one = {"name": "cupycorr numpy", "status": "timed", "forward": timing, "backward": timing}
+    problem = {
+        "name": "a layer", "shape": [1, 1, 2, 2], "description": "", "implementations": [one],
+        "multiply_adds": {"forward": 1, "backward": 2},
+    }  # fmt: skip
+    gemm = {"size": 2, "seconds": [1e-9]}
+    report.show({"dtype": "float32", "device": "cpu", "gemm": gemm}, problem, "auto")
+    out = capsys.readouterr().out
+    assert f"forward         min {unit}  median {unit}" in out
+    assert f"Forward: {seconds * 1e6:.3f}/" in out
+
+
+@pytest.mark.parametrize("busy_again", [False, True])
+def test_a_dense_product_that_was_timed_too_slow_is_timed_again(monkeypatch, busy_again):
+    timings = iter([[1e6], [1e6 if busy_again else 1e-9]])
+    monkeypatch.setattr(measure, "gemm_seconds", lambda dtype: next(timings))
+    out = invoke("bench", "cpu", *SMALL, "-r", "1").stdout
+    share = float(re.search(r"cupycorr numpy .* ([\d.]+)%", out)[1])
+    assert (share > 100) == busy_again
+    assert ("GEMM: over 100% is not possible" in out) == busy_again
+    assert next(timings, None) is None
+
+
+def test_ratios_are_of_the_least_times(tmp_path):
+    pytest.importorskip("torch")
+    file = tmp_path / "bench.json"
+    out = invoke("bench", "cpu", *SMALL[:-2], "-r", "5", "--json", file).stdout
+    numpy, torch = json.loads(file.read_text())["problems"][0]["implementations"]
+    shown = [float(row.split()[-1]) for row in re.findall(r"^cupycorr numpy +\d.*", out, re.M)]
+    for ratio, step in zip(shown, ("forward", "backward"), strict=True):
+        assert ratio == round(min(numpy[step]["seconds"]) / min(torch[step]["seconds"]), 2)
+        assert median(numpy[step]["seconds"]) == numpy[step]["median"]
