@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cupycorr.cpu.plan import Block, Tiles, rows_at_once, split
+from cupycorr.cpu.plan import VECTOR, Block, Tiles, rows_at_once, spans, split
 from cupycorr.cpu.threads import Scratch
 
 Array = npt.NDArray[Any]
@@ -127,18 +127,25 @@ def multiply_adjoint(
 
 
 def small_products(one: Array, two: Array, out: Array) -> list[tuple[Array, Array, Array]]:
-    """Cut matrix products (..., M, N) into some of few rows each (`plan.rows_at_once`)."""
-    rows, terms = one.shape[-2:]
-    size = rows_at_once(terms * two.shape[-1])
-    if size >= rows:
+    """Cut matrix products (..., M, N) into some that BLAS computes on one thread.
+
+    Each has a few rows (`plan.rows_at_once`). One that has a single row or column is the product
+    of a matrix and a vector, which BLAS shares out sooner.
+    """
+    (rows, terms), columns = one.shape[-2:], two.shape[-1]
+    size = rows_at_once(terms * columns) if columns > 1 else max(1, VECTOR // terms)
+    if 1 < rows <= size:
         return [(one, two, out)]
-    whole = rows // size * size
-    equal = (
-        one[..., :whole, :].reshape(*one.shape[:-2], -1, size, terms),
-        two[..., None, :, :],
-        out[..., :whole, :].reshape(*out.shape[:-2], -1, size, out.shape[-1]),
-    )
-    return [equal, (one[..., whole:, :], two, out[..., whole:, :])]
+    whole = rows // size * size if rows > 1 else 0
+    products = []
+    if whole:
+        equal = one[..., :whole, :].reshape(*one.shape[:-2], -1, size, terms)
+        place = out[..., :whole, :].reshape(*out.shape[:-2], -1, size, columns)
+        products.append((equal, two[..., None, :, :], place))
+    at_once = columns if rows - whole > 1 else max(1, VECTOR // terms)
+    for part in spans(columns, at_once) if whole < rows else ():
+        products.append((one[..., whole:, :], two[..., part], out[..., whole:, part]))
+    return products
 
 
 def multiply_adjoint_by_shifts(

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from cupycorr.cpu.plan import spans
+from cupycorr.cpu.plan import VECTOR, spans
 from cupycorr.cpu.taps import accumulator, spread_taps, store, sum_taps
 from cupycorr.cpu.threads import Scratch, Team
 from cupycorr.geometry import Geometry
@@ -45,10 +45,9 @@ VOLUME_ELEMENTS = 1 << 19
 MAP_ELEMENTS = 1 << 22
 """Elements of a map that are packed at a time, unless one sample (for gradients: one channel) has
 more."""
-CHANNELS_LAST, ROW_ELEMENTS = 16, 9 << 10
+CHANNELS_LAST = 16
 """From so many channels on they come last in memory, and a product with ones sums them, which takes
-half the time of a sum. A row of differences has no more elements than OpenBLAS multiplies on one
-thread; more channels than that are summed."""
+half the time of a sum; above `plan.VECTOR` they are summed."""
 CHANNELS_AT_ONCE = 64
 """A unit computes the gradients of at least so many channels, where there are so many."""
 SAMPLE_ELEMENTS = 1 << 16
@@ -202,7 +201,7 @@ def _prepare(
         else:
             np.abs(values, out=terms)
         place = alone[:, rows][:, part, across]
-        if CHANNELS_LAST <= channels <= ROW_ELEMENTS:
+        if CHANNELS_LAST <= channels <= VECTOR:
             np.matmul(terms, ones_of_channels, out=place)
         else:
             np.add.reduce(terms, axis=-1, out=place)
@@ -251,7 +250,7 @@ def _sum_rows(
             else:
                 np.multiply(terms, _sign(ones[0], twos[0], scratch), out=terms)
             place = sums[q, :, rows, across]
-            if CHANNELS_LAST <= channels <= ROW_ELEMENTS:
+            if CHANNELS_LAST <= channels <= VECTOR:
                 np.matmul(terms, ones_of_channels, out=place)
             else:
                 np.add.reduce(terms, axis=-1, out=place)
@@ -428,7 +427,7 @@ def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice, slice]]:
     """Cut displaced maps (Q, N, rows, columns, C) into blocks (Q, rows, columns)."""
     patch, samples, rows, columns, channels = shape
     each = samples * channels
-    across = max(1, min(columns, BLOCK_ELEMENTS // each, ROW_ELEMENTS // channels))
+    across = max(1, min(columns, BLOCK_ELEMENTS // each, VECTOR // channels))
     across = -(-columns // -(-columns // across))
     together = max(1, min(patch, BLOCK_ELEMENTS // (each * across)))
     down = max(1, BLOCK_ELEMENTS // (each * across * together))

@@ -35,8 +35,8 @@ Index = npt.NDArray[np.intp]
 
 COLUMNS = 64
 """A panel has at most so many columns."""
-POSITIONS, CHANNELS = PRODUCT // (8 * COLUMNS), PRODUCT // COLUMNS
-"""Maps have no more than these: BLAS multiplies 8 rows of positions, or one of channels."""
+POSITIONS, CHANNELS = PRODUCT // (8 * COLUMNS), PRODUCT // (2 * COLUMNS)
+"""Maps have no more than these, so that a product has 8 rows of positions, or 2 of channels."""
 CELLS = 1 << 18
 """The volume, counted once for each tap, has no more cells than this."""
 WANTED, CELL, CALLS = 8, 150, 3_000_000

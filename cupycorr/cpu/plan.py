@@ -27,8 +27,9 @@ BATCH_BYTES = 32 << 20
 MATRIX_BYTES = 2 << 20
 """A unit's product matrices are not larger than this, so that they stay in the cache. They are not
 much smaller either: threads wait for the interpreter between calls, so calls should be long."""
-PRODUCT = 1 << 18
-"""A matrix product has no more multiply-adds than this: up to here OpenBLAS uses one thread."""
+PRODUCT, VECTOR = 1 << 18, (9 << 10) - 1
+"""A matrix product has no more multiply-adds than this, and a matrix times a vector has no more
+elements: up to here OpenBLAS uses one thread."""
 
 SHIFTED_BYTES = 1 << 20
 """A unit that multiplies by shifts has no more bytes of targets than this, for the same reasons."""
@@ -405,8 +406,9 @@ def choose_tiling(channels: int, y: Band, x: Band, itemsize: int, adjoint: bool)
             targets = rows * columns
             if targets * source * itemsize > MATRIX_BYTES:
                 continue
-            # A row of a product must not be too long already.
-            if targets * (source if adjoint else channels) > PRODUCT:
+            # Two rows of a product must not be too long already.
+            terms = source if adjoint else channels
+            if 2 * targets * terms > PRODUCT or (targets == 1 and terms > VECTOR):
                 continue
             cost = _cost_of_tiles(channels, y, x, cover(y, rows), across, adjoint)
             if cost < best_cost:

@@ -130,6 +130,7 @@ class Team:
         done: SimpleQueue[BaseException | None] = SimpleQueue()
         helpers = len(scratches)
         # NumPy 2 keeps this setting in the context: no interrupt can leave it in the caller's.
+        # NumPy 1.26 keeps it in the thread, where an interrupt at the wrong moment leaves it.
         context, errors = copy_context(), np.geterr()
         try:
             if helpers:
@@ -140,9 +141,9 @@ class Team:
             while (unit := _take(queue)) is not None:
                 context.run(unit, self._scratches[1])
         finally:
+            context.run(np.seterr, **errors)
             # After an error here, what is left must not run on.
             queue.clear()
-            context.run(np.seterr, **errors)
         while helpers and _take(scratches) is not None:
             helpers -= 1
         for _ in range(helpers):
