@@ -18,6 +18,10 @@ Pair = tuple[int, int]
 IntOrPair = int | Pair
 
 
+LARGEST, FARTHEST = (1 << 31) - 1, 1 << 61
+"""The largest parameter, and first displacement: sums and products of them fit into 64 bits."""
+
+
 class Axis(NamedTuple):
     """One axis of a geometry; the fields are those of `Geometry`, as plain integers."""
 
@@ -109,7 +113,8 @@ class Geometry:
     TypeError
         If a parameter is not an int or a pair of ints.
     ValueError
-        If a parameter other than padding and first_displacement is below 1.
+        If a parameter other than padding and first_displacement is below 1, or one is above
+        2**31 - 1.
 
     Notes
     -----
@@ -155,7 +160,7 @@ class Geometry:
             spacing,
             _centred(patch, spacing)
             if first_displacement is None
-            else _pair("first_displacement", first_displacement),
+            else _pair("first_displacement", first_displacement, -FARTHEST, FARTHEST),
         )
         y, x = [Axis(*sizes) for sizes in zip(*pairs, strict=True)]
         # The class is frozen: attributes can only be set past its own __setattr__.
@@ -358,16 +363,18 @@ class Geometry:
         }
 
 
-def _pair(name: str, value: object, least: int | None = None) -> Pair:
+def _pair(name: str, value: object, least: int = -LARGEST, most: int = LARGEST) -> Pair:
     """Widen an int to a pair and check it."""
-    if type(value) is int and (least is None or value >= least):
+    if type(value) is int and least <= value <= most:
         return value, value
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(_is_integer(number) for number in pair):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     y, x = map(index, pair)
-    if least is not None and min(y, x) < least:
+    if min(y, x) < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if max(y, x) > most:
+        raise ValueError(f"{name} must be at most {most}, got {value!r}")
     return y, x
 
 

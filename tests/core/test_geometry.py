@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import cases, geometries
 
-from cupycorr import Geometry
+from cupycorr import Geometry, correlation
 from cupycorr.geometry import Axis
 
 PARAMETERS = (
@@ -143,6 +143,28 @@ def test_parameter_below_one_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name) as error:
         Geometry(**{name: value})
     assert str(error.value) == f"{name} must be at least 1, got {value!r}"
+
+
+@pytest.mark.parametrize("name", [n for n in PARAMETERS if n != "first_displacement"])
+@pytest.mark.parametrize("value", [2**31, 2**62, (1, 2**62), 2**70, np.int64(2**62)], ids=repr)
+def test_parameter_that_is_too_large_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name) as error:
+        Geometry(**{name: value})
+    assert str(error.value) == f"{name} must be at most 2147483647, got {value!r}"
+
+
+@pytest.mark.parametrize("first", [2**62, -(2**62)])
+def test_first_displacement_that_is_too_far_is_refused_by_name(first):
+    with pytest.raises(ValueError, match=r"^first_displacement must be at (most|least) "):
+        Geometry(first_displacement=first)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_the_largest_parameters_are_computed_with(library):
+    xp = pytest.importorskip(library)
+    geometry = Geometry(patch_size=9, dilation_patch=2**31 - 1)
+    maps = xp.ones((1, 2, 3, 4), dtype=xp.float32)
+    assert correlation(maps, maps, geometry).sum() == maps.sum()  # displacement 0 alone meets
 
 
 @pytest.mark.parametrize("name", ["padding", "first_displacement"])
