@@ -25,14 +25,15 @@ def forward(input1: Tensor, input2: Tensor, *sizes: int) -> Tensor:
         kH, kW, patchH, patchW, padH, padW, dilationH, dilationW, dilation_patchH, dilation_patchW,
         dH and dW, in this order. Older copies of the file know no dilation, and leave it out.
     """
-    cost: Tensor = correlation(input1.detach(), input2.detach(), _geometry(*sizes))
+    with torch.autocast(input1.device.type, enabled=False):
+        cost: Tensor = correlation(input1.detach(), input2.detach(), _geometry(*sizes))
     return cost
 
 
 def backward(input1: Tensor, input2: Tensor, grad_output: Tensor, *sizes: int) -> list[Tensor]:
     """Compute the gradients with respect to both maps; ``sizes`` are those of `forward`."""
     one, two = (fmap.detach().requires_grad_() for fmap in (input1, input2))
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(input1.device.type, enabled=False):
         cost = correlation(one, two, _geometry(*sizes))
     return list(torch.autograd.grad(cost, (one, two), grad_output))
 

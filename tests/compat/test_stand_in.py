@@ -197,7 +197,7 @@ if __name__ == "__main__":
         code, out, err = python("-m", "cupycorr.compat", *words, cwd=tmp_path)
         assert code == 0, err
         assert out == [
-            "cupycorr.modules 7 ['--epochs', '3']",
+            "cupycorr.compat.spatial_correlation_sampler 7 ['--epochs', '3']",
             "torch.Size([1, 3, 3, 3, 4])",
             "torch.Size([1, 5, 5, 3, 4])",
             "tensor([2.])",
@@ -257,8 +257,13 @@ def test_importing_the_package_loads_no_torch():
 
 def test_the_stand_in_offers_what_cupycorr_offers():
     module = importlib.import_module("cupycorr.compat.spatial_correlation_sampler")
-    assert module.spatial_correlation_sample is cupycorr.spatial_correlation_sample
-    assert module.SpatialCorrelationSampler is cupycorr.SpatialCorrelationSampler
+    one, two = maps()
+    want = cupycorr.spatial_correlation_sample(one, two, 1, 3, 2)
+    assert torch.equal(module.spatial_correlation_sample(one, two, 1, 3, stride=2), want)
+    assert torch.equal(module.SpatialCorrelationSamplerFunction.apply(one, two, 1, 3, 2), want)
+    layer = module.SpatialCorrelationSampler(patch_size=3, stride=2)
+    assert isinstance(layer, cupycorr.SpatialCorrelationSampler)
+    assert torch.equal(layer(one, two), want)
 
 
 class CopiedFunction(torch.autograd.Function):
@@ -296,3 +301,28 @@ def test_copies_of_the_python_file_find_the_extension(dilation):
     assert not difference(got, want)
     for one, other in zip(got_maps, want_maps, strict=True):
         assert not difference(one.grad, other.grad)
+
+
+# 256 products of two values of 30 N(0, 1): 64 of the sums are beyond float16.
+LARGE = [30 * torch.randn(1, 256, 8, 8, generator=torch.Generator().manual_seed(0))] * 2
+
+
+@pytest.mark.parametrize("what", ["function", "module", "extension"])
+def test_under_autocast_the_stand_in_stays_in_the_dtype_of_the_maps(what):
+    module = importlib.import_module("cupycorr.compat.spatial_correlation_sampler")
+    call = {
+        "function": module.spatial_correlation_sample,
+        "module": module.SpatialCorrelationSampler(),
+        "extension": lambda *pair: CopiedFunction.apply(*pair, *[1] * 4, 0, 0, *[1] * 6),
+    }[what]
+    pair = [fmap.clone().requires_grad_() for fmap in LARGE]
+    with (
+        compat.stand_in_for("spatial_correlation_sampler_backend"),
+        torch.autocast("cpu", torch.float16),
+    ):
+        assert not cupycorr.spatial_correlation_sample(*LARGE).isfinite().all()
+        cost = call(*pair)
+        cost.sum().backward()
+    assert cost.dtype is pair[0].grad.dtype is torch.float32
+    assert torch.equal(cost, cupycorr.spatial_correlation_sample(*LARGE))
+    assert torch.equal(pair[0].grad, LARGE[1])

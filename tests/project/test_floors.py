@@ -52,6 +52,7 @@ ROOMS = {
             "mmcv",
             "nvidia",
             "sniklaus",
+            "spatial_correlation_sampler",
             "spatial_correlation_sampler_backend",
         )
     },
