@@ -174,6 +174,10 @@ def correlate(
 ) -> Any:
     """Check two maps, which the caller knows by ``names``, and dispatch; see `correlation`."""
     library = _library(names, (fmap1, fmap2))
+    if library == "torch.fx":
+        from cupycorr.torch import operators
+
+        return operators.trace(layer, fmap1, fmap2)
     if library == "torch":
         from cupycorr.torch import derivatives, operators
 
@@ -259,6 +263,8 @@ def _library(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
     known = ("numpy", "cupy", "torch")
     if libraries[0] in known and libraries == libraries[:1] * len(libraries):
         return libraries[0]
+    if {"torch.fx"} <= {*libraries} <= {"torch.fx", "torch"}:
+        return "torch.fx"
     for name, array, library in zip(names, arrays, libraries, strict=True):
         kind = type(array).__name__
         if library == "":
@@ -275,6 +281,8 @@ def _library_of(array: Any) -> str:
     if hasattr(array, "dtype"):
         for base in type(array).__mro__:
             root = base.__module__.partition(".")[0]
+            if base.__module__ == "torch.fx.proxy":
+                return "torch.fx"  # a value that torch.fx traces with
             if root in ("torch", "cupy"):
                 return root
     return ""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import cupycorr.torch  # noqa: F401 - registers the operators, for programs that are loaded
 from cupycorr.api import correlate
 from cupycorr.geometry import Axis, Geometry, IntOrPair
 from cupycorr.layer import Layer

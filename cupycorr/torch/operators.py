@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from cupycorr.geometry import Axis, Geometry
 from cupycorr.layer import DTYPES, Layer
@@ -168,6 +169,19 @@ def _parse(operator: Operator, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor
     return arguments[:count], _layer(operator.similarity, arguments[-1], *fields)
 
 
+def trace(layer: Layer, fmap1: Any, fmap2: Any) -> Any:
+    """Call the operator of the cost volume on what torch.fx traces with: one node of its graph."""
+    operator = derivatives.OF_L1_COST if layer.l1 else derivatives.OF_COST
+    (cost,) = derivatives.dispatch(operator, layer, fmap1, fmap2)
+    return cost
+
+
+def _flops(operator: Operator, *arguments: Any, out_shape: Any = None) -> int:
+    """Count two operations for each pair of positions in the maps and each result, by shapes."""
+    (shape, *_), layer = _parse(operator, arguments)
+    return 2 * len(operator.results) * layer.geometry.multiply_adds(tuple(shape))
+
+
 def _returned(results: tuple[Any, ...]) -> Any:
     """Return one result bare, as schemas have it."""
     return results if len(results) > 1 else results[0]
@@ -187,6 +201,7 @@ def _register(library: torch.library.Library) -> None:
             library.impl(operator.name, partial(kernel, operator), key)  # type: ignore[no-untyped-call]
         qualified = f"cupycorr::{operator.name}"
         torch.library.register_fake(qualified, partial(_fake_kernel, operator), lib=library)
+        register_flop_formula(getattr(torch.ops.cupycorr, operator.name))(partial(_flops, operator))
         torch.library.register_vmap(qualified, partial(_vmap_kernel, operator), lib=library)
     for operator in (derivatives.OF_COST, derivatives.OF_L1_COST):
         for key in ("AutocastCPU", "AutocastCUDA"):
