@@ -147,8 +147,8 @@ def show(document: dict[str, Any], problem: dict[str, Any], scale: str) -> None:
     names = ("cupycorr torch", "cupycorr numpy", "cupycorr cupy", "cupycorr plain")
     ours = next((own[name] for name in names if name in own), None)
     for step in PASSES if timed else ():
-        longest = max(one[step]["median"] for one in timed)
-        unit = _unit(longest) if scale == "auto" else scale
+        shortest = min(one[step]["min"] for one in timed)
+        unit = _unit(shortest) if scale == "auto" else scale
         _table(step, unit, [one["name"] for one in timed],
                [_cells(document, problem, one, ours, step, unit) for one in timed],
                COLUMNS[document["device"]])  # fmt: skip
