@@ -24,6 +24,8 @@ Array = npt.NDArray[Any]
 PASSES = ("forward", "backward")
 GEMM_SIZE = 2048
 LEAST_RUNS = 3
+SETTLE_SECONDS = 0.025
+"""How long an implementation runs before it is timed, unless that is little beside a run."""
 
 
 class Implementation(NamedTuple):
@@ -217,6 +219,9 @@ def _rounds(
 ) -> dict[str, tuple[list[Timing], list[Timing]]]:
     """Run everything once per round, so that what else the machine does meets all alike.
 
+    On the CPU each is first run untimed for a moment: threads of the one before it, OpenMP's above
+    all, keep a core busy for some 20 ms while they wait for more work.
+
     Everything has run before, for its results and for its memory, and here once more, because
     CuPy's pool does not yet hold the memory of the results: that is the warm-up.
     """
@@ -225,12 +230,17 @@ def _rounds(
         timings[one.name] = [], []
         if one.library == "cupy":
             _round(one, arrays[one.library], layer, stopwatch)
+    beside = len(implementations) > 1 and implementations[0].library != "cupy"
     for _ in range(runs):
         for one in implementations:
             forward, backward = timings[one.name]
             used = sum(timing.seconds for timing in (*forward, *backward))
             if len(forward) >= LEAST_RUNS and used >= max_seconds:
                 continue
+            settle = beside and not (forward and forward[-1].seconds > 10 * SETTLE_SECONDS)
+            start = time.perf_counter()
+            while settle and time.perf_counter() - start < SETTLE_SECONDS:
+                _round(one, arrays[one.library], layer, stopwatch)
             taken = _round(one, arrays[one.library], layer, stopwatch)
             forward.append(taken[0])
             backward.append(taken[1])
