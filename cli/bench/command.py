@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import numpy as np
+from click.core import ParameterSource
 
 import cupycorr
 
@@ -39,10 +40,10 @@ NO_PEER_ON_CUDA = "runs on torch tensors, which bench does not measure on cuda"
 @click.option("-d", "--dtype", type=click.Choice(list(DTYPES)), default="float", show_default=True)
 @click.option(
     "--scale",
-    type=click.Choice(["auto", *report.SCALES]),
-    default="auto",
+    type=click.Choice(list(report.SCALES)),
+    default="us",
     show_default=True,
-    help="Unit of the times; auto: what suits each table, and us for the lines below.",
+    help="Unit of the times; if it is not given, each table has the unit that suits it.",
 )
 @click.option(
     "-r",
@@ -125,6 +126,8 @@ def bench(
     Exits with 1 if cupycorr itself fails, with 2 if the options are wrong or something is missing,
     and with 130 if it is interrupted; what is measured until then is shown and written.
     """
+    source = click.get_current_context().get_parameter_source("scale")
+    unit = scale if source is ParameterSource.COMMANDLINE else None
     refuse_engines(device, engines)
     if device == "cuda" and "torch" in engines:
         raise click.UsageError("bench cuda measures arrays of cupy, got --engine torch")
@@ -195,7 +198,7 @@ def bench(
                     gemm += measure.gemm_seconds(kind)
                 document["problems"].append(entry)
                 if json_file != STANDARD_OUTPUT:
-                    report.show(document, entry, scale)
+                    report.show(document, entry, scale, unit)
         finally:
             # An interrupt, or a reader of the tables that has left, loses nothing.
             if json_file is not None and document["problems"]:

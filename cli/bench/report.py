@@ -133,8 +133,20 @@ def _implementation(outcome: Outcome) -> dict[str, Any]:
     return result
 
 
-def show(document: dict[str, Any], problem: dict[str, Any], scale: str) -> None:
-    """Print the tables of one problem, and a line per implementation."""
+def show(
+    document: dict[str, Any], problem: dict[str, Any], scale: str, unit: str | None = None
+) -> None:
+    """Print the tables of one problem, and a line per implementation.
+
+    Parameters
+    ----------
+    document, problem : dict
+        The JSON document, and one of its problems.
+    scale : {"s", "ms", "us"}
+        Unit of the lines.
+    unit : {"s", "ms", "us"}, optional
+        Unit of the tables; by default what suits each of them.
+    """
     name, shape = problem["name"], tuple(problem["shape"])
     click.echo()
     _say(f"{name}: maps {shape} {document['dtype']}, {problem['description']}")
@@ -148,14 +160,14 @@ def show(document: dict[str, Any], problem: dict[str, Any], scale: str) -> None:
     ours = next((own[name] for name in names if name in own), None)
     for step in PASSES if timed else ():
         shortest = min(one[step]["min"] for one in timed)
-        unit = _unit(shortest) if scale == "auto" else scale
-        _table(step, unit, [one["name"] for one in timed],
-               [_cells(document, problem, one, ours, step, unit) for one in timed],
+        suited = _unit(shortest) if unit is None else unit
+        _table(step, suited, [one["name"] for one in timed],
+               [_cells(document, problem, one, ours, step, suited) for one in timed],
                COLUMNS[document["device"]])  # fmt: skip
     if document["device"] == "cpu" and exceeds_gemm(document, problem):
         _say("GEMM: over 100% is not possible: the machine was busy while np.matmul was timed.")
     for one in timed:
-        click.echo(_peer_line(one, "us" if scale == "auto" else scale))
+        click.echo(_peer_line(one, scale))
     for one in problem["implementations"]:
         if one["status"] != "timed":
             verdict = click.style(one["status"], fg=COLOURS.get(one["status"]))

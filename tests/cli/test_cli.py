@@ -25,7 +25,7 @@ SPECIFIED = {
     "bench": {
         "-b": 16, "--batch-size": 16, "-k": 3, "--kernel-size": 3, "--patch": 3,
         "--patch_dilation": 2, "-c": 64, "--channel": 64, "--height": 100, "-w": 100,
-        "--width": 100, "-s": 2, "--stride": 2, "-p": 1, "--pad": 1, "-r": 100,
+        "--width": 100, "-s": 2, "--stride": 2, "-p": 1, "--pad": 1, "--scale": "us", "-r": 100,
         "--runs": 100, "--dilation": 2, "-d": "float", "--dtype": "float",
     },
     "gradcheck": {
@@ -62,7 +62,7 @@ def test_an_option_has_the_name_and_default_of_the_replaced_program(command, fla
 def test_choices_are_those_of_the_replaced_program():
     choices = {p.name: getattr(p.type, "choices", None) for p in bench_command.params}
     assert list(choices["dtype"]) == ["half", "bfloat", "float", "double"]
-    assert list(choices["scale"]) == ["auto", "s", "ms", "us"]
+    assert list(choices["scale"]) == ["s", "ms", "us"]
     assert list(choices["device"]) == ["cpu", "cuda"]
 
 

@@ -270,7 +270,7 @@ def document(problem, outcomes, dtype="float32", **peaks):
 
 def cells(capsys, written, step):
     """Print the table; return the cells of its only row for a pass."""
-    report.show(written, written["problems"][0], "us")
+    report.show(written, written["problems"][0], "us", "us")
     section = capsys.readouterr().out.split(f"{step} ")[1]
     row = next(line for line in section.splitlines() if line.startswith("cupycorr cupy"))
     return row.removeprefix("cupycorr cupy").split()

@@ -100,7 +100,7 @@ def test_a_table_has_the_unit_that_suits_it(seconds, unit, monkeypatch, capsys):
         "multiply_adds": {"forward": 1, "backward": 2},
     }  # fmt: skip
     gemm = {"size": 2, "seconds": [1e-9]}
-    report.show({"dtype": "float32", "device": "cpu", "gemm": gemm}, problem, "auto")
+    report.show({"dtype": "float32", "device": "cpu", "gemm": gemm}, problem, "us")
     out = capsys.readouterr().out
     assert f"forward         min {unit}  median {unit}" in out
     assert f"Forward: {seconds * 1e6:.3f}/" in out
@@ -126,3 +126,11 @@ def test_ratios_are_of_the_least_times(tmp_path):
     for ratio, step in zip(shown, ("forward", "backward"), strict=True):
         assert ratio == round(min(numpy[step]["seconds"]) / min(torch[step]["seconds"]), 2)
         assert median(numpy[step]["seconds"]) == numpy[step]["median"]
+
+
+def test_a_scale_that_is_given_is_that_of_tables_and_lines_alike():
+    out = invoke("bench", "cpu", *SMALL, "-r", "1", "--scale", "us").stdout
+    assert re.findall(r"^(forward|backward) +min us", out, re.M) == ["forward", "backward"]
+    out = invoke("bench", "cpu", *SMALL, "-r", "1", "--scale", "s").stdout
+    assert re.findall(r"^(forward|backward) +min s ", out, re.M) == ["forward", "backward"]
+    assert re.search(r"Forward: [\d.]+/[\d.]+ s ", out)
