@@ -59,12 +59,12 @@ def heading(document: dict[str, Any]) -> None:
     )
 
 
-def _say(*paragraphs: str) -> None:
-    """Print paragraphs, broken between words; further lines of each are indented."""
-    for paragraph in paragraphs:
-        click.echo(
-            textwrap.fill(paragraph, _width(), subsequent_indent="  ", break_on_hyphens=False)
-        )
+def _say(*paragraphs: str, colour: str | None = None) -> None:
+    """Print paragraphs; on a terminal break them between words, and indent further lines."""
+    for text in paragraphs:
+        if sys.stdout.isatty():
+            text = textwrap.fill(text, _width(), subsequent_indent="  ", break_on_hyphens=False)
+        click.secho(text, fg=colour, reset=colour is not None)
 
 
 def _width() -> int:
@@ -170,11 +170,8 @@ def show(
         click.echo(_peer_line(one, scale))
     for one in problem["implementations"]:
         if one["status"] != "timed":
-            verdict = click.style(one["status"], fg=COLOURS.get(one["status"]))
-            click.echo(f"{one['name']}: {verdict}: {one['reason']}")
-
-
-COLOURS = {"failed": "red", "wrong": "red"}
+            colour = None if one["status"] == "skipped" else "red"
+            _say(f"{one['name']}: {one['status']}: {one['reason']}", colour=colour)
 
 
 def _unit(seconds: float) -> str:
