@@ -133,7 +133,8 @@ def bench(
         raise click.UsageError("bench cuda measures arrays of cupy, got --engine torch")
     _refuse_options(device, threads, cold)
     if device == "cuda":
-        environment.require_cuda()
+        with progress.bar("looking for CUDA", None):
+            environment.require_cuda()
     if json_file is not None and json_file != STANDARD_OUTPUT:
         files.refuse("--json", [json_file], inputs=images or ())
     kind = DTYPES[dtype]
@@ -154,26 +155,23 @@ def bench(
     with contextlib.ExitStack() as stack:
         with progress.bar("getting ready", None):
             stack.enter_context(measure.threads(count, torch_too))
-            gemm = measure.gemm_seconds(kind) if device == "cpu" else []
-        document: dict[str, Any] = {
-            "cupycorr": cupycorr.__version__,
-            "machine": environment.machine(),
-            "device": device,
-            "dtype": kind,
-            "runs": runs,
-            "max_seconds": max_seconds,
-            "input": "random" if images is None else {"images": images, "downscale": downscale},
-            "problems": [],
-        }
-        if device == "cuda":
-            document |= {"cuda": cuda.device(), "cold": cold}
-            stopwatch: measure.Stopwatch = cuda.Stopwatch(cold)
-        else:
-            document |= {
-                "threads": count,
-                "gemm": {"size": measure.GEMM_SIZE, "seconds": gemm},
+            document: dict[str, Any] = {
+                "cupycorr": cupycorr.__version__,
+                "machine": environment.machine(),
+                "device": device,
+                "dtype": kind,
+                "runs": runs,
+                "max_seconds": max_seconds,
+                "input": "random" if images is None else {"images": images, "downscale": downscale},
+                "problems": [],
             }
-            stopwatch = measure.by_clock
+            if device == "cuda":
+                document |= {"cuda": cuda.device(), "cold": cold}
+                stopwatch: measure.Stopwatch = cuda.Stopwatch(cold)
+            else:
+                gemm = {"size": measure.GEMM_SIZE, "seconds": measure.gemm_seconds(kind)}
+                document |= {"threads": count, "gemm": gemm}
+                stopwatch = measure.by_clock
         if json_file != STANDARD_OUTPUT:
             report.heading(document)
         try:
@@ -195,7 +193,7 @@ def bench(
                 if device == "cuda":
                     entry["kernels"] = kernels
                 elif report.exceeds_gemm(document, entry):
-                    gemm += measure.gemm_seconds(kind)
+                    document["gemm"]["seconds"] += measure.gemm_seconds(kind)
                 document["problems"].append(entry)
                 if json_file != STANDARD_OUTPUT:
                     report.show(document, entry, scale, unit)

@@ -63,21 +63,29 @@ def test_bench_fits_the_terminal_and_keeps_words_names_and_units(columns):
     assert ("No room for" in shown) == (columns == 60)
 
 
-def test_bench_says_at_once_that_it_is_at_work():
+@pytest.mark.parametrize(
+    ("device", "said"), [("cpu", b"getting ready"), ("cuda", b"looking for CUDA")]
+)
+def test_bench_says_at_once_that_it_is_at_work(device, said):
     ours, theirs = pty.openpty()
-    words = [sys.executable, "-c", AT_WORK, *SMALL, "-r", "1"]
-    subprocess.run(words, stdout=subprocess.DEVNULL, stderr=theirs, check=True)
+    words = [sys.executable, "-c", AT_WORK, device]
+    environment = os.environ | {"TERM": "xterm"}
+    subprocess.run(words, stdout=subprocess.DEVNULL, stderr=theirs, check=True, env=environment)
     os.close(theirs)
-    assert b"getting ready" in os.read(ours, 1 << 16)
+    assert said in os.read(ours, 1 << 16)
     os.close(ours)
 
 
 AT_WORK = """
 import sys
-from cupycorr.cli import main
+from cupycorr.cli import environment, main
 from cupycorr.cli.bench import measure
-measure.gemm_seconds = lambda dtype: sys.exit(0)  # before anything is measured
-main(["bench", "cpu", *sys.argv[1:]])
+
+def imports(*_):  # torch or CuPy, which takes seconds
+    sys.exit(bool({"torch", "cupy"} & set(sys.modules)))
+
+measure.threads = environment.require_cuda = imports
+main(["bench", *sys.argv[1:]])
 """
 
 
