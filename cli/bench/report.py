@@ -274,7 +274,7 @@ def _peer_line(one: dict[str, Any], scale: str) -> str:
 
 
 def _number(value: float) -> str:
-    """Show four digits or all before the point."""
+    """Show four digits or all before the point; three below 1."""
     if value >= 1000:
         return f"{value:.0f}"
-    return f"{value:.4g}" if value >= 1 else f"{value:.3f}"
+    return f"{value:#.4g}".rstrip(".") if value >= 1 else f"{value:#.3g}"

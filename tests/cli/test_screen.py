@@ -163,3 +163,12 @@ def test_a_reason_is_broken_between_words_on_a_terminal_and_left_whole_in_a_pipe
     shown = click.unstyle(capsys.readouterr().out)
     assert max(map(len, shown.splitlines())) <= 60
     assert line in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0.00"), (0.0301234, "0.0301"), (0.8771, "0.877"), (28.0, "28.00"), (110.234, "110.2"),
+     (999.96, "1000"), (34298.1, "34298")],
+)  # fmt: skip
+def test_a_number_has_three_or_four_figures(value, shown):
+    assert report._number(value) == shown
