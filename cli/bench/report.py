@@ -158,12 +158,16 @@ def show(
     own = {one["name"]: one for one in timed if one["name"].startswith("cupycorr")}
     names = ("cupycorr torch", "cupycorr numpy", "cupycorr cupy", "cupycorr plain")
     ours = next((own[name] for name in names if name in own), None)
+    left_out: set[str] = set()
     for step in PASSES if timed else ():
         shortest = min(one[step]["min"] for one in timed)
         suited = _unit(shortest) if unit is None else unit
-        _table(step, suited, [one["name"] for one in timed],
-               [_cells(document, problem, one, ours, step, suited) for one in timed],
-               COLUMNS[document["device"]])  # fmt: skip
+        left_out |= _table(step, suited, [one["name"] for one in timed],
+                           [_cells(document, problem, one, ours, step, suited) for one in timed],
+                           COLUMNS[document["device"]])  # fmt: skip
+    if left_out:
+        columns = ", ".join(column for column in SHOWN if column in left_out)
+        _say(f"No room for {columns}; --json FILE has every run.")
     if timed and document["device"] == "cpu":
         _say(f"GEMM: 100% is {_gemm_rate(document) / 1e9:.1f} GFLOP/s.")
         if exceeds_gemm(document, problem):
@@ -183,15 +187,16 @@ def _unit(seconds: float) -> str:
 
 def _table(
     step: str, unit: str, names: list[str], rows: list[dict[str, str]], columns: tuple[str, ...]
-) -> None:
-    """Print as many of the columns as the screen has room for."""
+) -> set[str]:
+    """Print as many of the columns as the screen has room for, and return the others."""
     titles = {column: f"{column} {unit}" if column in TIMES else column for column in columns}
     widths = {
         column: max(len(text) for text in (titles[column], *(row[column] for row in rows)))
         for column in columns
     }
     first = max(len(text) for text in (step, *names))
-    room, kept = _width() - first, []
+    kept: list[str] = []
+    room = _width() - first
     for column in columns:
         room -= 2 + widths[column]
         if room >= 0:
@@ -199,9 +204,7 @@ def _table(
     for name, row in ((step, titles), *zip(names, rows, strict=True)):
         cells = [f"  {row[column]:>{widths[column]}}" for column in SHOWN if column in kept]
         click.echo(f"{name:{first}}{''.join(cells)}")
-    left_out = [column for column in SHOWN if column in columns and column not in kept]
-    if left_out:
-        _say(f"No room for {', '.join(left_out)}; --json FILE has the runs.")
+    return set(columns) - set(kept)
 
 
 def own_failure(document: dict[str, Any]) -> bool:
