@@ -94,13 +94,10 @@ def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple
                 click.echo(f"left out  {name} {dtype}: {NO_BFLOAT16}")
                 continue
             for check, against in _checks(name, device, problem, dtype):
-                verdict = (
-                    click.style("ok    ", fg="green")
-                    if check.error is None
-                    else click.style("FAILED", fg="red")
-                )
+                verdict, colour = ("ok    ", "green") if check.error is None else ("FAILED", "red")
                 what = f"{name} {dtype}: {check.name} ({against})"
-                click.echo(f"{verdict}  {what}" + (f": {check.error}" if check.error else ""))
+                error = f": {check.error}" if check.error else ""
+                click.echo(f"{click.style(verdict, fg=colour)}  {what}{error}")
                 outcomes.append(check.error is None)
     failed = outcomes.count(False)
     click.echo(f"{len(outcomes) - failed} passed, {failed} failed")

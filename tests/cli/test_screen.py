@@ -9,8 +9,11 @@ from statistics import median
 
 import click
 import pytest
-from command import invoke
+from click.testing import CliRunner
+from command import invoke, main
 from cupycorr.cli.bench import measure, report
+
+from cupycorr.cpu import engine as numpy_engine
 
 pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
 SMALL = ["-b", "1", "-c", "3", "--height", "12", "-w", "11", "--engine", "numpy"]
@@ -93,7 +96,7 @@ main(["bench", *sys.argv[1:]])
 def test_verdicts_are_coloured_on_a_terminal_alone():
     words = ["gradcheck", "cpu", *SMALL]
     shown = on_a_terminal(*words, columns=80)
-    assert len(COLOUR.findall(shown)) == shown.count("ok    ") > 0
+    assert COLOUR.findall(shown) == ["\x1b[32m"] * shown.count("ok    ") != []
     assert not COLOUR.search(on_a_terminal(*words, columns=80, NO_COLOR="1"))
     assert not COLOUR.search(invoke(*words).stdout)
 
@@ -173,3 +176,34 @@ def test_a_reason_is_broken_between_words_on_a_terminal_and_left_whole_in_a_pipe
 )  # fmt: skip
 def test_a_number_has_three_or_four_figures(value, shown):
     assert report._number(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("words", "verdict"),
+    [(["gradcheck"], "\x1b[31mFAILED\x1b[0m  numpy float64: cost "),
+     (["bench", "-r", "1"], "\x1b[31mcupycorr numpy: wrong: cost: ")],
+    ids=["gradcheck", "bench"],
+)  # fmt: skip
+@pytest.mark.parametrize("variable", [None, "1"])
+def test_a_wrong_result_is_red_unless_colours_are_refused(monkeypatch, words, verdict, variable):
+    right = numpy_engine.run
+
+    def wrong(asked, arrays, *args, **kwargs):
+        right(asked, arrays, *args, **kwargs)
+        if "cost" in arrays:
+            wrong.calls += 1
+            arrays["cost"][0, 0, 0, 0, 0] += wrong.calls
+
+    wrong.calls = 0
+    monkeypatch.setattr(numpy_engine, "run", wrong)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("NO_COLOR", variable)
+    arguments = [words[0], "cpu", *SMALL, *words[1:]]
+    outcome = CliRunner().invoke(main, arguments, color=True)
+    assert outcome.exit_code == 1
+    if variable is None:
+        assert verdict in outcome.stdout
+    else:
+        assert "\x1b" not in outcome.stdout
+        assert click.unstyle(verdict) in outcome.stdout
