@@ -47,8 +47,8 @@ def require_cuda() -> None:
         return
     lines = []
     for finding in findings:
-        lines.append(f"  {'ok    ' if finding.found else 'not ok'}  {finding.name}: "
-                     f"{finding.detail}")  # fmt: skip
+        verdict, colour = ("ok    ", "green") if finding.found else ("not ok", "red")
+        lines.append(f"  {click.style(verdict, fg=colour)}  {finding.name}: {finding.detail}")
         if not finding.found and finding.remedy:
             lines.append(f"          {finding.remedy}")
     listing = "\n".join(lines)

@@ -11,6 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from command import invoke, main
+from cupycorr.cli import environment
 from cupycorr.cli.bench import measure, report
 
 from cupycorr.cpu import engine as numpy_engine
@@ -176,6 +177,16 @@ def test_a_reason_is_broken_between_words_on_a_terminal_and_left_whole_in_a_pipe
 )  # fmt: skip
 def test_a_number_has_three_or_four_figures(value, shown):
     assert report._number(value) == shown
+
+
+def test_what_cuda_lacks_is_red_and_what_is_there_green(monkeypatch):
+    findings = [environment.Finding(name, name == "driver", "") for name in ("driver", "GPU")]
+    monkeypatch.setattr(environment, "cuda_findings", lambda: findings)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    outcome = CliRunner().invoke(main, ["warmup"], color=True)
+    assert "\x1b[32mok    \x1b[0m  driver" in outcome.stderr
+    assert "\x1b[31mnot ok\x1b[0m  GPU" in outcome.stderr
+    assert "\x1b" not in invoke("warmup").stderr
 
 
 @pytest.mark.parametrize(
