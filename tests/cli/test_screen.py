@@ -46,7 +46,9 @@ def on_a_terminal(*words, columns, **variables):
     return shown.decode().replace("\r\n", "\n")
 
 
-@pytest.mark.parametrize("columns", [40, 60, 80, 100])
+@pytest.mark.parametrize(
+    "columns", [60, *(pytest.param(size, marks=pytest.mark.slow) for size in (40, 80, 100))]
+)
 def test_bench_fits_the_terminal_and_keeps_words_names_and_units(columns):
     pytest.importorskip("torch")
     words = ["bench", "cpu", *SMALL[:-2], "-r", "1"]
