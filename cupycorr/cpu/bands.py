@@ -126,16 +126,21 @@ def multiply_adjoint(
             np.matmul(factor, other, out=out)
 
 
-def small_products(one: Array, two: Array, out: Array) -> list[tuple[Array, Array, Array]]:
+def small_products(
+    one: Array, two: Array, out: Array, *, even: bool = False
+) -> list[tuple[Array, Array, Array]]:
     """Cut matrix products (..., M, N) into some that BLAS computes on one thread.
 
     Each has a few rows (`plan.rows_at_once`). One that has a single row or column is the product
-    of a matrix and a vector, which BLAS shares out sooner.
+    of a matrix and a vector, which BLAS shares out sooner. With ``even``, all have equally many
+    rows where these are not much fewer: one call takes less time than two, if both are short.
     """
     (rows, terms), columns = one.shape[-2:], two.shape[-1]
     size = rows_at_once(terms * columns) if columns > 1 else max(1, VECTOR // terms)
     if 1 < rows <= size:
         return [(one, two, out)]
+    if even and rows > 1:
+        size = next((n for n in range(size, 2 * size // 3, -1) if rows % n == 0), size)
     whole = rows // size * size if rows > 1 else 0
     products = []
     if whole:

@@ -234,8 +234,9 @@ class _Product:
         out, sums, rows = self.gradient.out[n, part], self.gradient.sums, self.targets.rows
         gradient = scratch.take("rows", out[:, :, rows].shape, accumulator(out.dtype))
         self._assemble(gradient, n, part)
-        if not np.isfinite(gradient.sum()):
-            # Redo the products such that a NaN or infinity stays with its own targets.
+        if np.isnan(gradient.max(initial=0)):
+            # An infinity times a zero beside the band is NaN: redo the products such that a NaN or
+            # infinity stays with its own targets.
             for group, sources, results, values in self.groups:
                 (tiles,) = cover(group.blocks[0].y, group.blocks[0].y.count1)
                 for block, source, result, value in zip(

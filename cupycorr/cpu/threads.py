@@ -99,9 +99,10 @@ class Team:
     """
 
     def __init__(self, multiply_adds: int, threads: int | None) -> None:
-        self._count = 1
+        self.size = 1
+        """The number of threads."""
         if multiply_adds >= WORTH_THREADS:
-            self._count = max(1, thread_count() if threads is None else threads)
+            self.size = max(1, thread_count() if threads is None else threads)
 
     def __enter__(self) -> Team:
         try:
@@ -110,7 +111,7 @@ class Team:
             self._scratches = [Scratch(), Scratch()]
         self.arena = self._scratches[0]
         """Memory for the arrays that all units share."""
-        self._scratches += [Scratch() for _ in range(self._count + 1 - len(self._scratches))]
+        self._scratches += [Scratch() for _ in range(self.size + 1 - len(self._scratches))]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -126,7 +127,7 @@ class Team:
     def work(self, units: Sequence[Unit]) -> None:
         """Run units, in any order and at the same time, and return when all are done."""
         queue = deque(units)
-        scratches = deque(self._scratches[2 : 1 + min(self._count, len(queue))])
+        scratches = deque(self._scratches[2 : 1 + min(self.size, len(queue))])
         done: SimpleQueue[BaseException | None] = SimpleQueue()
         helpers = len(scratches)
         # NumPy 2 keeps this setting in the context: no interrupt can leave it in the caller's.

@@ -282,7 +282,7 @@ SPREADING = {
 }
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["grad_cost", "fmap1", "fmap2"])
 @pytest.mark.parametrize("name", SPREADING)
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
