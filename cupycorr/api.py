@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -59,7 +60,8 @@ def spatial_correlation_sample(
     """
     parameters = kernel_size, patch_size, stride, padding, dilation, dilation_patch
     # Other types may be equal to ints, and are refused or widened: they are looked at each time.
-    layer = (_remembered if {*map(type, parameters)} == {int} else _layer)(*parameters)
+    remembered = {*map(type, parameters)} == {int} and not _is_compiling()
+    layer = (_remembered if remembered else _layer)(*parameters)
     return correlate(input1, input2, layer, names=("input1", "input2"))
 
 
@@ -68,6 +70,21 @@ def _layer(*parameters: Any) -> Layer:
 
 
 _remembered = lru_cache(maxsize=1024)(_layer)
+
+
+def _layer_of(geometry: Any, similarity: Any, normalize: Any) -> Layer:
+    known = type(geometry) is Geometry and type(similarity) is str and type(normalize) is bool
+    remembered = known and not _is_compiling()
+    return (_remembered_of if remembered else Layer)(geometry, similarity, normalize)
+
+
+def _is_compiling() -> bool:
+    """Tell whether torch.compile reads this code; it complains of functions that remember."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
+_remembered_of = lru_cache(maxsize=1024)(Layer)
 
 
 def correlation(
@@ -111,7 +128,7 @@ def correlation(
     the SUBTRACT correlation of FlowNet2's Caffe layer (E. Ilg et al., "FlowNet 2.0", CVPR 2017),
     which divides like ``normalize``.
     """
-    return correlate(fmap1, fmap2, Layer(geometry, similarity, normalize))
+    return correlate(fmap1, fmap2, _layer_of(geometry, similarity, normalize))
 
 
 def correlation_vjp(
@@ -165,7 +182,7 @@ def correlation_vjp(
     other map's value in grad_fmap1, and the opposite sign in grad_fmap2. As in torch, it is 0 where
     values are equal, or NaN.
     """
-    layer = Layer(geometry, similarity, normalize)
+    layer = _layer_of(geometry, similarity, normalize)
     return differentiate(grad_cost, fmap1, fmap2, layer, needs)
 
 
@@ -182,7 +199,7 @@ def correlate(
         from cupycorr.torch import derivatives, operators
 
         fmap1, fmap2 = operators.autocast(fmap1, fmap2)
-        _check(names, (fmap1, fmap2), layer.geometry)
+        _check(names, (fmap1, fmap2), layer.geometry, operators.traces(fmap1))
         operators.check(fmap1, fmap2)
         operator = derivatives.OF_L1_COST if layer.l1 else derivatives.OF_COST
         return derivatives.derive(operator, layer, fmap1, fmap2)[0]
@@ -248,17 +265,24 @@ def _on_device(
     from cupycorr.cuda import engine as cuda
 
     fmap1 = inputs["fmap1"]
-    with fmap1.device:
-        results = {name: cupy.empty(shape, fmap1.dtype) for name, shape in shapes.items()}
-        dense = {name: cupy.ascontiguousarray(array) for name, array in inputs.items()}
-        cuda.run(what, dense | results, layer)
+    if fmap1.device.id != cuda.current_device():
+        with fmap1.device:
+            return _on_device(what, inputs, shapes, layer)
+    results = {name: cupy.ndarray(shape, fmap1.dtype) for name, shape in shapes.items()}
+    arrays = inputs | results
+    for name, array in inputs.items():
+        if not array.flags.c_contiguous:
+            arrays[name] = cupy.ascontiguousarray(array)
+    cuda.run(what, arrays, layer)
     return results
 
 
 def _library(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
     """Return the library that arrays belong to; raise unless it is one and the same."""
-    if {*map(type, arrays)} == {np.ndarray}:
-        return "numpy"
+    kinds = {*map(type, arrays)}
+    for library, exact in (("numpy", "ndarray"), ("torch", "Tensor"), ("cupy", "ndarray")):
+        if library in sys.modules and kinds == {getattr(sys.modules[library], exact, None)}:
+            return library
     libraries = [_library_of(array) for array in arrays]
     known = ("numpy", "cupy", "torch")
     if libraries[0] in known and libraries == libraries[:1] * len(libraries):
@@ -266,11 +290,11 @@ def _library(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
     if {"torch.fx"} <= {*libraries} <= {"torch.fx", "torch"}:
         return "torch.fx"
     for name, array, library in zip(names, arrays, libraries, strict=True):
-        kind = type(array).__name__
+        got = type(array).__name__
         if library == "":
-            raise TypeError(f"{name} must be a NumPy or CuPy array or a torch tensor, got {kind}")
+            raise TypeError(f"{name} must be a NumPy or CuPy array or a torch tensor, got {got}")
         if library == "numpy.ma":
-            raise TypeError(f"{name} must not be masked, got {kind}; fill it with numpy.ma.filled")
+            raise TypeError(f"{name} must not be masked, got {got}; fill it with numpy.ma.filled")
     raise TypeError(f"{_all(names)} must be arrays of one library, got {_all(libraries)}")
 
 
@@ -288,31 +312,46 @@ def _library_of(array: Any) -> str:
     return ""
 
 
-def _check(names: tuple[str, ...], arrays: tuple[Any, ...], geometry: Geometry) -> Shape:
-    """Check maps, and a gradient if given as third, of one library; return the cost's shape."""
-    dtypes, shapes = [], []
-    for array in arrays:
-        dtypes.append(_dtype_name(array.dtype))
-        shapes.append(tuple(array.shape))
-    if dtypes != dtypes[:1] * len(dtypes):
-        raise TypeError(f"{_all(names)} must have equal dtypes, got {_all(dtypes)}")
-    if dtypes[0] not in DTYPES:
-        allowed = _all(list(DTYPES), "or")
-        raise TypeError(f"{_all(names)} must have dtype {allowed}, got {dtypes[0]}")
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"{_all(names[:2])} must have equal shapes, got {_all(shapes[:2])}")
-    if len(shapes[0]) != 4:
-        raise ValueError(f"{_all(names[:2])} must have shape (N, C, H, W), got {shapes[0]}")
+def _check(
+    names: tuple[str, ...], arrays: tuple[Any, ...], geometry: Geometry, traced: bool = False
+) -> Shape:
+    """Check maps, and a gradient if given as third, of one library; return the cost's shape.
+
+    Sizes of arrays that are traced can be symbols, which have no hash.
+    """
+    dtypes = tuple([array.dtype for array in arrays])
+    shapes = tuple([array.shape for array in arrays])
+    cost_shape = (_agree if traced else _agreed)(names, dtypes, shapes, geometry)
     if not isinstance(arrays[0], np.ndarray):
         devices = [array.device for array in arrays]
         if devices != devices[:1] * len(devices):
             raise ValueError(f"{_all(names)} must be on one device, got {_all(devices)}")
+    return cost_shape
+
+
+def _agree(
+    names: tuple[str, ...], dtypes: tuple[Any, ...], shapes: tuple[Shape, ...], geometry: Geometry
+) -> Shape:
+    """Check what `_check` is given, as far as it is no memory; return the cost's shape."""
+    kinds, shapes = [_dtype_name(dtype) for dtype in dtypes], tuple(map(tuple, shapes))
+    if kinds != kinds[:1] * len(kinds):
+        raise TypeError(f"{_all(names)} must have equal dtypes, got {_all(kinds)}")
+    if kinds[0] not in DTYPES:
+        allowed = _all(list(DTYPES), "or")
+        raise TypeError(f"{_all(names)} must have dtype {allowed}, got {kinds[0]}")
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{_all(names[:2])} must have equal shapes, got {_all(shapes[:2])}")
+    if len(shapes[0]) != 4:
+        raise ValueError(f"{_all(names[:2])} must have shape (N, C, H, W), got {shapes[0]}")
     cost_shape = geometry.cost_shape(shapes[0])
     if len(shapes) == 3 and shapes[2] != cost_shape:
         raise ValueError(
             f"{names[2]} must have the cost volume's shape {cost_shape}, got {shapes[2]}"
         )
     return cost_shape
+
+
+_agreed = lru_cache(maxsize=1024)(_agree)
 
 
 def _dtype_name(dtype: Any) -> str:

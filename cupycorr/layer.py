@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from cupycorr.geometry import Geometry
@@ -41,6 +42,14 @@ class Layer:
             raise TypeError(f"geometry must be a Geometry, got {kind}")
         if self.similarity not in SIMILARITIES:
             raise ValueError(f"similarity must be 'product' or 'l1', got {self.similarity!r}")
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Of numbers alone: a pickle may be loaded by a process that hashes texts otherwise.
+        return hash((self.geometry, self.l1, bool(self.normalize)))
 
     @property
     def l1(self) -> bool:

@@ -4,7 +4,7 @@ A plan (`cuda.plan`) lists launches. Here their sources are compiled at run time
 `cupy.RawModule`, kept, and launched on the current stream. Nothing here waits for the device. A
 second call of the same layer on the same shapes finds its launches by one look-up (`_prepared`).
 
-The engine trusts its arguments: contiguous CuPy arrays of one dtype on one device.
+The engine trusts its arguments: contiguous arrays of one dtype, on the current device.
 """
 
 from __future__ import annotations
@@ -13,24 +13,28 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any, NamedTuple, Protocol
 
 import cupy
 import numpy as np
 
+from cupycorr.cuda import cost as cuda_cost
 from cupycorr.cuda import plan as cuda_plan
-from cupycorr.cuda.cost import Device
 from cupycorr.cuda.plan import Launch, Shape
 from cupycorr.cuda.sources import source
 from cupycorr.layer import DTYPES, Layer
 
-Allocate = Callable[[Shape, str], Any]
+Allocate = Callable[[int], tuple[int, Any]]
+Grid = tuple[int, int, int]
 
 # C++17 is not CuPy's default. No fast-math: the bound of `verify` assumes IEEE arithmetic (CuPy's
 # -ftz aside).
 OPTIONS = ("-std=c++17",)
 OLDEST_CUPY = 14  # older ones do not find the NVRTC that pip installs
 ALIGNMENT = 16  # bytes, of arrays that are read and written several elements at a time
+
+Device, current_device = cupy.cuda.Device, cupy.cuda.runtime.getDevice
 
 RESULTS = {"cost": ("cost",), "tangent": ("cost",), "grads": ("grad_fmap1", "grad_fmap2")}
 """The arrays that are written."""
@@ -50,6 +54,14 @@ if int(cupy.__version__.partition(".")[0]) < OLDEST_CUPY:
     )
 
 
+class Stream(Protocol):
+    """A CUDA stream."""
+
+    @property
+    def ptr(self) -> int:
+        """Its address."""
+
+
 class Compiled(NamedTuple):
     """A kernel that was made ready."""
 
@@ -62,15 +74,7 @@ class Compiled(NamedTuple):
     """Local memory per thread: registers that were spilled."""
 
 
-def run(
-    what: str,
-    arrays: Mapping[str, Any],
-    layer: Layer,
-    *,
-    plain: bool = False,
-    dtype: str | None = None,
-    allocate: Allocate | None = None,
-) -> None:
+def run(what: str, arrays: Mapping[str, Any], layer: Layer, *, plain: bool = False) -> None:
     """Compute a layer's result into arrays of the current device, on its current stream.
 
     Parameters
@@ -88,38 +92,81 @@ def run(
         What is computed.
     plain : bool, default False
         Use only the kernels that compute one output per thread.
-    dtype : {"float16", "bfloat16", "float32", "float64"}, optional
-        What the arrays' bits mean, if they are of another dtype of that size.
-    allocate : callable (shape, dtype name) -> cupy.ndarray, optional
-        Where workspace comes from; by default CuPy's memory pool.
 
     Raises
     ------
     RuntimeError
         If the device cannot launch a kernel; otherwise as `load`.
     """
-    given = {name: array for name, array in arrays.items() if array is not None}
-    results = tuple(name for name in RESULTS[what] if name in given)
-    fmap1 = given["fmap1"]
+    fmap1 = arrays["fmap1"]
     if 0 in fmap1.shape:
-        for name in results:
-            given[name].fill(0)
+        for name in RESULTS[what]:
+            if arrays.get(name) is not None:
+                arrays[name].fill(0)
         return
-    dtype = str(fmap1.dtype) if dtype is None else dtype
-    aligned = all(array.data.ptr % ALIGNMENT == 0 for array in given.values())
-    how = (results, layer, dtype, fmap1.device.id, what == "tangent", aligned, plain)
-    ready = _prepared(fmap1.shape, *how)
-    at_once, part = ready.samples, given
-    for start in range(0, len(fmap1), at_once):
-        if at_once < len(fmap1):
-            part = {name: array[start : start + at_once] for name, array in given.items()}
-            ready = _prepared(part["fmap1"].shape, *how)
-        if ready.volume is not None:
-            volume = (allocate or cupy.empty)(ready.volume, DTYPES[dtype].accumulator)
-            part = part | {"volume": volume}
+    addresses = {name: array.data.ptr for name, array in arrays.items() if array is not None}
+    launch(what, fmap1.shape, addresses, layer, _name(fmap1.dtype), _allocate, plain=plain)
+
+
+def launch(
+    what: str,
+    shape: Shape,
+    addresses: dict[str, int],
+    layer: Layer,
+    dtype: str,
+    allocate: Allocate,
+    *,
+    stream: Stream | None = None,
+    plain: bool = False,
+) -> None:
+    """Compute a layer's result on the current device, into memory given by addresses.
+
+    Parameters
+    ----------
+    what, layer, plain
+        As for `run`.
+    shape : (N, C, H, W)
+        Shape of the maps; not empty.
+    addresses : dict of name to int
+        Where the arrays of `run` begin. It is changed.
+    dtype : {"float16", "bfloat16", "float32", "float64"}
+        The arrays' dtype.
+    allocate : callable (bytes) -> (address, owner)
+        Where workspace comes from; the owner is kept until all is launched.
+    stream : object with an attribute ptr, optional
+        The CUDA stream; by default CuPy's current one.
+
+    Raises
+    ------
+    RuntimeError
+        As `run`.
+    """
+    bits = 0
+    for address in addresses.values():
+        bits |= address
+    how = (what, (*addresses,), layer, dtype, current_device(), bits % ALIGNMENT == 0)
+    ready = _prepared(shape, *how, plain)
+    at_once = ready.samples
+    for start in range(0, shape[0], at_once):
+        if start > 0:
+            for name, step in ready.steps:
+                addresses[name] += at_once * step
+            ready = _prepared((min(at_once, shape[0] - start), *shape[1:]), *how, plain)
+        elif at_once < shape[0]:
+            ready = _prepared((at_once, *shape[1:]), *how, plain)
+        if ready.volume_bytes:
+            addresses["volume"], _owner = allocate(ready.volume_bytes)
         for function, grid, block, names, constants, shared_bytes in ready.launches:
-            operands = *[part[name] for name in names], *constants
-            function(grid, block, operands, shared_mem=shared_bytes)
+            operands = [addresses[name] for name in names]
+            function(grid, block, (*operands, *constants), shared_bytes, stream)
+
+
+_name = lru_cache(maxsize=16)(str)  # of a dtype
+
+
+def _allocate(size: int) -> tuple[int, Any]:
+    memory = cupy.cuda.alloc(size)
+    return memory.ptr, memory
 
 
 class _Ready(NamedTuple):
@@ -127,41 +174,54 @@ class _Ready(NamedTuple):
 
     samples: int
     """Samples at a time; the launches are for no more."""
-    volume: Shape | None
-    """Shape of the workspace "volume", if there is one."""
-    launches: tuple[tuple[Any, tuple[int], tuple[int], tuple[str, ...], tuple[Any, Any], int], ...]
+    steps: tuple[tuple[str, int], ...]
+    """Bytes of a sample of each array."""
+    volume_bytes: int
+    """Bytes of the workspace "volume"."""
+    launches: tuple[tuple[Any, Grid, Grid, tuple[str, ...], tuple[Any, Any], int], ...]
     """Function, grid, block, names of arrays, sizes and scale, bytes of shared memory."""
 
 
 @lru_cache(maxsize=1024)
 def _prepared(
     shape: Shape,
-    results: tuple[str, ...],
+    what: str,
+    names: tuple[str, ...],
     layer: Layer,
     dtype: str,
     number: int,
-    tangent: bool,
     aligned: bool,
     plain: bool,
 ) -> _Ready:
     """Plan a layer's results on the current device, and load the kernels."""
     samples = cuda_plan.samples_at_once(layer.geometry, shape, dtype)
     plan = cuda_plan.plan(
-        results, layer, (samples, *shape[1:]), dtype, device_of(number),
-        tangent=tangent, aligned=aligned, plain=plain,
-    )  # fmt: skip
+        tuple(name for name in RESULTS[what] if name in names),
+        layer,
+        (samples, *shape[1:]),
+        dtype,
+        device_of(number),
+        tangent=what == "tangent",
+        aligned=aligned,
+        plain=plain,
+    )
     scalar = np.dtype(DTYPES[dtype].accumulator).type
     launches = []
     for launch in plan.launches:
-        names, values = zip(*launch.sizes, strict=True)
+        fields, values = zip(*launch.sizes, strict=True)
         # CuPy passes a structured array of one element by value.
-        sizes = np.array([values], [(name, np.int32) for name in names])
+        sizes = np.array([values], [(name, np.int32) for name in fields])
         scale = scalar(1 / layer.divisor(shape[1]) if launch.scaled else 1)
         launches.append(
-            (_function(launch), (launch.blocks,), (launch.threads,), launch.arrays, (sizes, scale),
-             launch.shared_bytes)
+            (_function(launch).kernel, (launch.blocks, 1, 1), (launch.threads, 1, 1),
+             launch.arrays, (sizes, scale), launch.shared_bytes)
         )  # fmt: skip
-    return _Ready(samples, plan.volume, tuple(launches))
+    sample = {"cost": layer.geometry.cost_shape(shape)[1:]}
+    sample["grad_cost"] = sample["cost"]
+    itemsize = DTYPES[dtype].itemsize
+    steps = tuple((name, prod(sample.get(name, shape[1:])) * itemsize) for name in names)
+    volume = 0 if plan.volume is None else prod(plan.volume) * scalar().itemsize
+    return _Ready(samples, steps, volume, tuple(launches))
 
 
 def warm_up(layer: Layer, shape: Shape, dtype: str) -> list[Compiled]:
@@ -202,10 +262,10 @@ def warm_up(layer: Layer, shape: Shape, dtype: str) -> list[Compiled]:
 
 
 @cache
-def device_of(number: int) -> Device:
+def device_of(number: int) -> cuda_cost.Device:
     """Describe a CUDA device by its number."""
     attributes = cupy.cuda.Device(number).attributes
-    return Device(
+    return cuda_cost.Device(
         capability=int(cupy.cuda.Device(number).compute_capability),
         multiprocessors=attributes["MultiProcessorCount"],
         shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],

@@ -34,7 +34,9 @@ name                                        test
 ``autograd.function._SingleLevelFunction``  test_grad_is_the_gradient_of_autograd
 its ``_compiled_autograd_key``              test_compiled_autograd_gives_the_same_gradients
 ``forward_ad._set_fwd_grad_enabled``        test_hessians_of_all_modes_are_that_of_autograd
+``forward_ad._current_level``               test_hessians_of_all_modes_are_that_of_autograd
 ``DTensor._op_dispatcher`` (`sharding`)     test_processes_compute_what_one_computes
+``_C._cuda_getCurrentRawStream`` (`memory`) test_work_goes_to_torchs_current_stream
 ==========================================  =======================================================
 
 The first two belong to the way around the dispatcher. `torch.library.register_autograd` would do
@@ -46,7 +48,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +59,7 @@ from torch.autograd import forward_ad
 from cupycorr.cpu import engine
 from cupycorr.geometry import Axis
 from cupycorr.layer import Layer
+from cupycorr.torch import memory
 
 FMAP1, FMAP2, COST, TANGENT1, TANGENT2 = range(5)
 """The slots of the trilinear form, and changes of the maps."""
@@ -114,13 +117,16 @@ def derive(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor,
     if not _are_plain(operands):
         return _dispatch_uncast(operator, layer, *operands)
     results = compute(operator, layer, *operands)
-    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
-    if differentiated or any(_has_tangent(t) for t in operands):
-        results = _Derivative.apply(results, operator, layer, *operands)  # type: ignore[attr-defined]
+    differentiable = torch.is_grad_enabled()
+    for tensor in operands:
+        if (differentiable and tensor.requires_grad) or _has_tangent(tensor):
+            return _Derivative.apply(results, operator, layer, *operands)  # type: ignore[attr-defined, no-any-return]
     return results
 
 
 def _has_tangent(tensor: Tensor) -> bool:
+    if forward_ad._current_level < 0:
+        return False
     return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
@@ -256,21 +262,32 @@ class _Derivative(torch.autograd.function._SingleLevelFunction):
 def compute(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
     """Compute what an operator returns for dense tensors, on their own memory."""
     fmap = operands[0]
-    shapes = {FMAP1: fmap.shape, FMAP2: fmap.shape, COST: layer.geometry.cost_shape(fmap.shape)}
-    results = tuple(fmap.new_empty(shapes[slot]) for slot in operator.results)
-    arrays = dict(zip((INPUTS[slot] for slot in operator.operands), operands, strict=True))
-    arrays |= zip((_RESULTS[slot] for slot in operator.results), results, strict=True)
+    results = tuple(map(fmap.new_empty, _result_shapes(operator, layer, fmap.shape)))
+    tensors = dict(zip(_names(operator), (*operands, *results), strict=True))
     # Engines read the shape of a map that no wanted gradient depends on: either map's.
-    arrays.setdefault("fmap1", fmap)
-    arrays.setdefault("fmap2", fmap)
+    tensors.setdefault("fmap1", fmap)
+    tensors.setdefault("fmap2", fmap)
     if fmap.is_cuda:
-        from cupycorr.torch import memory
-
-        memory.lend(operator.what, arrays, layer)
+        memory.lend(operator.what, tensors, layer)
     else:
-        views = {name: _array(tensor) for name, tensor in arrays.items()}
+        views = {name: _array(tensor) for name, tensor in tensors.items()}
         engine.run(operator.what, views, layer, threads=torch.get_num_threads())
     return results
+
+
+@cache
+def _names(operator: Operator) -> tuple[str, ...]:
+    """Return the engines' names for an operator's operands and results."""
+    operands, results = operator.operands, operator.results
+    return *(INPUTS[slot] for slot in operands), *(_RESULTS[slot] for slot in results)
+
+
+@lru_cache(maxsize=1024)
+def _result_shapes(
+    operator: Operator, layer: Layer, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...]:
+    cost_shape = layer.geometry.cost_shape(shape)
+    return tuple(cost_shape if slot == COST else tuple(shape) for slot in operator.results)
 
 
 def _array(tensor: Tensor) -> Any:

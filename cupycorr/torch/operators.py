@@ -32,7 +32,7 @@ def check(fmap1: Tensor, fmap2: Tensor) -> None:
     RuntimeError
         If the maps are on another kind of device than CPU, CUDA and meta.
     """
-    if fmap1.device.type not in ("cpu", "cuda", "meta"):
+    if not fmap1.is_cuda and fmap1.device.type not in ("cpu", "meta"):
         raise RuntimeError(
             f"the maps must be on the CPU or on a CUDA device, got {fmap1.device}; move them with "
             ".cpu()"
@@ -42,6 +42,11 @@ def check(fmap1: Tensor, fmap2: Tensor) -> None:
             f"the maps must be dense tensors, got {fmap1.layout} and {fmap2.layout}; convert them "
             "with .to_dense()"
         )
+
+
+def traces(fmap: Tensor) -> bool:
+    """Tell whether torch traces or a subclass stands for a tensor, so that sizes may be symbols."""
+    return torch.compiler.is_compiling() or type(fmap) is not Tensor
 
 
 def autocast(*maps: Any) -> tuple[Any, ...]:

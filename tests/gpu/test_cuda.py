@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import definition
 import frames
@@ -359,9 +360,9 @@ def test_few_functions_lie_between_a_call_and_its_launches(cp, rng, monkeypatch,
     def spied(launch):
         def function(*arguments, **options):
             stacks.append(frames.stack())
-            load(launch)(*arguments, **options)
+            load(launch).kernel(*arguments, **options)
 
-        return function
+        return types.SimpleNamespace(kernel=function)
 
     monkeypatch.setattr(cuda_engine, "_function", spied)
     cuda_engine._prepared.cache_clear()

@@ -5,7 +5,6 @@ Whatever torch computes of them, it computes on the CPU; cupycorr's operators ru
 
 import contextlib
 import ctypes
-from types import SimpleNamespace
 
 import cupy
 import torch
@@ -31,6 +30,9 @@ class Managed(torch.Tensor):
     @property
     def device(self):
         return torch.device("cuda", self.number)
+
+    def get_device(self):
+        return self.number
 
     def data_ptr(self):
         return self.inner.data_ptr()
@@ -89,8 +91,8 @@ class Streams:
     def __init__(self):
         self._current = {}
 
-    def current_stream(self, device):
-        return SimpleNamespace(cuda_stream=self._current.get(device.index, 0))
+    def current_stream(self, number):
+        return self._current.get(number, 0)
 
     @contextlib.contextmanager
     def another(self, number):

@@ -6,6 +6,7 @@ notes.
 """
 
 import contextlib
+import ctypes
 import sys
 import types
 
@@ -61,10 +62,14 @@ def tensors(monkeypatch):
     """Return what puts tensors on CuPy's devices, and makes streams current for torch."""
     if torch.cuda.is_available():
         return OfTorch
+    import cupy
     import managed
 
+    from cupycorr.torch import memory
+
     streams = managed.Streams()
-    monkeypatch.setattr(torch.cuda, "current_stream", streams.current_stream)
+    monkeypatch.setattr(memory, "current_stream", streams.current_stream)
+    monkeypatch.setattr(torch.cuda, "current_device", cupy.cuda.runtime.getDevice)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return types.SimpleNamespace(place=managed.place, another_stream=streams.another)
 
@@ -76,14 +81,13 @@ def calls(monkeypatch):
 
     from cupycorr.cuda import engine as cuda_engine
 
-    recorded, run = [], cuda_engine.run
+    recorded, launch = [], cuda_engine.launch
 
-    def record(*arguments, **options):
-        device, stream = cupy.cuda.Device().id, cupy.cuda.get_current_stream().ptr
-        recorded.append((device, stream, options["allocate"]))
-        run(*arguments, **options)
+    def record(*arguments, stream):
+        recorded.append((cupy.cuda.Device().id, stream.ptr, arguments[-1]))
+        launch(*arguments, stream=stream)
 
-    monkeypatch.setattr(cuda_engine, "run", record)
+    monkeypatch.setattr(cuda_engine, "launch", record)
     return recorded
 
 
@@ -201,9 +205,9 @@ class TestTheBridge:
 
         cupycorr.correlation(*placed(tensors)[1], WINDOW)
         (*_, allocate), *_ = calls
-        volume = allocate((2, 3), "float64")
-        assert (volume.shape, volume.dtype, volume.device.id) == ((2, 3), np.float64, 0)
-        assert not isinstance(volume.data.mem, cupy.cuda.memory.PooledMemory)
+        address, owner = allocate(48)
+        assert (owner.device.index, owner.nbytes, owner.data_ptr()) == (0, 48, address)
+        assert not isinstance(owner, cupy.cuda.MemoryPointer)
 
 
 @pytest.mark.gpu
@@ -304,120 +308,114 @@ class TestOnADevice:
             assert_same(cupycorr.correlation(one, two, GEOMETRY), want)
 
 
-class Cupy(types.ModuleType):
-    """A CuPy that notes which device and stream are current, and hands out NumPy arrays."""
+class Engine(types.SimpleNamespace):
+    """A CUDA engine that computes with NumPy, and notes what it is given and what is current."""
 
     def __init__(self):
-        super().__init__("cupy")
-        self.now = []
-        self.cuda = types.SimpleNamespace(
-            Device=self.device, Stream=types.SimpleNamespace(from_external=self.stream)
-        )
+        self.RESULTS = {"cost": ("cost",), "grads": ("grad_fmap1", "grad_fmap2")}
+        self.now, self.notes, self.imported = [-1, -1], [], []
+
+    def current_device(self):
+        return self.now[1]
+
+    def launch(self, what, shape, addresses, layer, dtype, allocate, *, stream):
+        from cupycorr.cpu import engine as numpy_engine
+
+        self.notes.append((list(self.now), dtype, dict(addresses), allocate, stream.ptr))
+        # uint16 is what the NumPy engine takes for bfloat16.
+        stored = np.dtype("uint16" if dtype == "bfloat16" else dtype)
+        arrays = {}
+        for name, address in addresses.items():
+            size = layer.geometry.cost_shape(shape) if "cost" in name else shape
+            memory = (ctypes.c_byte * (stored.itemsize * np.prod(size))).from_address(address)
+            arrays[name] = np.frombuffer(memory, stored).reshape(size)
+        numpy_engine.run(what, arrays, layer)
+
+    def from_dlpack(self, tensor):
+        array = torch.from_dlpack(tensor)
+        self.imported.append(array.data_ptr())
+        return types.SimpleNamespace(data=types.SimpleNamespace(ptr=array.data_ptr()))
 
     @contextlib.contextmanager
-    def device(self, number):
-        self.now.append(f"device {number}")
+    def made_current(self, whose, number):
+        before, self.now[whose] = self.now[whose], number
         yield
-        self.now.pop()
-
-    @contextlib.contextmanager
-    def device_of_torch(self, device):
-        self.now.append(f"torch's device {device}")
-        yield
-        self.now.pop()
-
-    @contextlib.contextmanager
-    def stream(self, stream):
-        self.now.append(f"stream {stream.__cuda_stream__()}")
-        yield
-        self.now.pop()
-
-    @staticmethod
-    def from_dlpack(tensor):
-        # NumPy's own from_dlpack makes memory of older torch versions read-only.
-        return torch.from_dlpack(tensor).numpy()
+        self.now[whose] = before
 
 
 @pytest.fixture
 def bridge(monkeypatch):
-    """Return the bridge with that CuPy, a CUDA engine that computes with NumPy, and its notes."""
-    from cupycorr.cpu import engine as numpy_engine
+    """Return the bridge with that engine."""
     from cupycorr.torch import memory as torch_cuda
 
-    cupy, notes = Cupy(), []
-
-    def run(what, arrays, layer, *, dtype, allocate):
-        notes.append((list(cupy.now), dtype, arrays, allocate))
-        # uint16 is what the NumPy engine takes for bfloat16.
-        if dtype == "bfloat16":
-            arrays = {name: array.view(np.uint16) for name, array in arrays.items()}
-        numpy_engine.run(what, arrays, layer)
-
-    engine = types.SimpleNamespace(run=run)
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    engine = Engine()
+    engine.Device = lambda number: engine.made_current(1, number)
+    monkeypatch.setitem(sys.modules, "cupy", engine)
     monkeypatch.setattr(torch_cuda, "_engine", lambda: engine)
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=77)
-    )
-    monkeypatch.setattr(torch.cuda, "device", cupy.device_of_torch)
-    return torch_cuda, notes
+    monkeypatch.setattr(torch_cuda, "_exchanged", set())
+    monkeypatch.setattr(torch_cuda, "current_stream", lambda number: 77)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: engine.now[0])
+    monkeypatch.setattr(torch.cuda, "device", lambda number: engine.made_current(0, number))
+    return torch_cuda, engine
 
 
 class TestTheBridgeWithoutADevice:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_it_computes_on_the_tensors_own_memory(self, bridge, dtype):
-        torch_cuda, notes = bridge
+        torch_cuda, engine = bridge
         one, two = maps("cpu", dtype=dtype)
         cost = torch.empty(GEOMETRY.cost_shape(SHAPE), dtype=dtype)
-        arrays = {"fmap1": one, "fmap2": two, "cost": cost}
-        torch_cuda.lend("cost", arrays, Layer(GEOMETRY))
+        tensors = {"fmap1": one, "fmap2": two, "cost": cost}
+        torch_cuda.lend("cost", tensors, Layer(GEOMETRY))
         grads = {"grad_fmap1": torch.empty_like(one), "grad_fmap2": torch.empty_like(two)}
         upstream = {"fmap1": one, "fmap2": two, "grad_cost": cost}
         torch_cuda.lend("grads", upstream | grads, Layer(GEOMETRY))
         assert_same(cost, cupycorr.correlation(one, two, GEOMETRY))
-        (_, name, arrays, _), _ = notes
+        (now, name, addresses, _, stream), _ = engine.notes
+        assert (now, stream) == ([-1, -1], 77)
         assert name == str(dtype).removeprefix("torch.")
-        pointers = [array.ctypes.data for array in arrays.values()]
-        assert pointers == [t.data_ptr() for t in (one, two, cost)]
+        assert addresses == {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
-    def test_device_and_stream_are_current_while_it_computes(self, bridge):
-        torch_cuda, notes = bridge
-        one, two = maps("cpu")
-        torch_cuda.lend(
-            "cost",
-            {"fmap1": one, "fmap2": two, "cost": torch.empty(GEOMETRY.cost_shape(SHAPE))},
-            Layer(GEOMETRY),
-        )
-        assert notes[0][0] == ["torch's device cpu", "device None", "stream (0, 77)"]
+    def test_memory_comes_by_dlpack_once_and_then_by_the_same_address(self, bridge):
+        torch_cuda, engine = bridge
+        tensors = dict(zip(("fmap1", "fmap2", "cost"), maps("cpu", 3), strict=True))
+        for _ in range(3):
+            torch_cuda.lend("cost", tensors, Layer(Geometry()))
+        addresses = [tensor.data_ptr() for tensor in tensors.values()]
+        assert engine.imported == addresses
+        assert [list(note[2].values()) for note in engine.notes] == [addresses] * 3
+
+    @pytest.mark.parametrize("now", [[0, -1], [-1, 0], [1, 0]])
+    def test_the_tensors_device_is_current_while_it_computes(self, bridge, now):
+        torch_cuda, engine = bridge
+        engine.now = list(now)
+        tensors = dict(zip(("fmap1", "fmap2", "cost"), maps("cpu", 3), strict=True))
+        torch_cuda.lend("cost", tensors, Layer(Geometry()))
+        assert (engine.notes[0][0], engine.now) == ([-1, -1], now)
 
     def test_workspace_is_torchs(self, bridge, monkeypatch):
-        torch_cuda, notes = bridge
-        one, two = maps("cpu")
-        torch_cuda.lend(
-            "cost",
-            {"fmap1": one, "fmap2": two, "cost": torch.empty(GEOMETRY.cost_shape(SHAPE))},
-            Layer(GEOMETRY),
+        torch_cuda, engine = bridge
+        tensors = dict(zip(("fmap1", "fmap2", "cost"), maps("cpu", 3), strict=True))
+        torch_cuda.lend("cost", tensors, Layer(Geometry()))
+        address, owner = engine.notes[0][3](48)
+        assert (owner.data_ptr(), owner.nbytes, owner.device) == (
+            address,
+            48,
+            tensors["cost"].device,
         )
-        made, empty = [], torch.Tensor.new_empty
-        monkeypatch.setattr(
-            torch.Tensor, "new_empty", lambda *a, **o: made.append(empty(*a, **o)) or made[-1]
-        )
-        volume = notes[0][3]((2, 3), "float64")
-        assert (volume.shape, volume.dtype) == ((2, 3), np.float64)
-        assert volume.ctypes.data == made[0].data_ptr()
 
     def test_few_functions_lie_between_a_call_and_the_engine(self, bridge, monkeypatch):
-        torch_cuda, _ = bridge
+        _, engine = bridge
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-        stacks, engine = [], torch_cuda._engine()
-        monkeypatch.setattr(engine, "run", lambda *a, **o: stacks.append(frames.stack()))
+        stacks = []
+        monkeypatch.setattr(engine, "launch", lambda *a, **o: stacks.append(frames.stack()))
         one, two = (fmap.requires_grad_() for fmap in maps("cpu"))
         cupycorr.spatial_correlation_sample(one, two).sum().backward()
         cupycorr.SpatialCorrelationSampler()(one, two)
         assert len(stacks) == 3
         for names in stacks:
             # The engine itself launches: a test in tests/gpu.
-            names.append("run")
+            names.append("launch")
             assert len(names) <= 7, names
             assert len(set(names)) == len(names), names
 
