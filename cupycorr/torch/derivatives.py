@@ -117,16 +117,14 @@ def derive(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor,
     if not _are_plain(operands):
         return _dispatch_uncast(operator, layer, *operands)
     results = compute(operator, layer, *operands)
-    differentiable = torch.is_grad_enabled()
+    differentiable, tangents = torch.is_grad_enabled(), forward_ad._current_level >= 0
     for tensor in operands:
-        if (differentiable and tensor.requires_grad) or _has_tangent(tensor):
+        if (differentiable and tensor.requires_grad) or (tangents and _has_tangent(tensor)):
             return _Derivative.apply(results, operator, layer, *operands)  # type: ignore[attr-defined, no-any-return]
     return results
 
 
 def _has_tangent(tensor: Tensor) -> bool:
-    if forward_ad._current_level < 0:
-        return False
     return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
