@@ -28,7 +28,7 @@
 #ifndef CUPYCORR_CONSTANTS
 using element = float;      // of all arrays
 using accumulator = float;  // of sums
-using index = long long;    // of arrays; int while all of them have fewer than 2^31 elements
+using offset = long long;   // of arrays; int while all of them have fewer than 2^31 elements
 constexpr bool l1 = false;  // sum absolute differences
 constexpr int threads = 256;
 #endif
@@ -43,18 +43,18 @@ struct Sizes {
   int first_y, first_x;                              // first_displacement
 };
 
-__device__ __forceinline__ index row_of_map(const Sizes& s, int n, int c, int y) {
-  return ((static_cast<index>(n) * s.channels + c) * s.height + y) * s.width;
+__device__ __forceinline__ offset row_of_map(const Sizes& s, int n, int c, int y) {
+  return ((static_cast<offset>(n) * s.channels + c) * s.height + y) * s.width;
 }
 
-__device__ __forceinline__ index row_of_cost(const Sizes& s, int n, int p, int q, int y) {
-  const index displacement = (static_cast<index>(n) * s.patch_y + p) * s.patch_x + q;
+__device__ __forceinline__ offset row_of_cost(const Sizes& s, int n, int p, int q, int y) {
+  const offset displacement = (static_cast<offset>(n) * s.patch_y + p) * s.patch_x + q;
   return (displacement * s.cost_height + y) * s.cost_width;
 }
 
 // What a map holds; 0 outside.
-__device__ __forceinline__ accumulator value(const element* map, index offset, bool exists) {
-  return exists ? widen(map[offset]) : accumulator(0);
+__device__ __forceinline__ accumulator value(const element* map, offset at, bool exists) {
+  return exists ? widen(map[at]) : accumulator(0);
 }
 
 // Compute one output of the cost volume's shape. For every term call
@@ -63,14 +63,14 @@ __device__ __forceinline__ accumulator value(const element* map, index offset, b
 template <typename Add>
 __device__ __forceinline__ void gather(element* __restrict__ cost, const Sizes& s,
                                        const accumulator scale, Add add) {
-  const index output = static_cast<index>(blockIdx.x) * threads + threadIdx.x;
-  index rest = output;
+  const offset output = static_cast<offset>(blockIdx.x) * threads + threadIdx.x;
+  offset rest = output;
   const int x = pop(rest, s.cost_width), y = pop(rest, s.cost_height);
   const int q = pop(rest, s.patch_x), p = pop(rest, s.patch_y);
   if (rest >= s.samples) return;
   const int n = static_cast<int>(rest);
   const int dy = s.first_y + p * s.spacing_y, dx = s.first_x + q * s.spacing_x;
-  const index plane = static_cast<index>(s.height) * s.width;
+  const offset plane = static_cast<offset>(s.height) * s.width;
 
   accumulator sum = 0;
   for (int i = 0; i < s.kernel_y; ++i) {
@@ -81,8 +81,8 @@ __device__ __forceinline__ void gather(element* __restrict__ cost, const Sizes& 
       const int x1 = x * s.stride_x - s.padding_x + j * s.dilation_x, x2 = x1 + dx;
       const bool exists1 = row1 && inside(x1, s.width), exists2 = row2 && inside(x2, s.width);
       if (l1 ? !exists1 && !exists2 : !exists1 || !exists2) continue;
-      index one = exists1 ? row_of_map(s, n, 0, y1) + x1 : 0;
-      index two = exists2 ? row_of_map(s, n, 0, y2) + x2 : 0;
+      offset one = exists1 ? row_of_map(s, n, 0, y1) + x1 : 0;
+      offset two = exists2 ? row_of_map(s, n, 0, y2) + x2 : 0;
       for (int c = 0; c < s.channels; ++c, one += plane, two += plane) {
         add(sum, one, exists1, two, exists2);
       }
@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) plain_cost(
     const element* __restrict__ fmap1, const element* __restrict__ fmap2,
     element* __restrict__ cost, const Sizes s, const accumulator scale) {
   gather(cost, s, scale,
-         [&](accumulator& sum, index one, bool exists1, index two, bool exists2) {
+         [&](accumulator& sum, offset one, bool exists1, offset two, bool exists2) {
            sum += similarity<l1>(value(fmap1, one, exists1), value(fmap2, two, exists2));
          });
 }
@@ -106,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) plain_tangent(
     const element* __restrict__ tangent1, const element* __restrict__ tangent2,
     element* __restrict__ tangent, const Sizes s, const accumulator scale) {
   gather(tangent, s, scale,
-         [&](accumulator& sum, index one, bool exists1, index two, bool exists2) {
+         [&](accumulator& sum, offset one, bool exists1, offset two, bool exists2) {
            const accumulator along =
                value(tangent1, one, exists1) - value(tangent2, two, exists2);
            add_slope<true>(sum, along, value(fmap1, one, exists1), value(fmap2, two, exists2));
@@ -122,8 +122,8 @@ __device__ __forceinline__ void gradient(const element* __restrict__ grad_cost,
                                          const accumulator scale) {
   const element* const own = which == 1 ? fmap1 : fmap2;
   const element* const other = which == 1 ? fmap2 : fmap1;
-  const index output = static_cast<index>(blockIdx.x) * threads + threadIdx.x;
-  index rest = output;
+  const offset output = static_cast<offset>(blockIdx.x) * threads + threadIdx.x;
+  offset rest = output;
   const int x = pop(rest, s.width), y = pop(rest, s.height), c = pop(rest, s.channels);
   if (rest >= s.samples) return;
   const int n = static_cast<int>(rest);
@@ -152,7 +152,7 @@ __device__ __forceinline__ void gradient(const element* __restrict__ grad_cost,
         }
       }
       if (!compared) continue;
-      const index at = exists ? row_of_map(s, n, c, other_y) + other_x : 0;
+      const offset at = exists ? row_of_map(s, n, c, other_y) + other_x : 0;
       add_slope<l1>(sum, upstream, here, value(other, at, exists));
     }
   }

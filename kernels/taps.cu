@@ -13,7 +13,7 @@
 #ifndef CUPYCORR_CONSTANTS
 using element = float;      // of cost
 using accumulator = float;  // of volume
-using index = long long;    // of arrays; int while both have fewer than 2^31 elements
+using offset = long long;   // of arrays; int while both have fewer than 2^31 elements
 constexpr int threads = 256;
 constexpr int kernel_y = 3, kernel_x = 3;
 constexpr int stride_y = 1, stride_x = 1;
@@ -31,18 +31,18 @@ struct Sizes {
 extern "C" __global__ void __launch_bounds__(threads, 1) taps_sum(
     const accumulator* __restrict__ volume, element* __restrict__ cost, const Sizes s,
     const accumulator scale) {
-  const index output = static_cast<index>(blockIdx.x) * threads + threadIdx.x;
-  index e = output;
+  const offset output = static_cast<offset>(blockIdx.x) * threads + threadIdx.x;
+  offset e = output;
   const int x = pop(e, s.cost_width), y = pop(e, s.cost_height);
-  if (e >= static_cast<index>(s.samples) * s.displacements) return;
+  if (e >= static_cast<offset>(s.samples) * s.displacements) return;
 
-  const index first = (e * s.lattice_height + y * stride_y) * s.lattice_width + x * stride_x;
+  const offset first = (e * s.lattice_height + y * stride_y) * s.lattice_width + x * stride_x;
   accumulator sum = 0;
 #pragma unroll
   for (int i = 0; i < kernel_y; ++i) {
 #pragma unroll
     for (int j = 0; j < kernel_x; ++j) {
-      sum += volume[first + static_cast<index>(i * dilation_y) * s.lattice_width + j * dilation_x];
+      sum += volume[first + static_cast<offset>(i * dilation_y) * s.lattice_width + j * dilation_x];
     }
   }
   cost[output] = narrow<element>(sum * scale);
@@ -51,10 +51,10 @@ extern "C" __global__ void __launch_bounds__(threads, 1) taps_sum(
 extern "C" __global__ void __launch_bounds__(threads, 1) taps_spread(
     const element* __restrict__ grad_cost, accumulator* __restrict__ volume, const Sizes s,
     const accumulator scale) {
-  const index output = static_cast<index>(blockIdx.x) * threads + threadIdx.x;
-  index e = output;
+  const offset output = static_cast<offset>(blockIdx.x) * threads + threadIdx.x;
+  offset e = output;
   const int v = pop(e, s.lattice_width), u = pop(e, s.lattice_height);
-  if (e >= static_cast<index>(s.samples) * s.displacements) return;
+  if (e >= static_cast<offset>(s.samples) * s.displacements) return;
 
   accumulator sum = 0;
 #pragma unroll

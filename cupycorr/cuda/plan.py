@@ -19,7 +19,7 @@ from cupycorr.layer import DTYPES, Layer
 Shape = tuple[int, ...]
 
 THREADS = 256  # per block of the plain and the taps kernels
-MOST_ELEMENTS = 2**31 - 1  # within reach of a 32-bit index
+MOST_ELEMENTS = 2**31 - 1  # within reach of a 32-bit offset
 WORKSPACE_BYTES = 256 << 20  # of the product volume, unless one sample needs more
 
 
@@ -164,9 +164,9 @@ def _pairs(**pairs: tuple[int, int]) -> tuple[tuple[str, int], ...]:
     )
 
 
-def _index(elements: int) -> Constants:
+def _offset(elements: int) -> Constants:
     # The last block may compute offsets beyond the end before it finds out.
-    return (("index", "int" if elements < MOST_ELEMENTS - 2 * THREADS else "long long"),)
+    return (("offset", "int" if elements < MOST_ELEMENTS - 2 * THREADS else "long long"),)
 
 
 def _plain(kernel: str, layer: Layer, shape: Shape, dtype: str, arrays: tuple[str, ...]) -> Launch:
@@ -178,7 +178,7 @@ def _plain(kernel: str, layer: Layer, shape: Shape, dtype: str, arrays: tuple[st
         kernel,
         (
             *_types(dtype),
-            *_index(max(prod(shape), prod(cost_shape))),
+            *_offset(max(prod(shape), prod(cost_shape))),
             ("l1", layer.l1),
             ("threads", THREADS),
         ),
@@ -220,7 +220,7 @@ def _taps(
         kernel,
         (
             *_types(dtype),
-            *_index(max(prod(cost_shape), prod(volume_shape))),
+            *_offset(max(prod(cost_shape), prod(volume_shape))),
             ("threads", THREADS),
             *constants,
         ),

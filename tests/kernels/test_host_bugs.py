@@ -126,7 +126,7 @@ BUGS = {
     "gradients of terms with a column outside left out": Bug(
         "if (!l1 && !exists)", "if (!exists)", plain=True, similarity="l1"),
     "what is read outside is not 0": Bug(
-        "exists ? widen(map[offset]) : accumulator(0)", "widen(map[offset])",
+        "exists ? widen(map[at]) : accumulator(0)", "widen(map[at])",
         plain=True, similarity="l1"),
     "the sign of 0 is 1": Bug("own > other ? 1 : 0", "own >= other ? 1 : 0", similarity="l1"),
     "the sign of 0 is -1, in plain kernels": Bug(

@@ -1,10 +1,14 @@
 """Every kernel compiles for every GPU, keeps its values in registers, and can be launched.
 
-NVRTC needs no GPU. Nothing here says that a kernel computes what it must: the other tests do.
+The NVRTC of CUDA 12 and that of 13 compile them, as far as they are installed, and nvcc compiles
+the files. None needs a GPU. Nothing here says that a kernel computes what it must: the other tests
+do.
 """
 
 import multiprocessing
 import re
+import shutil
+import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from importlib import resources
 from typing import NamedTuple
@@ -63,9 +67,9 @@ def launches(device, dtype, name, similarity="product"):
     return [launch for plan in plans for launch in plan.launches]
 
 
-def compiled(case):
+def compiled(case, compiler):
     return nvrtc.compile_kernel(
-        cuda_sources.source(case.launch), case.launch.kernel, case.capability
+        cuda_sources.source(case.launch), case.launch.kernel, case.capability, compiler
     )
 
 
@@ -73,18 +77,18 @@ def compiled(case):
 def kernels(request):
     """Compile in two processes, ahead of the tests, all that the selected ones ask for."""
     wanted = [
-        item.callspec.params["case"]
+        (item.callspec.params["case"], item.callspec.params["compiler"])
         for item in request.session.items
         if item.function is test_kernels_keep_to_their_registers
     ]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         futures = {
-            case: [
-                (launch, pool.submit(compiled, Case(launch, DEVICES[case[0]].capability)))
+            (case, compiler): [
+                (launch, pool.submit(compiled, Case(launch, DEVICES[case[0]].capability), compiler))
                 for launch in launches(*case)
             ]
-            for case in wanted
-            if DEVICES[case[0]].capability in nvrtc.capabilities()
+            for case, compiler in wanted
+            if DEVICES[case[0]].capability in nvrtc.capabilities(compiler)
         }
         yield futures
         pool.shutdown(cancel_futures=True)
@@ -129,14 +133,15 @@ def complaints(launch, kernel, most):
     return found
 
 
+@pytest.mark.parametrize("compiler", nvrtc.compilers())
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
-def test_kernels_keep_to_their_registers(case, kernels):
+def test_kernels_keep_to_their_registers(case, compiler, kernels):
     device, *_ = case
-    if case not in kernels:
-        pytest.skip(f"NVRTC {nvrtc.version()} does not know sm_{DEVICES[device].capability}")
+    if (case, compiler) not in kernels:
+        pytest.skip(f"{compiler} does not know sm_{DEVICES[device].capability}")
     found = [
         complaint
-        for launch, kernel in kernels[case]
+        for launch, kernel in kernels[case, compiler]
         for complaint in complaints(launch, kernel.result(), budget(launch))
     ]
     assert not found, "\n".join(found)
@@ -212,14 +217,47 @@ def test_an_error_is_reported_with_its_file_and_line(name, monkeypatch):
         nvrtc.compile_kernel(cuda_sources.source(launch), launch.kernel, 80)
 
 
-@pytest.mark.parametrize(
-    ("file", "kernel"),
-    [
-        ("product.cu", "product_cost"),
-        ("product_adjoint.cu", "product_gradient"),
-        ("plain.cu", "plain_cost"),
-        ("taps.cu", "taps_sum"),
-    ],
+FILES = {
+    "product.cu": "product_cost",
+    "product_adjoint.cu": "product_gradient",
+    "plain.cu": "plain_cost",
+    "taps.cu": "taps_sum",
+}
+
+
+@pytest.mark.parametrize("compiler", nvrtc.compilers())
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_stands_alone_with_its_defaults(file, compiler):
+    source = cuda_sources._paste(file, set())
+    assert nvrtc.compile_kernel(source, FILES[file], 80, compiler).registers <= MOST
+
+
+# Functions of glibc's headers, which nvcc includes by itself. (NVRTC has those of math.h.)
+LIBC = "".join(
+    f'extern "C" __device__ int {name}();\n'
+    for name in ("index", "rindex", "select", "random", "rand", "div", "ldiv", "system", "exit")
 )
-def test_a_file_stands_alone_with_its_defaults(file, kernel):
-    assert nvrtc.compile_kernel(cuda_sources._paste(file, set()), kernel, 80).registers <= MOST
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_name_of_a_file_is_a_function_of_libc(file):
+    nvrtc.compile_kernel(LIBC + cuda_sources._paste(file, set()), FILES[file], 80)
+
+
+def test_a_name_of_libc_is_found():
+    source = cuda_sources._paste("taps.cu", set()).replace("offset", "index")
+    with pytest.raises(nvrtc.CompileError, match="index"):
+        nvrtc.compile_kernel(LIBC + source, FILES["taps.cu"], 80)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nvcc_compiles_a_file_as_it_is(file, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    with resources.as_file(resources.files("cupycorr.kernels")) as folder:
+        done = subprocess.run(
+            [nvcc, "-arch=sm_80", "-std=c++17", "-cubin", "-o", tmp_path / "cubin", folder / file],
+            capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -1,7 +1,8 @@
 """Compile CUDA sources and read the machine code, on any machine: neither needs a GPU.
 
 NVRTC and nvdisasm come from NVIDIA's wheels, wherever pip put them. NVRTC 12 knows every GPU that
-the kernels run on; NVRTC 13 knows none before compute capability 7.5.
+the kernels run on; NVRTC 13 knows none before compute capability 7.5. Both may be installed: what
+is given no wheel takes the first.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-COMPILERS = ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")  # the first one that is installed
+COMPILERS = ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")  # CUDA 12 and 13
 DISASSEMBLER = "nvidia-cuda-nvdisasm"
 OPTIONS = ("-std=c++17", "--ptxas-options=-v")  # the first is what the engine gives
 
@@ -49,16 +50,21 @@ def missing(*wheels: str) -> str | None:
     return f"needs {' or '.join(wheels)}, got neither: pip install {wheels[0]}"
 
 
-def compile_kernel(source: str, name: str, capability: int) -> Kernel:
+def compilers() -> list[str]:
+    """Return the wheels of NVRTC that are installed."""
+    return [wheel for wheel in COMPILERS if _files(wheel)]
+
+
+def compile_kernel(source: str, name: str, capability: int, wheel: str | None = None) -> Kernel:
     """Compile a source for one compute capability; return its kernel ``name``.
 
     What was compiled once is kept, outside the checkout, under a hash of all that it is made of.
     """
     options = (f"--gpu-architecture=sm_{capability}", *OPTIONS)
-    key = "\0".join((*map(str, version()), *options, source))
+    key = "\0".join((*map(str, version(wheel)), *options, source))
     kept = _folder() / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not kept.exists():
-        log, cubin = _compile(source, options)
+        log, cubin = _compile(source, options, _library(wheel))
         with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as new:
             new.write(b"\0".join((log, cubin)))
         os.replace(new.name, kept)
@@ -72,19 +78,19 @@ def compile_kernel(source: str, name: str, capability: int) -> Kernel:
     return Kernel(name, registers, stack, stores + loads, cubin)
 
 
-def version() -> tuple[int, int]:
+def version(wheel: str | None = None) -> tuple[int, int]:
     """Return the compiler's version."""
     major, minor = ctypes.c_int(), ctypes.c_int()
-    _check(_library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    _check(_library(wheel).nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
     return major.value, minor.value
 
 
-def capabilities() -> list[int]:
+def capabilities(wheel: str | None = None) -> list[int]:
     """Return the compute capabilities that the compiler knows."""
-    number = ctypes.c_int()
-    _check(_library().nvrtcGetNumSupportedArchs(ctypes.byref(number)))
+    library, number = _library(wheel), ctypes.c_int()
+    _check(library.nvrtcGetNumSupportedArchs(ctypes.byref(number)))
     known = (ctypes.c_int * number.value)()
-    _check(_library().nvrtcGetSupportedArchs(known))
+    _check(library.nvrtcGetSupportedArchs(known))
     return list(known)
 
 
@@ -122,9 +128,9 @@ def loops(
     return found[0], next((loop for loop in found if loop["BAR"]), whole)
 
 
-def _compile(source, options):
+def _compile(source, options, library):
     """Return the compiler's log and the machine code."""
-    library, program = _library(), ctypes.c_void_p()
+    program = ctypes.c_void_p()
     text, title = source.encode(), b"constants"
     _check(library.nvrtcCreateProgram(ctypes.byref(program), text, title, 0, None, None))
     try:
@@ -217,9 +223,9 @@ def _folder():
 
 
 @cache
-def _library():
-    for wheel in COMPILERS:
-        for path in _files(wheel):
+def _library(wheel):
+    for candidate in COMPILERS if wheel is None else (wheel,):
+        for path in _files(candidate):
             return ctypes.CDLL(str(path))
     raise RuntimeError(missing(*COMPILERS))
 
