@@ -97,12 +97,11 @@ def _cupy() -> Finding:
 
 def _nvrtc(cupy_found: bool) -> Finding:
     name = "NVRTC"
-    remedy = (
-        "pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 (for cupy-cuda13x: "
-        "nvidia-cuda-nvrtc nvidia-cuda-runtime)"
-    )
     if not cupy_found:
         return Finding(name, False, "not looked for without CuPy")
+    from cupycorr.cuda import engine as cuda_engine
+
+    remedy = f"pip install {cuda_engine.nvrtc_wheel()}"
     try:
         from cupy.cuda import nvrtc
 

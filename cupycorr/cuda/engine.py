@@ -298,19 +298,20 @@ def load(code: str, kernel: str) -> Any:
     Raises
     ------
     Unusable
-        If NVRTC is missing, or CuPy cannot write to its cache.
+        If NVRTC is missing or does not compile for the device, or CuPy cannot write to its cache.
     cupy.cuda.compiler.CompileException
         If NVRTC refuses the source.
     cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError, MemoryError
         If CUDA fails.
     """
     try:
-        cupy.cuda.nvrtc.getVersion()
+        version = cupy.cuda.nvrtc.getVersion()
     except (ImportError, OSError, RuntimeError) as error:  # CuPy's releases differ
         raise Unusable(
-            f"NVRTC must be there to compile {kernel}, got: {error}; "
-            "pip install nvidia-cuda-nvrtc-cu12"
+            f"NVRTC must be there to compile {kernel}, got: {error}; pip install {nvrtc_wheel()}"
         ) from error
+    if version >= (13, 0):
+        _refuse_older_than(min(cupy.cuda.nvrtc.getSupportedArchs()), kernel)
     try:
         function = cupy.RawModule(code=code, options=OPTIONS).get_function(kernel)
         function.compile()
@@ -320,3 +321,22 @@ def load(code: str, kernel: str) -> Any:
             "to a folder that can be written, or CUPY_CACHE_IN_MEMORY=1"
         ) from error
     return function
+
+
+def nvrtc_wheel() -> str:
+    """Return what pip calls the NVRTC of the CUDA that this CuPy was built for."""
+    major = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    return "nvidia-cuda-nvrtc-cu12" if major == 12 else f"'nvidia-cuda-nvrtc=={major}.*'"
+
+
+def _refuse_older_than(oldest: int, kernel: str) -> None:
+    """Refuse the current device if its compute capability is below that of the oldest."""
+    capability = int(cupy.cuda.Device().compute_capability)
+    if capability < oldest:
+        major, minor = cupy.cuda.nvrtc.getVersion()
+        raise Unusable(
+            f"{kernel} must be compiled for a compute capability of at least {oldest / 10} by "
+            f"NVRTC {major}.{minor}, got {capability / 10}; CUDA 12 compiles for this device: "
+            "pip install 'cupycorr[cuda12]' in an environment without cupy-cuda13x and "
+            "nvidia-cuda-nvrtc"
+        )

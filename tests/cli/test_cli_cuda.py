@@ -98,13 +98,16 @@ def _not_loadable(name):
 
 
 def test_nvrtc_is_what_cupy_loads(monkeypatch):
-    nvrtc = pytest.importorskip("cupy").cuda.nvrtc
+    cuda = pytest.importorskip("cupy").cuda
+    nvrtc = cuda.nvrtc
+    monkeypatch.setattr(cuda.runtime, "runtimeGetVersion", lambda: 12090)
     monkeypatch.setattr(nvrtc, "getVersion", lambda: (12, 9))
     assert environment._nvrtc(cupy_found=True) == ("NVRTC", True, "12.9", "")
     monkeypatch.setattr(nvrtc, "getVersion", lambda: _not_loadable("no\nlibnvrtc"))
     finding = environment._nvrtc(cupy_found=True)
     assert not finding.found
     assert "no libnvrtc" in finding.detail
+    assert finding.remedy == "pip install nvidia-cuda-nvrtc-cu12"
 
 
 def with_path(folder):

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -56,16 +57,44 @@ def failure(cp, monkeypatch, error):
     return caught.value
 
 
+@pytest.mark.parametrize(
+    ("cuda", "wheel"),
+    [(12090, "nvidia-cuda-nvrtc-cu12"), (13000, "'nvidia-cuda-nvrtc==13.*'"),
+     (13020, "'nvidia-cuda-nvrtc==13.*'")],
+)  # fmt: skip
 @pytest.mark.parametrize("kind", [ImportError, OSError, RuntimeError])
-def test_a_missing_nvrtc_is_to_be_installed(cp, monkeypatch, kind):
+def test_a_missing_nvrtc_is_to_be_installed(cp, monkeypatch, kind, cuda, wheel):
     from cupycorr.cuda import engine as cuda_engine
 
     error = kind(NO_LIBRARY)
     monkeypatch.setattr(cp.cuda.nvrtc, "getVersion", raising(error))
-    said = rf"^NVRTC must be there .*{NO_LIBRARY}; pip install nvidia-cuda-nvrtc-cu12$"
-    with pytest.raises(cuda_engine.Unusable, match=said) as caught:
+    monkeypatch.setattr(cp.cuda.runtime, "runtimeGetVersion", lambda: cuda)
+    with pytest.raises(cuda_engine.Unusable, match=r"^NVRTC must be there ") as caught:
         cuda_engine._compile(LAUNCH)
+    assert str(caught.value).endswith(f"{NO_LIBRARY}; pip install {wheel}")
     assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "refused"),
+    [((12, 9), "70", False), ((13, 0), "70", True), ((13, 5), "72", True), ((13, 0), "75", False),
+     ((13, 0), "120", False)],
+)  # fmt: skip
+def test_a_gpu_that_cuda_13_does_not_know_needs_cuda_12(
+    cp, monkeypatch, version, capability, refused
+):
+    monkeypatch.setattr(cp.cuda.nvrtc, "getVersion", lambda: version)
+    monkeypatch.setattr(cp.cuda.nvrtc, "getSupportedArchs", lambda: [75, 80, 121])
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(cp.cuda, "Device", lambda: device)
+    if not refused:
+        error = MemoryError()
+        assert failure(cp, monkeypatch, error) is error
+        return
+    said = str(failure(cp, monkeypatch, AssertionError("it was compiled")))
+    assert "capability of at least 7.5 by NVRTC 13." in said
+    assert f", got {capability[0]}.{capability[1]}; CUDA 12 compiles for this device: " in said
+    assert "pip install 'cupycorr[cuda12]'" in said
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.ENOTDIR, errno.EROFS])
