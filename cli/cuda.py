@@ -11,7 +11,7 @@ from cupycorr import api
 from cupycorr.cuda.cost import LANES
 from cupycorr.verify import plain_cost, plain_grads
 
-from .bench.measure import Implementation, Timing
+from .bench.measure import Implementation, Timing, ours
 from .environment import Unavailable
 from .options import Problem, described
 
@@ -99,7 +99,9 @@ def line(found: dict[str, Any]) -> str:
 
 
 def implementation(engine: str) -> Implementation:
-    """Return this package on CuPy arrays: all of it, or its plain kernels."""
+    """Return this package on CuPy arrays, all of it or its plain kernels, or on torch tensors."""
+    if engine == "torch":
+        return ours("torch")
     plain = engine == "plain"
     correlate, vjp = (plain_cost, plain_grads) if plain else (api.correlate, api.differentiate)
     return Implementation(f"cupycorr {engine}", "cupy", correlate, vjp)

@@ -168,6 +168,15 @@ def has(module: str) -> bool:
     return util.find_spec(module) is not None
 
 
+def torch_finds_cuda() -> bool:
+    """Return whether torch is installed and finds a GPU."""
+    if not has("torch"):
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
 def machine() -> dict[str, Any]:
     """Describe processor and libraries, for a report."""
     import threadpoolctl

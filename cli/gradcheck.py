@@ -106,19 +106,12 @@ def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple
 
 
 def _engines(device: str, asked: tuple[str, ...]) -> list[str]:
-    present = [name for name in ENGINES[device] if name != "torch" or _torch_has(device)]
+    torch = environment.has("torch") if device == "cpu" else environment.torch_finds_cuda()
+    present = [name for name in ENGINES[device] if name != "torch" or torch]
     if "torch" in asked and "torch" not in present:
         what = "torch" if device == "cpu" else "a torch that finds the GPU"
         raise environment.Unavailable(f"the torch engine needs {what}: pip install torch")
     return [name for name in present if name in asked or not asked]
-
-
-def _torch_has(device: str) -> bool:
-    if not environment.has("torch"):
-        return False
-    import torch
-
-    return device == "cpu" or torch.cuda.is_available()
 
 
 def _engine(name: str, device: str) -> verify.Engine:

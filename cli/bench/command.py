@@ -31,7 +31,6 @@ from . import features, measure, report
 from .peers import ITEMSIZE, PEERS, missing
 
 STANDARD_OUTPUT = Path("-")
-NO_PEER_ON_CUDA = "runs on torch tensors, which bench does not measure on cuda"
 
 
 @click.command(short_help="Measure the time of forward and backward.")
@@ -77,8 +76,9 @@ NO_PEER_ON_CUDA = "runs on torch tensors, which bench does not measure on cuda"
     help="Pixels of the images per position of the feature maps.",
 )
 @engine_option(
-    "What cupycorr computes on, repeatable: arrays of numpy or tensors of torch on cpu; arrays of "
-    "cupy on cuda, plain: by the plain kernels alone.  [default: all that is there, but not plain]"
+    "What cupycorr computes on, repeatable: arrays of numpy on cpu, of cupy on cuda, or tensors of "
+    "torch; plain: arrays of cupy by the plain kernels alone.  [default: all that is there, but "
+    "not plain]"
 )
 @click.option(
     "--against",
@@ -129,8 +129,6 @@ def bench(
     source = click.get_current_context().get_parameter_source("scale")
     unit = scale if source is ParameterSource.COMMANDLINE else None
     refuse_engines(device, engines)
-    if device == "cuda" and "torch" in engines:
-        raise click.UsageError("bench cuda measures arrays of cupy, got --engine torch")
     _refuse_options(device, threads, cold)
     if device == "cuda":
         with progress.bar("looking for CUDA", None):
@@ -181,13 +179,13 @@ def bench(
                     if pair is None
                     else _image_maps(problem, pair, downscale)
                 )
-                able, unable = _split(implementations, problem, kind)
-                tiled = any(one.name == "cupycorr cupy" for one in able)
-                kernels = _kernels(problem, kind) if tiled else []
+                able, unable = _split(implementations, problem, kind, device)
+                tiled = any(one.name in ("cupycorr cupy", "cupycorr torch") for one in able)
+                kernels = _kernels(problem, kind) if device == "cuda" and tiled else []
                 with progress.bar(problem.name, len(able) * (runs + 1)) as advance:
                     outcomes = measure.compare(
                         able, problem, maps, kind, runs=runs, max_seconds=max_seconds,
-                        advance=partial(advance, 1), stopwatch=stopwatch,
+                        advance=partial(advance, 1), stopwatch=stopwatch, device=device,
                     )  # fmt: skip
                 entry = report.entry(problem, kind, [*outcomes, *unable, *absent])
                 if device == "cuda":
@@ -248,8 +246,11 @@ def _implementations(
         else None
     )
     if device == "cuda":
-        candidates = [(cuda.implementation(name), True, no_bfloat16)
-                      for name in dict.fromkeys(engines or ("cupy",))]  # fmt: skip
+        no_torch = None if environment.torch_finds_cuda() else "needs a torch that finds the GPU"
+        candidates = [(cuda.implementation(name), name in engines or name == "cupy", obstacle)
+                      for name, obstacle in (("cupy", no_bfloat16), ("plain", no_bfloat16),
+                                             ("torch", no_torch))
+                      if name in (engines or ("cupy", "torch"))]  # fmt: skip
     else:
         no_torch = None if environment.has("torch") else "needs torch, not installed"
         candidates = [(measure.ours(name), name in engines, obstacle)
@@ -259,7 +260,7 @@ def _implementations(
         (
             measure.Implementation(name, "torch", peer.correlate),
             name in against,
-            NO_PEER_ON_CUDA if device == "cuda" else missing(peer, similarity),
+            missing(peer, similarity, device),
         )
         for name, peer in PEERS.items()
         if name in against or "all" in against
@@ -276,13 +277,13 @@ def _implementations(
 
 
 def _split(
-    implementations: list[measure.Implementation], problem: Problem, dtype: str
+    implementations: list[measure.Implementation], problem: Problem, dtype: str, device: str
 ) -> tuple[list[measure.Implementation], list[measure.Outcome]]:
     """Separate what covers this problem from what does not."""
     able, unable = [], []
     for one in implementations:
         peer = PEERS.get(one.name)
-        obstacle = peer and peer.obstacle(problem.shape, problem.layer.geometry, dtype)
+        obstacle = peer and peer.obstacle(problem.shape, problem.layer.geometry, dtype, device)
         if obstacle:
             unable.append(measure.Outcome(one.name, "skipped", obstacle))
         else:

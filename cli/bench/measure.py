@@ -151,6 +151,7 @@ def compare(
     max_seconds: float,
     advance: Callable[[str], None],
     stopwatch: Stopwatch | None = None,
+    device: str = "cpu",
 ) -> list[Outcome]:
     """Check implementations against this package, then time them in turns.
 
@@ -172,6 +173,8 @@ def compare(
         Called after each step of a name.
     stopwatch : call -> (Timing, result), optional
         What measures the time of a call; by default `by_clock`.
+    device : {"cpu", "cuda"}, default "cpu"
+        Where torch's tensors lie.
     """
     stopwatch = by_clock if stopwatch is None else stopwatch
     layer = problem.layer
@@ -181,13 +184,13 @@ def compare(
     reference = _reference(problem, dtype)
     arrays: dict[str, _Maps] = {}
     for library in dict.fromkeys(one.library for one in implementations):
-        arrays[library] = _maps((*maps, grad), library, dtype)
+        arrays[library] = _maps((*maps, grad), library, dtype, device)
     memory: dict[str, tuple[int, int]] = {}
     for one in implementations:
         try:
-            error = _mistake(one, problem, dtype, *reference)
+            error = _mistake(one, problem, dtype, *reference, device)
             if error is None:
-                memory[one.name] = _extra_memory(one, arrays[one.library], layer)
+                memory[one.name] = _extra_memory(one, arrays[one.library], layer, device)
             else:
                 outcomes[one.name] = Outcome(one.name, "wrong", error)
         except (RuntimeError, TypeError, ValueError, MemoryError) as failure:
@@ -199,7 +202,7 @@ def compare(
     del reference
     timings = _rounds(
         [one for one in implementations if one.name in memory], arrays, layer, stopwatch,
-        runs=runs, max_seconds=max_seconds, advance=advance,
+        runs=runs, max_seconds=max_seconds, advance=advance, device=device,
     )  # fmt: skip
     for name, extra in memory.items():
         passes = {p: Measured(timings[name][i], extra[i]) for i, p in enumerate(PASSES)}
@@ -216,21 +219,22 @@ def _rounds(
     runs: int,
     max_seconds: float,
     advance: Callable[[str], None],
+    device: str,
 ) -> dict[str, tuple[list[Timing], list[Timing]]]:
     """Run everything once per round, so that what else the machine does meets all alike.
 
     On the CPU each is first run untimed for a moment: threads of the one before it, OpenMP's above
     all, keep a core busy for some 20 ms while they wait for more work.
 
-    Everything has run before, for its results and for its memory, and here once more, because
-    CuPy's pool does not yet hold the memory of the results: that is the warm-up.
+    Everything has run before, for its results and for its memory. On a GPU it runs here once more,
+    because CuPy's pool does not yet hold the memory of the results: that is the warm-up.
     """
     timings: dict[str, tuple[list[Timing], list[Timing]]] = {}
     for one in implementations:
         timings[one.name] = [], []
-        if one.library == "cupy":
+        if device == "cuda":
             _round(one, arrays[one.library], layer, stopwatch)
-    beside = len(implementations) > 1 and implementations[0].library != "cupy"
+    beside = len(implementations) > 1 and device == "cpu"
     for _ in range(runs):
         for one in implementations:
             forward, backward = timings[one.name]
@@ -290,10 +294,15 @@ def _reference(problem: Problem, dtype: str) -> tuple[list[Array], list[Array]]:
 
 
 def _mistake(
-    one: Implementation, problem: Problem, dtype: str, exact: list[Array], want: list[Array]
+    one: Implementation,
+    problem: Problem,
+    dtype: str,
+    exact: list[Array],
+    want: list[Array],
+    device: str = "cpu",
 ) -> str | None:
     """Describe the first result that is not equal to this package's, or return None."""
-    maps = _maps(exact, one.library, dtype)
+    maps = _maps(exact, one.library, dtype, device)
     cost = one.correlate(maps.fmap1, maps.fmap2, problem.layer)
     got = (cost, *_gradients(one, maps, problem.layer, cost))
     for name, result, wanted in zip(("cost", "grad_fmap1", "grad_fmap2"), got, want, strict=True):
@@ -303,7 +312,7 @@ def _mistake(
     return None
 
 
-def _maps(values: Sequence[Array], library: str, dtype: str) -> _Maps:
+def _maps(values: Sequence[Array], library: str, dtype: str, device: str = "cpu") -> _Maps:
     """Bring values into a library's arrays of a dtype; torch's maps want gradients."""
     if library == "numpy":
         if dtype == "bfloat16":
@@ -318,14 +327,14 @@ def _maps(values: Sequence[Array], library: str, dtype: str) -> _Maps:
     import torch
 
     kind = getattr(torch, dtype)
-    tensors = [torch.from_numpy(array).to(kind, copy=True) for array in values]
+    tensors = [torch.from_numpy(array).to(device, kind, copy=True) for array in values]
     return _Maps(tensors[0].requires_grad_(), tensors[1].requires_grad_(), tensors[2])
 
 
 def _widened(result: Any, kind: np.dtype[Any]) -> Array:
     """Return a result of any library as a NumPy array of a kind that holds its values."""
     if hasattr(result, "detach"):
-        result = result.detach().double().numpy()
+        result = result.detach().double().cpu().numpy()  # synchronises on a GPU
     elif not isinstance(result, np.ndarray):
         result = result.get()  # CuPy's; synchronises
     array: Array = result.astype(kind)
@@ -339,8 +348,10 @@ def by_clock(call: Callable[[], Any]) -> tuple[Timing, Any]:
     return Timing(time.perf_counter() - start), result
 
 
-def _extra_memory(one: Implementation, maps: _Maps, layer: Layer) -> tuple[int, int]:
+def _extra_memory(
+    one: Implementation, maps: _Maps, layer: Layer, device: str = "cpu"
+) -> tuple[int, int]:
     """Return the peaks of both passes beyond inputs and outputs, in bytes."""
-    forward, cost = peak(lambda: one.correlate(maps.fmap1, maps.fmap2, layer), one.library)
-    backward, grads = peak(lambda: _gradients(one, maps, layer, cost), one.library)
+    forward, cost = peak(lambda: one.correlate(maps.fmap1, maps.fmap2, layer), one.library, device)
+    backward, grads = peak(lambda: _gradients(one, maps, layer, cost), one.library, device)
     return max(0, forward - cost.nbytes), max(0, backward - sum(g.nbytes for g in grads))

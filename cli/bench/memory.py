@@ -13,15 +13,17 @@ from typing import Any
 from cupycorr.cpu.threads import release_scratch
 
 
-def peak(call: Callable[[], Any], library: str) -> tuple[int, Any]:
+def peak(call: Callable[[], Any], library: str, device: str = "cpu") -> tuple[int, Any]:
     """Return the most bytes that a call held at once beyond what was there, and its result.
 
     For NumPy that is the peak of its arrays (tracemalloc), for torch it and that of tensors on the
-    CPU (its profiler); for CuPy what it takes from the device. Memory that cupycorr keeps from call
-    to call counts as the call's.
+    CPU (its profiler), or on cuda that of tensors there; for CuPy what it takes from the device.
+    Memory that cupycorr keeps from call to call counts as the call's.
     """
     if library == "cupy":
         return _cupy_peak(call)
+    if device == "cuda":
+        return _torch_cuda_peak(call)
     release_scratch()
     tracemalloc.start()
     try:
@@ -43,6 +45,15 @@ def _cupy_peak(call: Callable[[], Any]) -> tuple[int, Any]:
     with cupy.cuda.using_allocator(pool.malloc):
         result = call()
     return pool.total_bytes(), result
+
+
+def _torch_cuda_peak(call: Callable[[], Any]) -> tuple[int, Any]:
+    import torch
+
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    return torch.cuda.max_memory_allocated() - before, result
 
 
 @contextlib.contextmanager

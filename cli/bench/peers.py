@@ -3,7 +3,8 @@
 The three written here are what people use in plain torch: slices of a padded map, one product per
 displacement; ``unfold``, all displacements copied side by side; and the products of all pairs of
 positions, of which the wanted ones are gathered. Each covers every geometry, and sums the taps
-after the channels as this package does. The fourth is a compiled extension, if it is installed.
+after the channels as this package does. Two more are used if they are installed: a compiled
+extension, and kernels in Triton that run on a GPU only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cupycorr import Geometry
 from cupycorr.geometry import Pair
 from cupycorr.layer import DTYPES, Layer
 
-from ..environment import available_memory, has
+from ..environment import available_memory, has, torch_finds_cuda
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,15 +29,17 @@ class Peer(NamedTuple):
     """Another implementation.
 
     correlate : (fmap1, fmap2, layer) -> cost, on torch tensors
-    obstacle : (shape, geometry, dtype name) -> why it cannot compute this, or None
+    obstacle : (shape, geometry, dtype name, device) -> why it cannot compute this, or None
     l1 : whether it sums absolute differences as well
+    cpu : whether it computes on the CPU as well
     """
 
     name: str
     module: str
     correlate: Callable[[Any, Any, Layer], Any]
-    obstacle: Callable[[tuple[int, int, int, int], Geometry, str], str | None]
+    obstacle: Callable[[tuple[int, int, int, int], Geometry, str, str], str | None]
     l1: bool = False
+    cpu: bool = True
 
 
 class _Lattice(NamedTuple):
@@ -119,8 +122,9 @@ def all_pairs(fmap1: Tensor, fmap2: Tensor, layer: Layer) -> Tensor:
     pairs = base.flatten(2).transpose(1, 2) @ fmap2.flatten(2)
     targets, inside = [], []
     for axis, size in ((y, height), (x, width)):
-        positions = axis.start + axis.shift + axis.step * torch.arange(axis.size)[:, None]
-        positions = positions + axis.spacing * torch.arange(axis.displacements)
+        steps = torch.arange(max(axis.size, axis.displacements), device=fmap1.device)
+        positions = axis.start + axis.shift + axis.step * steps[: axis.size, None]
+        positions = positions + axis.spacing * steps[: axis.displacements]
         inside.append((positions >= 0) & (positions < size))
         targets.append(positions.clamp(0, size - 1))
     # Axes: lattice y, lattice x, displacement y, displacement x.
@@ -147,6 +151,16 @@ def sampler(fmap1: Tensor, fmap2: Tensor, layer: Layer) -> Tensor:
         dilation=geometry.dilation,
         dilation_patch=geometry.dilation_patch,
     )
+    return cost
+
+
+def triton(fmap1: Tensor, fmap2: Tensor, layer: Layer) -> Tensor:
+    """Call localcorr's kernels in Triton."""
+    from localcorr import get_localcorr_sampler
+
+    geometry = layer.geometry
+    sampler = get_localcorr_sampler(geometry.patch_size[0], geometry.dilation_patch[0])
+    cost: Tensor = sampler(fmap1, fmap2)
     return cost
 
 
@@ -194,34 +208,38 @@ def _sum_taps(products: Tensor, y: _Lattice, x: _Lattice) -> Tensor:
     return cost.contiguous()
 
 
-def _never(shape: tuple[int, int, int, int], geometry: Geometry, dtype: str) -> str | None:
+def _never(
+    shape: tuple[int, int, int, int], geometry: Geometry, dtype: str, device: str
+) -> str | None:
     if 0 in shape[:2]:
         return "covers no empty batch and no empty channels"
     return None
 
 
 def _unfold_obstacle(
-    shape: tuple[int, int, int, int], geometry: Geometry, dtype: str
+    shape: tuple[int, int, int, int], geometry: Geometry, dtype: str, device: str
 ) -> str | None:
     y, x = _lattices(shape, geometry)
     entries = prod(shape[:2]) * prod(geometry.patch_size) * y.size * x.size
     # The copies, their products, and the gradients of both.
-    return _never(shape, geometry, dtype) or _too_large(4 * entries * ITEMSIZE[dtype])
+    needed = 4 * entries * ITEMSIZE[dtype]
+    return _never(shape, geometry, dtype, device) or _too_large(needed, device)
 
 
 def _all_pairs_obstacle(
-    shape: tuple[int, int, int, int], geometry: Geometry, dtype: str
+    shape: tuple[int, int, int, int], geometry: Geometry, dtype: str, device: str
 ) -> str | None:
     y, x = _lattices(shape, geometry)
     entries = shape[0] * y.size * x.size * shape[2] * shape[3]
     # The products and their gradient, once more as a copy.
-    return _never(shape, geometry, dtype) or _too_large(3 * entries * ITEMSIZE[dtype])
+    needed = 3 * entries * ITEMSIZE[dtype]
+    return _never(shape, geometry, dtype, device) or _too_large(needed, device)
 
 
 def _sampler_obstacle(
-    shape: tuple[int, int, int, int], geometry: Geometry, dtype: str
+    shape: tuple[int, int, int, int], geometry: Geometry, dtype: str, device: str
 ) -> str | None:
-    if dtype in ("float16", "bfloat16"):
+    if device == "cpu" and dtype in ("float16", "bfloat16"):
         # Version 0.5 throws inside a parallel region there, which ends the process.
         return f"does not compute in {dtype} on the CPU"
     if not geometry.is_centred:
@@ -229,8 +247,24 @@ def _sampler_obstacle(
     return None
 
 
-def _too_large(needed: int) -> str | None:
-    available = available_memory()
+def _triton_obstacle(
+    shape: tuple[int, int, int, int], geometry: Geometry, dtype: str, device: str
+) -> str | None:
+    patch, spacing = geometry.patch_size[0], geometry.dilation_patch[0]
+    if patch % 2 == 0 or geometry != Geometry(patch_size=patch, dilation_patch=spacing):
+        return "has only square centred patches of odd size, without taps, stride and padding"
+    if dtype not in ("float16", "float32"):
+        return f"does not compute in {dtype}"
+    return _never(shape, geometry, dtype, device)
+
+
+def _too_large(needed: int, device: str) -> str | None:
+    if device == "cuda":
+        import torch
+
+        available = torch.cuda.mem_get_info()[0]
+    else:
+        available = available_memory()
     if needed <= available // 2:
         return None
     return f"needs {needed / 1e9:.1f} GB, more than half of the {available / 1e9:.1f} GB free"
@@ -246,13 +280,20 @@ PEERS = {
         Peer("torch-slices", "torch", slices, _never, l1=True),
         Peer("torch-unfold", "torch", unfold, _unfold_obstacle, l1=True),
         Peer("torch-all-pairs", "torch", all_pairs, _all_pairs_obstacle),
+        Peer("localcorr", "localcorr", triton, _triton_obstacle, cpu=False),
     )
 }  # fmt: skip
 
 
-def missing(peer: Peer, similarity: str) -> str | None:
-    """Return what a peer lacks: what must be installed, or the similarity; or None."""
+def missing(peer: Peer, similarity: str, device: str = "cpu") -> str | None:
+    """Return what a peer lacks: what must be installed, the similarity or the device; or None."""
     if similarity == "l1" and not peer.l1:
         return "has products only"
+    if device == "cpu" and not peer.cpu:
+        return "computes on a GPU only"
     absent = [name for name in dict.fromkeys(("torch", peer.module)) if not has(name)]
-    return f"needs {' and '.join(absent)}, not installed" if absent else None
+    if absent:
+        return f"needs {' and '.join(absent)}, not installed"
+    if device == "cuda" and not torch_finds_cuda():
+        return "needs a torch that finds the GPU"
+    return None

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from command import installed, invoke, main
 from cupycorr.cli import cuda, environment, options
-from cupycorr.cli.bench import measure, memory, report
+from cupycorr.cli.bench import measure, memory, peers, report
 
 import cupycorr
 from cupycorr import Geometry
@@ -201,7 +201,6 @@ def _ended(monkeypatch, command, error):
         (["gradcheck", "cpu", "--engine", "plain"], "must be numpy or torch, got plain"),
         (["bench", "cuda", "--engine", "numpy"], "must be cupy or plain or torch, got numpy"),
         (["gradcheck", "cuda", "--engine", "numpy"], "must be cupy or plain or torch, got numpy"),
-        (["bench", "cuda", "--engine", "torch"], "measures arrays of cupy, got --engine torch"),
         (["bench", "cpu", "--cold"], "--cold is for cuda, got cpu"),
         (["bench", "cuda", "--threads", "2"], "--threads is for cpu, got cuda"),
     ],
@@ -213,13 +212,49 @@ def test_options_that_a_device_does_not_have_are_refused_before_it_is_looked_for
     assert message in outcome.stderr
 
 
-def test_a_peer_that_was_asked_for_by_name_is_refused_and_one_of_all_is_skipped(monkeypatch):
-    arguments = {"device": "cuda", "engines": (), "dtype": "float32", "similarity": "product"}
-    with pytest.raises(environment.Unavailable, match=r"^torch-slices runs on torch tensors"):
-        bench_module._implementations(against=("torch-slices",), **arguments)
-    present, absent = bench_module._implementations(against=("all",), **arguments)
+ARGUMENTS = {"device": "cuda", "dtype": "float32", "similarity": "product"}
+
+
+@pytest.mark.parametrize(("engines", "against"), [(("torch",), ()), ((), ("torch-slices",))])
+def test_what_needs_a_gpu_of_torch_is_refused_where_it_was_asked_for(monkeypatch, engines, against):
+    monkeypatch.setattr(environment, "has", lambda module: True)
+    for module in (environment, peers):
+        monkeypatch.setattr(module, "torch_finds_cuda", lambda: False)
+    with pytest.raises(environment.Unavailable, match=r"needs a torch that finds the GPU$"):
+        bench_module._implementations(engines=engines, against=against, **ARGUMENTS)
+    present, absent = bench_module._implementations(engines=(), against=("all",), **ARGUMENTS)
     assert [one.name for one in present] == ["cupycorr cupy"]
     assert [one.name for one in absent] == list(bench_module.PEERS)
+
+
+def test_where_torch_finds_the_gpu_its_tensors_and_all_peers_are_measured(monkeypatch):
+    for module in (environment, peers):
+        monkeypatch.setattr(module, "torch_finds_cuda", lambda: True)
+        monkeypatch.setattr(module, "has", lambda module: True)
+    present, absent = bench_module._implementations(engines=(), against=("all",), **ARGUMENTS)
+    names = [one.name for one in present]
+    assert names == ["cupycorr cupy", "cupycorr torch", *bench_module.PEERS]
+    assert not absent
+
+
+@pytest.mark.parametrize(
+    ("geometry", "covered"),
+    [
+        (Geometry(patch_size=9), True),
+        (Geometry(patch_size=21, dilation_patch=2), True),
+        (Geometry(patch_size=8), False),
+        (Geometry(patch_size=(9, 7)), False),
+        (Geometry(patch_size=9, stride=2), False),
+        (Geometry(kernel_size=3, patch_size=9), False),
+        (Geometry(patch_size=9, padding=1), False),
+        (Geometry(patch_size=9, first_displacement=0), False),
+    ],
+    ids=repr,
+)
+def test_localcorr_is_asked_only_for_what_it_computes(geometry, covered):
+    obstacle = peers.PEERS["localcorr"].obstacle
+    assert (obstacle((1, 2, 12, 13), geometry, "float32", "cuda") is None) == covered
+    assert obstacle((1, 2, 12, 13), geometry, "float64", "cuda")
 
 
 @pytest.mark.parametrize(
@@ -370,7 +405,8 @@ def test_bench_times_forward_and_backward_on_the_device(tmp_path, cold):
             assert len(one[step]["seconds"]) == len(one[step]["host_seconds"]) == 3
             assert one[step]["min"] == min(one[step]["seconds"]) > 0
         assert f"{one['name']}  Forward: " in out
-    assert {one["status"] for one in problem["implementations"][2:]} == {"skipped"}
+    compared = {one["status"] for one in problem["implementations"][2:]}
+    assert compared <= ({"timed", "skipped"} if environment.torch_finds_cuda() else {"skipped"})
     tables = out[out.index("forward ") : out.index("cupycorr cupy  Forward")]
     assert max(map(len, tables.splitlines())) <= 100
 

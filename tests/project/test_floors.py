@@ -61,7 +61,8 @@ ROOMS = {
     "cupycorr.cli": Room(
         8,
         NUMPY | {"click", "rich"},
-        TORCH | {"PIL", "cupy", "ml_dtypes", "spatial_correlation_sampler", "threadpoolctl"},
+        TORCH
+        | {"PIL", "cupy", "localcorr", "ml_dtypes", "spatial_correlation_sampler", "threadpoolctl"},
     ),
 }
 
