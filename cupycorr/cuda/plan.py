@@ -42,6 +42,8 @@ class Launch(NamedTuple):
     """The fields of its ``Sizes`` in their order, 32-bit integers, by name."""
     scaled: bool = True
     """Whether it multiplies by the caller's scale, or by 1."""
+    cycles: float | None = None
+    """That the model of tiles gives it, if there is one."""
 
 
 class Plan(NamedTuple):
@@ -71,6 +73,7 @@ def plan(
     tangent: bool = False,
     aligned: bool = True,
     plain: bool = False,
+    rank: int = 0,
 ) -> Plan:
     """Plan the launches of a layer's results.
 
@@ -93,6 +96,9 @@ def plan(
         Whether all arrays begin at multiples of 16 bytes.
     plain : bool, default False
         Use the plain kernels only.
+    rank : int, default 0
+        Take the tiles that the model finds faster than all but so many; the plain kernels where no
+        more fit. To measure how good the model's choice is.
 
     Raises
     ------
@@ -104,9 +110,9 @@ def plan(
     for result in results:
         launch = None
         if tiled and result == "cost":
-            launch = _product(layer, shape, dtype, device, aligned)
+            launch = _product(layer, shape, dtype, device, aligned, rank)
         elif tiled:
-            launch = _gradient(layer, shape, dtype, device, aligned, int(result[-1]))
+            launch = _gradient(layer, shape, dtype, device, aligned, int(result[-1]), rank)
         if launch is None:
             kernel = "plain_tangent" if tangent else f"plain_{result}"
             upstream = () if result == "cost" else ("grad_cost",)
@@ -238,7 +244,7 @@ def _taps(
 
 
 def _product(
-    layer: Layer, shape: Shape, dtype: str, device: Device, aligned: bool
+    layer: Layer, shape: Shape, dtype: str, device: Device, aligned: bool, rank: int
 ) -> Launch | None:
     """Plan the tiled product volume; None where no tile fits the device."""
     geometry = layer.geometry
@@ -261,7 +267,7 @@ def _product(
             vector, lead = widest, first[1] % widest
         elif not asynchronous and widest % phases_x == 0 and first[1] % widest == 0:
             vector = widest
-    tile = cuda_tiles.product_tile(
+    found = cuda_tiles.product_tile(
         cuda_tiles.Product(
             samples=size_class(samples * phases_y),
             channels=size_class(channels),
@@ -278,9 +284,11 @@ def _product(
             l1=layer.l1,
         ),
         device,
+        rank,
     )
-    if tile is None:
+    if found is None:
         return None
+    cycles, tile = found
     blocks_x = -(-lattice_width // (phases_x * tile.groups * tile.positions))
     strips = -(-lattice_height // phases_y) * tile.strips_per_row
     blocks_y = -(-strips // tile.strips)
@@ -311,11 +319,12 @@ def _product(
             *_pairs(origin=origin, first=first, blocks=(blocks_y, blocks_x)),
         ),
         scaled=geometry.taps == 1,
+        cycles=cycles,
     )
 
 
 def _gradient(
-    layer: Layer, shape: Shape, dtype: str, device: Device, aligned: bool, which: int
+    layer: Layer, shape: Shape, dtype: str, device: Device, aligned: bool, which: int, rank: int
 ) -> Launch | None:
     """Plan the tiled gradient with respect to one map; None where none applies."""
     geometry = layer.geometry
@@ -338,7 +347,7 @@ def _gradient(
     vector = 1
     if neighbours and whole and (x.target + x.first) % widest == 0:
         vector = widest if x.phases == 1 or (not asynchronous and widest % x.phases == 0) else 1
-    tile = cuda_tiles.gradient_tile(
+    found = cuda_tiles.gradient_tile(
         cuda_tiles.Gradient(
             samples=size_class(samples * y.phases),
             channels=size_class(channels),
@@ -355,9 +364,11 @@ def _gradient(
             l1=layer.l1,
         ),
         device,
+        rank,
     )
-    if tile is None:
+    if found is None:
         return None
+    cycles, tile = found
     blocks_c = -(-channels // (tile.channel_groups * tile.channels))
     blocks_x = -(-x.number // (x.phases * tile.groups * tile.positions))
     blocks_y = -(-y.number // (y.phases * tile.rows))
@@ -396,6 +407,7 @@ def _gradient(
             ),
             ("blocks_c", blocks_c),
         ),
+        cycles=cycles,
     )
 
 

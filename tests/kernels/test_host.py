@@ -291,8 +291,9 @@ def force(monkeypatch):
                 monkeypatch.setattr(
                     cuda_tiles,
                     f"{kind}_tile",
-                    lambda *problem, choose=choose, candidates=candidates: choose(
-                        [tile for _, tile in candidates(*problem)]
+                    lambda problem, device, rank, choose=choose, candidates=candidates: (
+                        0.0,
+                        choose([tile for _, tile in candidates(problem, device)]),
                     ),
                 )
 
