@@ -9,9 +9,13 @@ The engine trusts its arguments: contiguous arrays of one dtype, on the current 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, lru_cache
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -19,8 +23,13 @@ from typing import Any, NamedTuple, Protocol
 import cupy
 import numpy as np
 
-from cupycorr.cuda import cost as cuda_cost
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from cupycorr.cuda import plan as cuda_plan
+from cupycorr.cuda.cost import Device
 from cupycorr.cuda.plan import Launch, Shape
 from cupycorr.cuda.sources import source
 from cupycorr.layer import DTYPES, Layer
@@ -32,9 +41,9 @@ Grid = tuple[int, int, int]
 # -ftz aside).
 OPTIONS = ("-std=c++17",)
 OLDEST_CUPY = 14  # older ones do not find the NVRTC that pip installs
+IN_MEMORY = "CUPY_CACHE_IN_MEMORY"  # set, CuPy keeps no compiled kernels on disk
+LOCKS = 64  # files in CuPy's cache; sources that share one are compiled one after the other
 ALIGNMENT = 16  # bytes, of arrays that are read and written several elements at a time
-
-Device, current_device = cupy.cuda.Device, cupy.cuda.runtime.getDevice
 
 RESULTS = {"cost": ("cost",), "tangent": ("cost",), "grads": ("grad_fmap1", "grad_fmap2")}
 """The arrays that are written."""
@@ -72,6 +81,12 @@ class Compiled(NamedTuple):
     """Registers per thread."""
     local_bytes: int
     """Local memory per thread: registers that were spilled."""
+
+
+def current_device() -> int:
+    """Return the number of the current device."""
+    number: int = cupy.cuda.runtime.getDevice()
+    return number
 
 
 def run(what: str, arrays: Mapping[str, Any], layer: Layer, *, plain: bool = False) -> None:
@@ -262,10 +277,10 @@ def warm_up(layer: Layer, shape: Shape, dtype: str) -> list[Compiled]:
 
 
 @cache
-def device_of(number: int) -> cuda_cost.Device:
+def device_of(number: int) -> Device:
     """Describe a CUDA device by its number."""
     attributes = cupy.cuda.Device(number).attributes
-    return cuda_cost.Device(
+    return Device(
         capability=int(cupy.cuda.Device(number).compute_capability),
         multiprocessors=attributes["MultiProcessorCount"],
         shared_bytes=attributes["MaxSharedMemoryPerBlockOptin"],
@@ -295,10 +310,12 @@ def _compile(launch: Launch) -> Any:
 def load(code: str, kernel: str) -> Any:
     """Compile a source, and load one of its kernels on the current device.
 
+    A cache folder that cannot be written costs a warning, and the next process time.
+
     Raises
     ------
     Unusable
-        If NVRTC is missing or does not compile for the device, or CuPy cannot write to its cache.
+        If NVRTC is missing or does not compile for the device.
     cupy.cuda.compiler.CompileException
         If NVRTC refuses the source.
     cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError, MemoryError
@@ -313,14 +330,44 @@ def load(code: str, kernel: str) -> Any:
     if version >= (13, 0):
         _refuse_older_than(min(cupy.cuda.nvrtc.getSupportedArchs()), kernel)
     try:
-        function = cupy.RawModule(code=code, options=OPTIONS).get_function(kernel)
-        function.compile()
+        with _alone(code):
+            return _compiled(code, kernel)
     except OSError as error:
-        raise Unusable(
-            f"CuPy must be able to write {kernel} to its cache, got: {error}; set CUPY_CACHE_DIR "
-            "to a folder that can be written, or CUPY_CACHE_IN_MEMORY=1"
-        ) from error
+        warnings.warn(
+            f"CuPy must be able to write {kernel} to its cache, got: {error}; it is compiled in "
+            "each process anew; set CUPY_CACHE_DIR to a folder that can be written",
+            stacklevel=2,
+        )
+    before = os.environ.get(IN_MEMORY)
+    os.environ[IN_MEMORY] = "1"
+    try:
+        return _compiled(code, kernel)
+    finally:
+        del os.environ[IN_MEMORY]
+        if before is not None:
+            os.environ[IN_MEMORY] = before
+
+
+def _compiled(code: str, kernel: str) -> Any:
+    function = cupy.RawModule(code=code, options=OPTIONS).get_function(kernel)
+    function.compile()
     return function
+
+
+@contextmanager
+def _alone(code: str) -> Iterator[None]:
+    """Keep other processes from compiling a source, so that they find it in CuPy's cache later."""
+    if fcntl is None:
+        yield
+        return
+    folder = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
+    with ExitStack() as stack:
+        # Where there can be no lock there can be no cache: CuPy tells about that.
+        with suppress(OSError):
+            path = os.path.join(folder, f"cupycorr-{zlib.crc32(code.encode()) % LOCKS}.lock")
+            file = stack.enter_context(open(path, "w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def nvrtc_wheel() -> str:

@@ -65,7 +65,7 @@ def lend(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
     engine, like = _engine(), tensors["fmap1"]
     index, shape = like.get_device(), like.shape
     if not index == torch.cuda.current_device() == engine.current_device():
-        with torch.cuda.device(index), engine.Device(index):
+        with torch.cuda.device(index), engine.cupy.cuda.Device(index):
             lend(what, tensors, layer)
         return
     if 0 in shape:

@@ -374,3 +374,39 @@ def test_few_functions_lie_between_a_call_and_its_launches(cp, rng, monkeypatch,
     for names in stacks:
         assert len(names) <= 6, names
         assert len(set(names)) == len(names), names
+
+
+STARTED_TOGETHER = """
+import pathlib, sys, time
+import cupy
+from cupy.cuda import compiler
+import cupycorr
+compile, folder = compiler._compile_using_nvrtc_no_warning, pathlib.Path(sys.argv[1])
+def counted(source, *arguments, **options):
+    if "product_cost" in source:
+        with (folder / "compiled").open("a") as file:
+            file.write(f"{sys.argv[2]}\\n")
+        time.sleep(1)
+    return compile(source, *arguments, **options)
+compiler._compile_using_nvrtc_no_warning = counted
+(folder / f"ready{sys.argv[2]}").touch()
+while len(list(folder.glob("ready*"))) < 3:
+    time.sleep(0.01)
+fmap = cupy.ones((1, 2, 6, 8), "float32")
+print(cupycorr.correlation(fmap, fmap, cupycorr.Geometry(patch_size=3)).sum())
+"""
+
+
+def test_processes_that_start_together_compile_once(cp, tmp_path):
+    environment = os.environ | {"CUPY_CACHE_DIR": str(tmp_path)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", STARTED_TOGETHER, str(tmp_path), str(number)],
+            env=environment, stdout=subprocess.PIPE, text=True,
+        )
+        for number in range(3)
+    ]  # fmt: skip
+    said = {process.communicate()[0] for process in running}
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert len(said) == 1
+    assert len((tmp_path / "compiled").read_text().split()) == 1

@@ -98,14 +98,39 @@ def test_a_gpu_that_cuda_13_does_not_know_needs_cuda_12(
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.ENOTDIR, errno.EROFS])
+@pytest.mark.parametrize("before", [None, "0"])
 @pytest.mark.usefixtures("_nvrtc")
-def test_a_cache_that_cannot_be_written_is_to_be_moved(cp, monkeypatch, number):
+def test_a_cache_that_cannot_be_written_costs_a_warning(cp, monkeypatch, tmp_path, number, before):
+    from cupycorr.cuda import engine as cuda_engine
+
     error = OSError(number, os.strerror(number), CACHE)
-    caught = failure(cp, monkeypatch, error)
-    assert f"got: {error}; set CUPY_CACHE_DIR " in str(caught)
-    assert str(caught).endswith(" CUPY_CACHE_IN_MEMORY=1")
-    assert "NVRTC" not in str(caught)
-    assert caught.__cause__ is error
+    kernel = types.SimpleNamespace(compile=lambda: None, max_dynamic_shared_size_bytes=1 << 20)
+
+    def module(**options):
+        if os.environ.get(cuda_engine.IN_MEMORY) != "1":
+            raise error
+        return types.SimpleNamespace(get_function=lambda name: kernel)
+
+    monkeypatch.setattr(cp, "RawModule", module)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv(cuda_engine.IN_MEMORY, raising=False)
+    if before is not None:
+        monkeypatch.setenv(cuda_engine.IN_MEMORY, before)
+    with pytest.warns(UserWarning, match="set CUPY_CACHE_DIR to a folder that") as caught:
+        assert cuda_engine._compile(LAUNCH) is kernel
+    assert f"got: {error}; " in str(caught[0].message)
+    assert os.environ.get(cuda_engine.IN_MEMORY) == before
+
+
+@pytest.mark.usefixtures("_nvrtc")
+def test_without_a_cache_folder_there_is_no_lock_and_no_error(cp, monkeypatch, tmp_path):
+    from cupycorr.cuda import engine as cuda_engine
+
+    kernel = types.SimpleNamespace(compile=lambda: None, max_dynamic_shared_size_bytes=1 << 20)
+    module = types.SimpleNamespace(get_function=lambda name: kernel)
+    monkeypatch.setattr(cp, "RawModule", lambda **options: module)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "nowhere"))
+    assert cuda_engine._compile(LAUNCH) is kernel
 
 
 @pytest.mark.parametrize("name", OF_CUPY)

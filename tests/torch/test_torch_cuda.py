@@ -349,7 +349,8 @@ def bridge(monkeypatch):
     from cupycorr.torch import memory as torch_cuda
 
     engine = Engine()
-    engine.Device = lambda number: engine.made_current(1, number)
+    engine.cuda = types.SimpleNamespace(Device=lambda number: engine.made_current(1, number))
+    engine.cupy = engine
     monkeypatch.setitem(sys.modules, "cupy", engine)
     monkeypatch.setattr(torch_cuda, "_engine", lambda: engine)
     monkeypatch.setattr(torch_cuda, "_exchanged", set())
