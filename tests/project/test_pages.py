@@ -2,6 +2,7 @@
 
 import codeop
 import inspect
+import os
 import re
 import shlex
 import shutil
@@ -62,6 +63,7 @@ LINES = [line for block in BLOCKS if block.language == "bash" for line in block.
 SET_UP_LINES = [line for line in LINES if line.startswith(SET_UP)]
 COMMANDS = [line for line in LINES if line.startswith("cupycorr ")]
 TEST_RUNS = [line for line in LINES if line.startswith("python -m pytest ")]
+GPU_RUNS = [line for line in LINES if line.startswith(".ci/gpu ")]
 
 
 def examples():
@@ -84,8 +86,8 @@ def needs_gpu(command):
 
 def test_every_block_is_of_a_kind_that_a_test_executes():
     assert {block.language for block in BLOCKS} == {"python", "bash"}
-    assert sorted(LINES) == sorted(SET_UP_LINES + COMMANDS + TEST_RUNS)
-    assert all([examples(), COMMANDS, TEST_RUNS])
+    assert sorted(LINES) == sorted(SET_UP_LINES + COMMANDS + TEST_RUNS + GPU_RUNS)
+    assert all([examples(), COMMANDS, TEST_RUNS, GPU_RUNS])
 
 
 def test_readme_is_short():
@@ -153,6 +155,19 @@ def test_parts_of_the_tests_exist(command):
     words = [sys.executable, *shlex.split(command)[1:], "--collect-only", "-p", "no:cacheprovider"]
     outcome = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+@pytest.mark.skipif(not CI.exists(), reason="an sdist has no .ci")
+@pytest.mark.parametrize("command", GPU_RUNS)
+def test_stages_on_a_gpu_exist(command, tmp_path):
+    program, _, *stages = command.split()
+    outcome = subprocess.run(
+        [ROOT / program, tmp_path, *stages], env=os.environ | {"PYTHON": "false"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+    assert "no GPU can be used" in outcome.stdout
+    assert "no such stage" not in outcome.stdout
 
 
 class TestSetUp:
