@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import click
 
 LIBRARIES = (
-    "numpy", "torch", "spatial-correlation-sampler", "threadpoolctl", "cupy-cuda12x",
+    "numpy", "torch", "spatial-correlation-sampler", "localcorr", "threadpoolctl", "cupy-cuda12x",
     "cupy-cuda13x",
 )  # fmt: skip
 

@@ -27,7 +27,7 @@ from ..options import (
     refuse_engines,
 )
 from ..presets import PRESETS, chosen_problems, preset_option
-from . import features, measure, report
+from . import features, measure, memory, report
 from .peers import ITEMSIZE, PEERS, missing
 
 STANDARD_OUTPUT = Path("-")
@@ -179,6 +179,8 @@ def bench(
                     if pair is None
                     else _image_maps(problem, pair, downscale)
                 )
+                if device == "cuda":
+                    memory.release()
                 able, unable = _split(implementations, problem, kind, device)
                 tiled = any(one.name in ("cupycorr cupy", "cupycorr torch") for one in able)
                 kernels = _kernels(problem, kind) if device == "cuda" and tiled else []
@@ -193,22 +195,20 @@ def bench(
                 elif report.exceeds_gemm(document, entry):
                     document["gemm"]["seconds"] += measure.gemm_seconds(kind)
                 document["problems"].append(entry)
+                if json_file is not None and json_file != STANDARD_OUTPUT:
+                    # Now, so that nothing that ends the process loses what is measured.
+                    files.write(json_file, _text(document).encode())
                 if json_file != STANDARD_OUTPUT:
                     report.show(document, entry, scale, unit)
         finally:
-            # An interrupt, or a reader of the tables that has left, loses nothing.
-            if json_file is not None and document["problems"]:
-                _write(json_file, document)
+            if json_file == STANDARD_OUTPUT and document["problems"]:
+                click.echo(_text(document), nl=False)
     if report.own_failure(document):
         raise click.exceptions.Exit(1)
 
 
-def _write(path: Path, document: dict[str, Any]) -> None:
-    text = json.dumps(document, indent=1) + "\n"
-    if path == STANDARD_OUTPUT:
-        click.echo(text, nl=False)
-    else:
-        files.write(path, text.encode())
+def _text(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=1) + "\n"
 
 
 def _refuse_options(device: str, threads: int | None, cold: bool) -> None:

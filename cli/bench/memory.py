@@ -12,6 +12,8 @@ from typing import Any
 
 from cupycorr.cpu.threads import release_scratch
 
+from ..environment import torch_finds_cuda
+
 
 def peak(call: Callable[[], Any], library: str, device: str = "cpu") -> tuple[int, Any]:
     """Return the most bytes that a call held at once beyond what was there, and its result.
@@ -35,6 +37,17 @@ def peak(call: Callable[[], Any], library: str, device: str = "cpu") -> tuple[in
     finally:
         tracemalloc.stop()
     return numpy_peak + torch_peak[0], result
+
+
+def release() -> None:
+    """Give the GPU back what CuPy and torch keep of it: neither can use what the other keeps."""
+    import cupy
+
+    cupy.get_default_memory_pool().free_all_blocks()
+    if torch_finds_cuda():
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def _cupy_peak(call: Callable[[], Any]) -> tuple[int, Any]:

@@ -172,6 +172,19 @@ class TestInterrupts:
         (problem,) = json.loads(file.read_text())["problems"]
         assert problem["name"] == "stereo"
 
+    def test_a_preset_is_in_the_file_before_the_next_is_measured(self, tmp_path, monkeypatch):
+        file, kept = tmp_path / "bench.json", []
+        compare = measure.compare
+
+        def look(*arguments, **options):
+            kept.append(len(json.loads(file.read_text())["problems"]) if file.exists() else 0)
+            return compare(*arguments, **options)
+
+        monkeypatch.setattr(measure, "compare", look)
+        assert invoke(*BENCH, *PRESETS, "--json", file).exit_code == 0
+        assert kept == list(range(len(kept)))
+        assert len(kept) > 1
+
     def test_nothing_replaces_an_older_file(self, tmp_path, monkeypatch):
         interrupt_at(monkeypatch, 1)
         file = tmp_path / "bench.json"
