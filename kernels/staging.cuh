@@ -22,6 +22,43 @@ struct alignas(sizeof(T) * VECTOR) Pack {
   T values[VECTOR];
 };
 
+__device__ __forceinline__ unsigned bits_of(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ unsigned bits_of(Half value) { return value.bits; }
+__device__ __forceinline__ unsigned bits_of(Bfloat16 value) { return value.bits; }
+
+// Write COUNT neighbouring elements of 2 or 4 bytes to global memory by one instruction. The
+// compiler would tear the copy of a pack apart where it cannot see that neighbours are written.
+template <typename T, int COUNT>
+__device__ __forceinline__ void store_neighbours(T* to, const T (&from)[COUNT]) {
+  constexpr int bytes = COUNT * static_cast<int>(sizeof(T));
+  if constexpr (bytes < 8) {
+    Pack<T, COUNT> pack;
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) pack.values[k] = from[k];
+    *reinterpret_cast<Pack<T, COUNT>*>(to) = pack;
+  } else {
+    constexpr int of_word = 4 / static_cast<int>(sizeof(T));
+    Pack<unsigned, bytes / 4> words;
+#pragma unroll
+    for (int k = 0; k < bytes / 4; ++k) {
+      words.values[k] = bits_of(from[of_word * k]);
+      if (of_word == 2) words.values[k] |= bits_of(from[2 * k + of_word - 1]) << 16;
+    }
+#ifdef __CUDA_ARCH__
+    const unsigned* const v = words.values;
+    if constexpr (bytes == 16) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v[0]), "r"(v[1]),
+                   "r"(v[2]), "r"(v[3])
+                   : "memory");
+    } else {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(v[0]), "r"(v[1]) : "memory");
+    }
+#else
+    *reinterpret_cast<Pack<unsigned, bytes / 4>*>(to) = words;
+#endif
+  }
+}
+
 template <typename Accumulator>
 constexpr int words_per_load = 16 / static_cast<int>(sizeof(Accumulator));
 
@@ -90,6 +127,17 @@ __device__ __forceinline__ void copy_async(SharedAddress to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES)
                  : "memory");
   }
+#endif
+}
+// Queue a copy of 16 bytes, or, where nothing exists to be copied, of zeros; then `from` is not read.
+__device__ __forceinline__ void copy_async_or_zero(SharedAddress to, const void* from,
+                                                   bool exists) {
+#if defined(CUPYCORR_HOST)
+  host_copy_async(to, from, 16, exists);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(exists ? 16 : 0)
+               : "memory");
 #endif
 }
 // Wait for this thread's queued copies. Other threads see them after a barrier.

@@ -32,10 +32,18 @@ constexpr size_t guard_bytes = 256;  // behind shared memory
 constexpr unsigned char poison = 0xff;  // NaN in every type
 constexpr int most_threads_of_any_block = 1024;
 
+constexpr int lanes_of_warp = 32;
+
 struct Copy {
   char* to;
-  const void* from;
+  const void* from;  // null: zeros
   int bytes;
+};
+
+// What a lane shows to the others of its warp.
+struct Shown {
+  const char* row;
+  unsigned one[4], two[2];
 };
 
 #ifdef __x86_64__
@@ -50,6 +58,9 @@ struct Fiber {
   const char* file;  // where it waits
   int line;
   std::vector<Copy> copies;  // queued
+  bool waits_for_warp;       // not for the block
+  Shown shown[2];            // in this operation of the warp, and in the one before it
+  int operations;            // of the warp, so far
 };
 
 std::vector<Fiber> fibers;
@@ -223,6 +234,41 @@ bool run_round(const std::vector<int>& sequence) {
   return true;
 }
 
+// Resume the warps whose lanes wait for each other, until none does.
+bool run_warps(const std::vector<int>& sequence) {
+  for (;;) {
+    std::vector<int> ready;
+    for (const int thread : sequence) {
+      if (fibers[thread].waits_for_warp) ready.push_back(thread);
+    }
+    if (ready.empty()) return true;
+    for (const int thread : ready) {
+      const Fiber& own = fibers[thread];
+      const size_t lane = thread % lanes_of_warp, first = thread - lane;
+      const size_t neighbour = first + (lane + 1) % lanes_of_warp;
+      threadIdx.x = thread;
+      if (neighbour >= fibers.size() || !fibers[neighbour].waits_for_warp ||
+          strcmp(fibers[neighbour].file, own.file) || fibers[neighbour].line != own.line) {
+        fail("not all lanes of a warp reach operation %d, %s", own.line, own.file);
+        return false;
+      }
+    }
+    for (const int thread : ready) fibers[thread].waits_for_warp = false;
+    if (!run_round(ready)) return false;
+  }
+}
+
+// Show something to the lanes of this warp; returns its first lane when all have done so. What is
+// shown lasts until the operation after the next, which no lane reaches before all have read it.
+const Fiber* show(const char* operation, const Shown& shown) {
+  current->shown[current->operations % 2] = shown;
+  current->file = operation;
+  current->line = ++current->operations;
+  current->waits_for_warp = true;
+  suspend(current->context);
+  return &fibers[threadIdx.x / lanes_of_warp * lanes_of_warp];
+}
+
 void run_block(const HostLaunch& launch, uint32_t& random) {
   memset(shared, poison, shared_bytes + guard_bytes);
   std::vector<int> sequence(launch.threads);
@@ -230,6 +276,8 @@ void run_block(const HostLaunch& launch, uint32_t& random) {
     sequence[i] = launch.order == 1 ? launch.threads - 1 - i : i;
     fibers[i].ended = false;
     fibers[i].copies.clear();
+    fibers[i].waits_for_warp = false;
+    fibers[i].operations = 0;
     begin(fibers[i].context, stacks + i * stack_bytes, run_thread);
   }
   for (;;) {
@@ -238,7 +286,7 @@ void run_block(const HostLaunch& launch, uint32_t& random) {
       std::swap(sequence[i], sequence[(random >> 8) % (i + 1)]);
     }
     ++round_number;
-    if (!run_round(sequence)) return;
+    if (!run_round(sequence) || !run_warps(sequence)) return;
     const Fiber& first = fibers[0];
     for (int i = 1; i < launch.threads; ++i) {
       const Fiber& other = fibers[i];
@@ -272,20 +320,21 @@ void host_barrier(const char* file, int line) {
   suspend(current->context);
 }
 
-void host_copy_async(void* to, const void* from, int bytes) {
+void host_copy_async(void* to, const void* from, int bytes, bool exists) {
   char* const target = static_cast<char*>(to);
   const size_t offset = target - shared;
   if (bytes != 4 && bytes != 8 && bytes != 16) return fail("a copy of %d bytes", bytes);
+  if (!exists) from = nullptr;
   if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) {
     return fail("a copy of %d bytes from %p to %p, which is not aligned", bytes, from, to);
   }
   if (!within(target, bytes, shared, shared_bytes)) {
     return fail("a copy to byte %zu of %zu of shared memory", offset, shared_bytes);
   }
-  if (!within_an_array(static_cast<const char*>(from), bytes)) {
+  if (exists && !within_an_array(static_cast<const char*>(from), bytes)) {
     return fail("a copy from %p, which is in no array", from);
   }
-  trace(from, bytes, false);
+  if (exists) trace(from, bytes, false);
   trace(to, bytes, true);
   memset(target, poison, bytes);
   current->copies.push_back({target, from, bytes});
@@ -298,9 +347,49 @@ void host_wait_for_copies() {
         return fail("a write to shared memory where a copy is on its way");
       }
     }
-    memcpy(copy.to, copy.from, copy.bytes);
+    if (copy.from) {
+      memcpy(copy.to, copy.from, copy.bytes);
+    } else {
+      memset(copy.to, 0, copy.bytes);
+    }
   }
   current->copies.clear();
+}
+
+void host_load_matrices(unsigned* fragments, int count, const void* row) {
+  constexpr int rows = 8, row_bytes = 16;
+  const int lane = threadIdx.x % lanes_of_warp;
+  const char* const at = static_cast<const char*>(row);
+  if (lane < rows * count) {
+    if (reinterpret_cast<uintptr_t>(row) % row_bytes) return fail("a row that is not aligned");
+    if (!within(at, row_bytes, shared, shared_bytes)) {
+      return fail("a row at byte %td of %zu of shared memory", at - shared, shared_bytes);
+    }
+    trace(row, row_bytes, false);
+  }
+  const int which = current->operations % 2;
+  const Fiber* const lanes = show("a load of matrices", {at, {}, {}});
+  for (int i = 0; i < count; ++i) {
+    memcpy(&fragments[i], lanes[rows * i + lane / 4].shown[which].row + lane % 4 * 4, 4);
+  }
+}
+
+void host_multiply_matrices(float* sums, const unsigned* one, const unsigned* two,
+                            float (*widened)(unsigned short)) {
+  const int lane = threadIdx.x % lanes_of_warp, which = current->operations % 2;
+  const Fiber* const lanes =
+      show("a product of matrices", {nullptr, {one[0], one[1], one[2], one[3]}, {two[0], two[1]}});
+  const auto half = [&](unsigned word, int k) {
+    return widened(static_cast<unsigned short>(word >> k % 2 * 16));
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const Shown& a = lanes[row % 8 * 4 + k % 8 / 2].shown[which];
+      const Shown& b = lanes[column * 4 + k % 8 / 2].shown[which];
+      sums[i] += half(a.one[row / 8 + k / 8 * 2], k) * half(b.two[k / 8], k);
+    }
+  }
 }
 
 const char* host_launch(HostEntry function, const HostLaunch& launch, int most_threads,

@@ -8,8 +8,9 @@
 //   - shared memory that is used before it is written: a block starts with NaN everywhere
 //   - asynchronous copies without a wait: the target is NaN until the wait, which makes the copy
 //   - copies and vectors that are not aligned, and copies from or to elsewhere
+//   - operations on matrices that not all lanes of a warp reach together
 //
-// It knows nothing of warps, banks, caches, registers and time.
+// Of warps it knows these operations only; of banks, caches, registers and time nothing.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -32,8 +33,12 @@ extern HostIndex threadIdx, blockIdx, blockDim, gridDim;
 
 void* host_shared_memory();
 void host_barrier(const char* file, int line);
-void host_copy_async(void* to, const void* from, int bytes);
+void host_copy_async(void* to, const void* from, int bytes, bool exists = true);
 void host_wait_for_copies();
+// Operations of a warp: every lane calls them (fragments as in kernels/matrices.cuh).
+void host_load_matrices(unsigned* fragments, int count, const void* row);
+void host_multiply_matrices(float* sums, const unsigned* one, const unsigned* two,
+                            float (*widened)(unsigned short));
 
 inline float __uint_as_float(unsigned bits) {
   float value;

@@ -1,0 +1,65 @@
+// Tensor cores: products of small matrices of 16-bit elements, summed in float.
+//
+// A warp holds a matrix in fragments, spread over its lanes: two neighbouring elements of a row per
+// word. Word i of lane 4 * g + t is, with `columns` of the second operand as its rows,
+//
+//   one (16 x 16)   row g + 8 * (i % 2),  elements 2 * t, 2 * t + 1, + 8 * (i / 2)
+//   two (8 x 16)    row g,                elements 2 * t, 2 * t + 1, + 8 * i
+//   sums (16 x 8)   row g + 8 * (i / 2),  column 2 * t + i % 2
+//
+// All lanes of a warp must call these functions together, and the compute capability must be at
+// least 8.0.
+#pragma once
+#include "staging.cuh"
+
+template <typename Element>
+constexpr bool is_bfloat16 = false;
+template <>
+constexpr bool is_bfloat16<Bfloat16> = true;
+
+// Read COUNT (2 or 4) matrices of 8 rows of 8 elements into one word of a lane each. Lane
+// 8 * i + k says where row k of matrix i lies, at a multiple of 16 bytes of shared memory: rows may
+// lie anywhere. (Of 2 matrices, lanes 16 and up are not asked.)
+template <int COUNT>
+__device__ __forceinline__ void load_matrices(unsigned* fragments, SharedAddress row) {
+  static_assert(COUNT == 2 || COUNT == 4, "ldmatrix reads 1, 2 or 4 matrices");
+#if defined(CUPYCORR_HOST)
+  host_load_matrices(fragments, COUNT, row);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (COUNT == 4) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
+                 : "r"(row)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(fragments[0]), "=r"(fragments[1])
+                 : "r"(row)
+                 : "memory");
+  }
+#endif
+}
+
+// Add to sums[row][column] the product of row `row` of `one` and row `column` of `two`.
+template <typename Element>
+__device__ __forceinline__ void multiply_matrices(float (&sums)[4], const unsigned (&one)[4],
+                                                  const unsigned* two) {
+#if defined(CUPYCORR_HOST)
+  host_multiply_matrices(sums, one, two,
+                         [](unsigned short bits) { return widen(Element{bits}); });
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (is_bfloat16<Element>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(one[0]), "r"(one[1]), "r"(one[2]), "r"(one[3]), "r"(two[0]), "r"(two[1]));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(one[0]), "r"(one[1]), "r"(one[2]), "r"(one[3]), "r"(two[0]), "r"(two[1]));
+  }
+#endif
+}
