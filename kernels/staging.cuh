@@ -129,7 +129,8 @@ __device__ __forceinline__ void copy_async(SharedAddress to, const void* from) {
   }
 #endif
 }
-// Queue a copy of 16 bytes, or, where nothing exists to be copied, of zeros; then `from` is not read.
+// Queue a copy of 16 bytes, or, where nothing exists to be copied, of zeros: then `from` is not
+// read.
 __device__ __forceinline__ void copy_async_or_zero(SharedAddress to, const void* from,
                                                    bool exists) {
 #if defined(CUPYCORR_HOST)

@@ -20,6 +20,10 @@ LANES = {
     50: 128, 52: 128, 53: 128, 60: 64, 61: 128, 62: 128, 70: 64, 72: 64, 75: 64, 80: 64,
     86: 128, 87: 128, 89: 128, 90: 128, 100: 128, 103: 128, 120: 128, 121: 128,
 }  # fmt: skip
+# Multiply-adds of 16-bit matrices per clock and multiprocessor (`mma.sync`, sums in float32): data
+# sheets, for 9.0 what `mma.sync` reaches of them, for 10.0 a guess. Others have the least.
+MATRIX_RATES = {80: 1024, 90: 1280, 100: 1024, 103: 1024}
+LEAST_MATRIX_RATE = 256
 REGISTERS = 65536  # per multiprocessor
 THREADS = 1024  # per multiprocessor; newer ones hold more, which no tile needs
 RESERVED_BYTES = 1024  # shared memory per block that the driver takes
@@ -80,6 +84,8 @@ class Block(NamedTuple):
     """Bytes that are read from global memory and written to it, in whole sectors."""
     ahead: bool
     """Whether the block fetches while it computes."""
+    matrix_cycles: float = 0
+    """Cycles that the tensor cores are busy."""
 
 
 def cycles(block: Block, blocks: int, accumulator: str, device: Device) -> float:
@@ -90,13 +96,7 @@ def cycles(block: Block, blocks: int, accumulator: str, device: Device) -> float
     at_once = resident(block, device)
     if at_once < 1:
         return inf
-    doubled = 2 if accumulator == "float64" else 1
-    busy = max(
-        block.multiply_adds / device.multiply_adds * doubled,
-        (block.wavefronts + block.words * doubled / 32) * WAVEFRONT_BYTES / device.shared_rate,
-        (block.multiply_adds + block.instructions) / ISSUE,
-        block.bytes / LEVEL2_BYTES,
-    )
+    busy = busy_cycles(block, accumulator, device)
     most = -(-blocks // device.multiprocessors)
     together = min(at_once, most)
     warps = together * block.threads // 32
@@ -108,6 +108,18 @@ def cycles(block: Block, blocks: int, accumulator: str, device: Device) -> float
     return most * (busy / efficiency + waiting)
 
 
+def busy_cycles(block: Block, accumulator: str, device: Device) -> float:
+    """Return how long the unit of a multiprocessor is busy that a block needs longest."""
+    doubled = 2 if accumulator == "float64" else 1
+    return max(
+        block.multiply_adds / device.multiply_adds * doubled,
+        block.matrix_cycles,
+        (block.wavefronts + block.words * doubled / 32) * WAVEFRONT_BYTES / device.shared_rate,
+        (block.multiply_adds + block.instructions) / ISSUE,
+        block.bytes / LEVEL2_BYTES,
+    )
+
+
 def resident(block: Block, device: Device) -> int:
     """Return how many blocks a multiprocessor holds at a time."""
     return min(
@@ -115,6 +127,16 @@ def resident(block: Block, device: Device) -> int:
         device.shared_bytes_of_multiprocessor // (block.shared_bytes + RESERVED_BYTES),
         THREADS // block.threads,
     )
+
+
+def matrix_rate(device: Device) -> int:
+    """Return the multiply-adds of 16-bit matrices per cycle and multiprocessor."""
+    return MATRIX_RATES.get(device.capability, LEAST_MATRIX_RATE)
+
+
+def multiprocessor_bytes(device: Device) -> int:
+    """Return the bytes that all multiprocessors together read or write per cycle."""
+    return LEVEL2_BYTES * device.multiprocessors
 
 
 def size_class(size: int) -> int:

@@ -30,7 +30,7 @@ except ImportError:  # Windows
 
 from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda.cost import Device
-from cupycorr.cuda.plan import Launch, Shape
+from cupycorr.cuda.launch import Launch, Shape
 from cupycorr.cuda.sources import source
 from cupycorr.layer import DTYPES, Layer
 
@@ -89,7 +89,14 @@ def current_device() -> int:
     return number
 
 
-def run(what: str, arrays: Mapping[str, Any], layer: Layer, *, plain: bool = False) -> None:
+def run(
+    what: str,
+    arrays: Mapping[str, Any],
+    layer: Layer,
+    *,
+    plain: bool = False,
+    channels_last: bool = False,
+) -> None:
     """Compute a layer's result into arrays of the current device, on its current stream.
 
     Parameters
@@ -107,6 +114,8 @@ def run(what: str, arrays: Mapping[str, Any], layer: Layer, *, plain: bool = Fal
         What is computed.
     plain : bool, default False
         Use only the kernels that compute one output per thread.
+    channels_last : bool, default False
+        Whether the maps and tangents, of shape (N, C, H, W), lie in memory as (N, H, W, C).
 
     Raises
     ------
@@ -120,7 +129,11 @@ def run(what: str, arrays: Mapping[str, Any], layer: Layer, *, plain: bool = Fal
                 arrays[name].fill(0)
         return
     addresses = {name: array.data.ptr for name, array in arrays.items() if array is not None}
-    launch(what, fmap1.shape, addresses, layer, _name(fmap1.dtype), _allocate, plain=plain)
+    dtype = _name(fmap1.dtype)
+    launch(
+        what, fmap1.shape, addresses, layer, dtype, _allocate,
+        plain=plain, channels_last=channels_last,
+    )  # fmt: skip
 
 
 def launch(
@@ -133,12 +146,13 @@ def launch(
     *,
     stream: Stream | None = None,
     plain: bool = False,
+    channels_last: bool = False,
 ) -> None:
     """Compute a layer's result on the current device, into memory given by addresses.
 
     Parameters
     ----------
-    what, layer, plain
+    what, layer, plain, channels_last
         As for `run`.
     shape : (N, C, H, W)
         Shape of the maps; not empty.
@@ -159,18 +173,21 @@ def launch(
     bits = 0
     for address in addresses.values():
         bits |= address
-    how = (what, (*addresses,), layer, dtype, current_device(), bits % ALIGNMENT == 0)
-    ready = _prepared(shape, *how, plain)
+    aligned = bits % ALIGNMENT == 0
+    how = (what, (*addresses,), layer, dtype, current_device(), aligned, plain, channels_last)
+    ready = _prepared(shape, *how)
     at_once = ready.samples
     for start in range(0, shape[0], at_once):
         if start > 0:
             for name, step in ready.steps:
                 addresses[name] += at_once * step
-            ready = _prepared((min(at_once, shape[0] - start), *shape[1:]), *how, plain)
+            ready = _prepared((min(at_once, shape[0] - start), *shape[1:]), *how)
         elif at_once < shape[0]:
-            ready = _prepared((at_once, *shape[1:]), *how, plain)
-        if ready.volume_bytes:
-            addresses["volume"], _owner = allocate(ready.volume_bytes)
+            ready = _prepared((at_once, *shape[1:]), *how)
+        owners = []  # of workspaces, until all is launched
+        for name, size in ready.workspaces:
+            addresses[name], owner = allocate(size)
+            owners.append(owner)
         for function, grid, block, names, constants, shared_bytes in ready.launches:
             operands = [addresses[name] for name in names]
             function(grid, block, (*operands, *constants), shared_bytes, stream)
@@ -191,8 +208,8 @@ class _Ready(NamedTuple):
     """Samples at a time; the launches are for no more."""
     steps: tuple[tuple[str, int], ...]
     """Bytes of a sample of each array."""
-    volume_bytes: int
-    """Bytes of the workspace "volume"."""
+    workspaces: tuple[tuple[str, int], ...]
+    """Names and bytes of the arrays that launches hand to each other."""
     launches: tuple[tuple[Any, Grid, Grid, tuple[str, ...], tuple[Any, Any], int], ...]
     """Function, grid, block, names of arrays, sizes and scale, bytes of shared memory."""
 
@@ -207,6 +224,7 @@ def _prepared(
     number: int,
     aligned: bool,
     plain: bool,
+    channels_last: bool,
 ) -> _Ready:
     """Plan a layer's results on the current device, and load the kernels."""
     samples = cuda_plan.samples_at_once(layer.geometry, shape, dtype)
@@ -219,6 +237,7 @@ def _prepared(
         tangent=what == "tangent",
         aligned=aligned,
         plain=plain,
+        channels_last=channels_last,
     )
     scalar = np.dtype(DTYPES[dtype].accumulator).type
     launches = []
@@ -235,8 +254,10 @@ def _prepared(
     sample["grad_cost"] = sample["cost"]
     itemsize = DTYPES[dtype].itemsize
     steps = tuple((name, prod(sample.get(name, shape[1:])) * itemsize) for name in names)
-    volume = 0 if plan.volume is None else prod(plan.volume) * scalar().itemsize
-    return _Ready(samples, steps, volume, tuple(launches))
+    workspaces = tuple(
+        (one.name, prod(one.shape) * DTYPES[one.dtype].itemsize) for one in plan.workspaces
+    )
+    return _Ready(samples, steps, workspaces, tuple(launches))
 
 
 def warm_up(layer: Layer, shape: Shape, dtype: str) -> list[Compiled]:

@@ -7,51 +7,29 @@ means. Every launch is checked against the limits of the device that it is plann
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import prod
 from typing import NamedTuple
 
+from cupycorr.cuda import tensor
 from cupycorr.cuda import tiles as cuda_tiles
 from cupycorr.cuda.cost import Constants, Device, elements_per_load, size_class
+from cupycorr.cuda.launch import (
+    Launch,
+    Plan,
+    Shape,
+    Workspace,
+    pair,
+    pairs,
+    types,
+    volume_shape,
+)
 from cupycorr.geometry import Axis, Geometry
 from cupycorr.layer import DTYPES, Layer
-
-Shape = tuple[int, ...]
 
 THREADS = 256  # per block of the plain and the taps kernels
 MOST_ELEMENTS = 2**31 - 1  # within reach of a 32-bit offset
 WORKSPACE_BYTES = 256 << 20  # of the product volume, unless one sample needs more
-
-
-class Launch(NamedTuple):
-    """One launch of a kernel."""
-
-    source: str
-    """The file in ``kernels/``."""
-    kernel: str
-    """The function in it."""
-    constants: Constants
-    """Types (given by name) and numbers that are compiled in."""
-    blocks: int
-    threads: int
-    shared_bytes: int
-    """Dynamic shared memory of a block."""
-    arrays: tuple[str, ...]
-    """The arrays that it is given, by name, the one that it writes last."""
-    sizes: tuple[tuple[str, int], ...]
-    """The fields of its ``Sizes`` in their order, 32-bit integers, by name."""
-    scaled: bool = True
-    """Whether it multiplies by the caller's scale, or by 1."""
-    cycles: float | None = None
-    """That the model of tiles gives it, if there is one."""
-
-
-class Plan(NamedTuple):
-    """The launches that compute a result, in order."""
-
-    launches: tuple[Launch, ...]
-    volume: Shape | None
-    """Shape of the workspace "volume", of accumulators, if there is one."""
+MAPS = frozenset({"fmap1", "fmap2", "tangent1", "tangent2"})
 
 
 def samples_at_once(geometry: Geometry, shape: Shape, dtype: str) -> int:
@@ -59,7 +37,7 @@ def samples_at_once(geometry: Geometry, shape: Shape, dtype: str) -> int:
     if geometry.taps == 1 or not _tiles_apply(geometry, shape):
         return shape[0]
     word_bytes = DTYPES[DTYPES[dtype].accumulator].itemsize
-    bytes_per_sample = prod(_volume_shape(geometry, shape)[1:]) * word_bytes
+    bytes_per_sample = prod(volume_shape(geometry, shape)[1:]) * word_bytes
     return max(1, min(shape[0], WORKSPACE_BYTES // bytes_per_sample))
 
 
@@ -74,6 +52,7 @@ def plan(
     aligned: bool = True,
     plain: bool = False,
     rank: int = 0,
+    channels_last: bool = False,
 ) -> Plan:
     """Plan the launches of a layer's results.
 
@@ -99,6 +78,8 @@ def plan(
     rank : int, default 0
         Take the tiles that the model finds faster than all but so many; the plain kernels where no
         more fit. To measure how good the model's choice is.
+    channels_last : bool, default False
+        Whether the maps, and the tangents, lie in memory as (N, H, W, C). Results never do.
 
     Raises
     ------
@@ -110,7 +91,11 @@ def plan(
     for result in results:
         launch = None
         if tiled and result == "cost":
-            launch = _product(layer, shape, dtype, device, aligned, rank)
+            if rank == 0:
+                launch = tensor.cost(
+                    layer, shape, dtype, device, aligned=aligned, channels_last=channels_last
+                )
+            launch = launch or _product(layer, shape, dtype, device, aligned, rank)
         elif tiled:
             launch = _gradient(layer, shape, dtype, device, aligned, int(result[-1]), rank)
         if launch is None:
@@ -120,14 +105,35 @@ def plan(
             arrays = (*upstream, "fmap1", "fmap2", *tangents, result)
             launch = _plain(kernel, layer, shape, dtype, arrays)
         launches.append(launch)
-    if not any("volume" in launch.arrays for launch in launches):
-        return _checked(launches, device)
-    if results == ("cost",):
-        launches.append(_taps("taps_sum", layer.geometry, shape, dtype, ("volume", "cost")))
-    else:
-        spread = _taps("taps_spread", layer.geometry, shape, dtype, ("grad_cost", "volume"))
-        launches.insert(0, spread._replace(scaled=False))
-    return _checked(launches, device, _volume_shape(layer.geometry, shape))
+    launches, workspaces = _turned(launches, shape, dtype, aligned, channels_last)
+    if any("volume" in launch.arrays for launch in launches):
+        volume = volume_shape(layer.geometry, shape)
+        workspaces.append(Workspace("volume", volume, DTYPES[dtype].accumulator))
+        if results == ("cost",):
+            launches.append(_taps("taps_sum", layer.geometry, shape, dtype, ("volume", "cost")))
+        else:
+            spread = _taps("taps_spread", layer.geometry, shape, dtype, ("grad_cost", "volume"))
+            launches.insert(0, spread._replace(scaled=False))
+    return _checked(Plan(tuple(launches), tuple(workspaces)), device)
+
+
+def _turned(
+    launches: list[Launch], shape: Shape, dtype: str, aligned: bool, channels_last: bool
+) -> tuple[list[Launch], list[Workspace]]:
+    """Turn the maps first where launches read them in the other order of axes."""
+    found: list[Launch] = []
+    names: dict[str, str] = {}
+    for launch in launches:
+        if (launch.source == "tensor.cu") != channels_last:
+            for name in MAPS.intersection(launch.arrays) - names.keys():
+                names[name] = f"{name}_turned"
+            launch = launch._replace(arrays=tuple(names.get(name, name) for name in launch.arrays))
+        found.append(launch)
+    turnings = [
+        tensor.turning(shape, dtype, name, turned, aligned=aligned, back=channels_last)
+        for name, turned in sorted(names.items())
+    ]
+    return turnings + found, [Workspace(name, shape, dtype) for _, name in sorted(names.items())]
 
 
 def _tiles_apply(geometry: Geometry, shape: Shape) -> bool:
@@ -136,7 +142,7 @@ def _tiles_apply(geometry: Geometry, shape: Shape) -> bool:
     axes = (geometry.y, geometry.x)
     if any(axis.is_sparse(count) for axis, count in zip(axes, outputs, strict=True)):
         return False
-    most = max(prod(shape[1:]), prod(_volume_shape(geometry, shape)[1:]))
+    most = max(prod(shape[1:]), prod(volume_shape(geometry, shape)[1:]))
     reach = max(
         size + abs(first) + patch * step + extent
         for size, first, patch, step, extent in zip(
@@ -149,25 +155,6 @@ def _tiles_apply(geometry: Geometry, shape: Shape) -> bool:
         )
     )
     return most + reach * shape[3] < MOST_ELEMENTS // 2
-
-
-def _volume_shape(geometry: Geometry, shape: Shape) -> Shape:
-    """Return the shape of the products on the lattice: that of the cost if there is one tap."""
-    samples, *patch, height, width = geometry.cost_shape(shape)
-    return (samples, *patch, geometry.y.lattice_size(height), geometry.x.lattice_size(width))
-
-
-def _types(dtype: str, **more: str) -> Constants:
-    names = {"element": dtype, "accumulator": DTYPES[dtype].accumulator, **more}
-    return tuple((name, DTYPES[kind].in_kernels) for name, kind in names.items())
-
-
-def _pairs(**pairs: tuple[int, int]) -> tuple[tuple[str, int], ...]:
-    return tuple(
-        (f"{name}_{axis}", value)
-        for name, pair in pairs.items()
-        for axis, value in zip("yx", pair, strict=True)
-    )
 
 
 def _offset(elements: int) -> Constants:
@@ -183,7 +170,7 @@ def _plain(kernel: str, layer: Layer, shape: Shape, dtype: str, arrays: tuple[st
         "plain.cu",
         kernel,
         (
-            *_types(dtype),
+            *types(dtype),
             *_offset(max(prod(shape), prod(cost_shape))),
             ("l1", layer.l1),
             ("threads", THREADS),
@@ -195,7 +182,7 @@ def _plain(kernel: str, layer: Layer, shape: Shape, dtype: str, arrays: tuple[st
         (
             *zip(("samples", "channels", "height", "width"), shape, strict=True),
             *zip(("cost_height", "cost_width"), cost_shape[3:], strict=True),
-            *_pairs(
+            *pairs(
                 kernel=geometry.kernel_size,
                 patch=geometry.patch_size,
                 stride=geometry.stride,
@@ -212,21 +199,21 @@ def _taps(
     kernel: str, geometry: Geometry, shape: Shape, dtype: str, arrays: tuple[str, ...]
 ) -> Launch:
     """Plan the sum over taps, or its adjoint."""
-    cost_shape, volume_shape = geometry.cost_shape(shape), _volume_shape(geometry, shape)
+    cost_shape, volume = geometry.cost_shape(shape), volume_shape(geometry, shape)
     axes = geometry.y, geometry.x
-    constants = _pairs(
+    constants = pairs(
         kernel=geometry.kernel_size,
-        stride=_pair(axis.stride // axis.lattice_step for axis in axes),
-        dilation=_pair(axis.dilation // axis.lattice_step for axis in axes),
+        stride=pair(axis.stride // axis.lattice_step for axis in axes),
+        dilation=pair(axis.dilation // axis.lattice_step for axis in axes),
     )
-    output = volume_shape if arrays[-1] == "volume" else cost_shape
+    output = volume if arrays[-1] == "volume" else cost_shape
     samples, patch_y, patch_x, *cost_size = cost_shape
     return Launch(
         "taps.cu",
         kernel,
         (
-            *_types(dtype),
-            *_offset(max(prod(cost_shape), prod(volume_shape))),
+            *types(dtype),
+            *_offset(max(prod(cost_shape), prod(volume))),
             ("threads", THREADS),
             *constants,
         ),
@@ -238,7 +225,7 @@ def _taps(
             ("samples", samples),
             ("displacements", patch_y * patch_x),
             *zip(("cost_height", "cost_width"), cost_size, strict=True),
-            *zip(("lattice_height", "lattice_width"), volume_shape[3:], strict=True),
+            *zip(("lattice_height", "lattice_width"), volume[3:], strict=True),
         ),
     )
 
@@ -249,13 +236,12 @@ def _product(
     """Plan the tiled product volume; None where no tile fits the device."""
     geometry = layer.geometry
     samples, channels, _, width = shape
-    volume_shape = _volume_shape(geometry, shape)
-    lattice_height, lattice_width = volume_shape[3:]
+    lattice_height, lattice_width = volume_shape(geometry, shape)[3:]
     axes = geometry.y, geometry.x
     # Inside a phase a position advances by as many columns as displacements have phases.
     (phases_y, advance_y), (phases_x, advance_x) = (axis.phases for axis in axes)
     result = dtype if geometry.taps == 1 else DTYPES[dtype].accumulator
-    origin = _pair(-axis.padding for axis in axes)
+    origin = pair(-axis.padding for axis in axes)
     first = geometry.first_displacement
 
     # Loads of several elements need neighbouring columns and aligned rows.
@@ -297,11 +283,11 @@ def _product(
         "product.cu",
         "product_cost",
         (
-            *_types(dtype, result=result),
+            *types(dtype, result=result),
             ("l1", layer.l1),
-            *_pairs(
+            *pairs(
                 patch=geometry.patch_size,
-                step=_pair(axis.lattice_step for axis in axes),
+                step=pair(axis.lattice_step for axis in axes),
                 spacing=geometry.dilation_patch,
                 phases=(phases_y, phases_x),
                 advance=(advance_y, advance_x),
@@ -316,7 +302,7 @@ def _product(
         (
             *zip(("channels", "height", "width"), shape[1:], strict=True),
             *(("lattice_height", lattice_height), ("lattice_width", lattice_width)),
-            *_pairs(origin=origin, first=first, blocks=(blocks_y, blocks_x)),
+            *pairs(origin=origin, first=first, blocks=(blocks_y, blocks_x)),
         ),
         scaled=geometry.taps == 1,
         cycles=cycles,
@@ -329,7 +315,7 @@ def _gradient(
     """Plan the tiled gradient with respect to one map; None where none applies."""
     geometry = layer.geometry
     samples, channels, height, width = shape
-    lattice = _volume_shape(geometry, shape)[3:]
+    lattice = volume_shape(geometry, shape)[3:]
     targets = [
         _targets(axis, size, which)
         for axis, size in zip((geometry.y, geometry.x), (height, width), strict=True)
@@ -376,10 +362,10 @@ def _gradient(
         "product_adjoint.cu",
         "product_gradient",
         (
-            *_types(dtype, upstream=upstream),
+            *types(dtype, upstream=upstream),
             ("l1", layer.l1),
             ("which", which),
-            *_pairs(
+            *pairs(
                 patch=geometry.patch_size,
                 step=(y.step, x.step),
                 lattice=(geometry.y.lattice_step, geometry.x.lattice_step),
@@ -397,8 +383,8 @@ def _gradient(
         (
             *zip(("channels", "height", "width"), shape[1:], strict=True),
             *zip(("lattice_height", "lattice_width"), lattice, strict=True),
-            *_pairs(
-                origin=_pair(-axis.padding for axis in (geometry.y, geometry.x)),
+            *pairs(
+                origin=pair(-axis.padding for axis in (geometry.y, geometry.x)),
                 target=(y.target, x.target),
                 targets=(y.number, x.number),
                 shift=(y.shift, x.shift),
@@ -444,14 +430,9 @@ def _targets(axis: Axis, size: int, which: int) -> _Targets:
     return _Targets(step, target, number, phases, advance, first, shift)
 
 
-def _pair(values: Iterable[int]) -> tuple[int, int]:
-    y, x = values
-    return y, x
-
-
-def _checked(launches: list[Launch], device: Device, volume: Shape | None = None) -> Plan:
+def _checked(plan: Plan, device: Device) -> Plan:
     """Refuse what the device cannot launch."""
-    for launch in launches:
+    for launch in plan.launches:
         limits = (
             ("blocks", launch.blocks, 2**31 - 1),
             ("threads per block", launch.threads, 1024),
@@ -462,4 +443,4 @@ def _checked(launches: list[Launch], device: Device, volume: Shape | None = None
                 raise RuntimeError(
                     f"{launch.kernel} must have at most {most} {what} on this device, got {wanted}"
                 )
-    return Plan(tuple(launches), volume)
+    return plan

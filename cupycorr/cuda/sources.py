@@ -12,7 +12,7 @@ import re
 from functools import cache
 from importlib import resources
 
-from cupycorr.cuda.plan import Launch
+from cupycorr.cuda.launch import Launch
 
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 

@@ -17,6 +17,7 @@ import nvrtc
 import pytest
 from devices import DEVICES, LAYERS
 
+from cupycorr import Geometry
 from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda import sources as cuda_sources
 from cupycorr.layer import Layer
@@ -27,8 +28,8 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 REGISTERS = 65536  # of a multiprocessor, on every GPU; a warp gets them by eight per thread
 MOST = 255  # registers of a thread
 # What a thread may use: in all, or beside its tile, which it must hold while it multiplies.
-IN_ALL = {"plain.cu": 96, "taps.cu": 32}
-BESIDE_TILE = {"product.cu": 72, "product_adjoint.cu": 104}
+IN_ALL = {"plain.cu": 96, "taps.cu": 32, "transpose.cu": 40}
+BESIDE_TILE = {"product.cu": 72, "product_adjoint.cu": 104, "tensor.cu": 72}
 
 DTYPES = ("float32", "float16", "float64", "bfloat16")
 SOME = ("FlowNetC", "PWC-Net 6", "default", "stride 3")  # together they reach every kernel
@@ -99,6 +100,12 @@ def budget(launch):
     tile = dict(launch.constants)
     if launch.source in IN_ALL:
         return IN_ALL[launch.source]
+    if launch.source == "tensor.cu":
+        span = tile["advance_x"] * 16 // tile["tile_rows"]  # columns from tile to tile
+        tiles = -(-(span - tile["advance_x"] + tile["displacements"]) // 8)  # of columns
+        operands = 4 * tile["x_tiles"] + 2 * ((tile["x_tiles"] - 1) * span // 8 + tiles)
+        sums = 4 * tile["warp_rows"] * tile["x_tiles"] * tiles
+        return min(MOST, sums + operands + BESIDE_TILE["tensor.cu"])
     if not tile["asynchronous"]:
         return MOST  # it also holds what is on its way from global to shared memory
     positions = tile["positions"]
@@ -147,6 +154,55 @@ def test_kernels_keep_to_their_registers(case, compiler, kernels):
     assert not found, "\n".join(found)
 
 
+# Tensor cores, on each GPU that has those of 8.0; "odd" layers have channels that are moved one by
+# one, and are wider than a block.
+TENSOR_LAYERS = LAYERS | {
+    "odd": ((1, 67, 20, 70), Geometry(patch_size=(3, 200))),
+    "seven phases": ((1, 64, 20, 70), Geometry(patch_size=5, dilation_patch=7)),
+}
+TENSOR_CASES = [
+    *(("A100", "float16", layer) for layer in TENSOR_LAYERS),
+    *(("H100", "bfloat16", layer) for layer in ("FlowNetC", "PWC-Net 2", "DispNetC", "default")),
+    *((gpu, dtype, layer) for gpu in ("3090", "4090") for dtype, layer in
+      (("float16", "FlowNetC"), ("bfloat16", "PWC-Net 4"))),
+    *((gpu, "bfloat16", "FlowNetC") for gpu in ("B200", "5090")),
+]  # fmt: skip
+
+
+def multiplied(gpu, dtype, name):
+    """Return the launch and the compiled kernel that multiplies maps with channels last."""
+    shape, geometry = TENSOR_LAYERS[name]
+    plan = cuda_plan.plan(
+        ("cost",), Layer(geometry), shape, dtype, DEVICES[gpu], channels_last=True
+    )
+    launch = next(launch for launch in plan.launches if launch.kernel.endswith("_cost"))
+    return launch, compiled(Case(launch, DEVICES[gpu].capability))
+
+
+@pytest.mark.parametrize("case", TENSOR_CASES, ids=" ".join)
+def test_kernels_for_tensor_cores_keep_to_their_registers(case):
+    if DEVICES[case[0]].capability not in nvrtc.capabilities():
+        pytest.skip(f"NVRTC {nvrtc.version()} does not know {case[0]}")
+    launch, kernel = multiplied(*case)
+    assert launch.kernel == "tensor_cost"
+    assert not complaints(launch, kernel, budget(launch))
+
+
+@pytest.mark.skipif(
+    nvrtc.missing(nvrtc.DISASSEMBLER) is not None, reason=str(nvrtc.missing(nvrtc.DISASSEMBLER))
+)
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensor_cores_multiply_halves_and_nothing_else(gpu, dtype):
+    launch, kernel = multiplied(gpu, dtype, "PWC-Net 3")
+    found, tile = nvrtc.instructions(kernel), dict(launch.constants)
+    if dtype in ("float32", "float64"):
+        assert not found["HMMA"]
+        return
+    columns = tile["advance_x"] * (16 // tile["tile_rows"] - 1) + tile["displacements"]
+    assert found["HMMA"] == tile["warp_rows"] * tile["x_tiles"] * -(-columns // 8)
+
+
 def test_the_chosen_layers_reach_every_kernel():
     planned = {
         launch.kernel
@@ -158,7 +214,9 @@ def test_the_chosen_layers_reach_every_kernel():
     text = "".join(file.read_text() for file in folder.iterdir() if file.name.endswith(".cu"))
     written = set(re.findall(r"__launch_bounds__\([^)]*\)\s+(\w+)\(", text))
     assert written
-    assert planned == written
+    assert (
+        planned | {launch.kernel for launch in launches("A100", "float16", "FlowNetC")} == written
+    )
 
 
 # ---- planted errors
@@ -197,14 +255,16 @@ def test_too_many_registers_are_found(flownetc):
 
 @pytest.mark.parametrize(
     "name",
-    ["device.cuh", "staging.cuh", "product.cu", "product_adjoint.cu", "plain.cu", "taps.cu"],
-)
+    ["device.cuh", "staging.cuh", "matrices.cuh", "product.cu", "product_adjoint.cu", "plain.cu",
+     "taps.cu", "tensor.cu", "transpose.cu"],
+)  # fmt: skip
 def test_an_error_is_reported_with_its_file_and_line(name, monkeypatch):
     launch = next(
         launch
         for launch in launches("A100", "float32", "default")
         + launches("A100", "float32", "stride 3")
-        if launch.source == name or name.endswith(".cuh")
+        + launches("A100", "float16", "FlowNetC")
+        if f'#line 1 "{name}"' in cuda_sources.source(launch)
     )
     lines = cuda_sources._read(name).split("\n")
     last_empty = max(number for number, line in enumerate(lines[:-1], start=1) if not line)
@@ -222,6 +282,8 @@ FILES = {
     "product_adjoint.cu": "product_gradient",
     "plain.cu": "plain_cost",
     "taps.cu": "taps_sum",
+    "tensor.cu": "tensor_cost",
+    "transpose.cu": "transpose",
 }
 
 

@@ -12,7 +12,7 @@ from cupycorr.cuda.sources import _read
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [*(ROOT / "kernels").glob("*.cu*"), *(ROOT / "tests" / "support").glob("hostcuda.*")]
-KERNELS = ("plain.cu", "product.cu", "product_adjoint.cu", "taps.cu")
+KERNELS = ("plain.cu", "product.cu", "product_adjoint.cu", "taps.cu", "tensor.cu", "transpose.cu")
 
 
 def fields(text):
@@ -30,6 +30,10 @@ def launches():
         for plain in (False, True):
             for launch in host.launches(shape, layer, "float32", DEVICES["sm_80"], plain=plain):
                 found.setdefault(launch.source, launch)
+    for dtype in ("float16", "float32"):
+        options = {"channels_last": True}
+        for launch in host.launches(*CASES["FlowNetC"], dtype, DEVICES["sm_80"], **options):
+            found.setdefault(launch.source, launch)
     return found
 
 

@@ -31,7 +31,9 @@ ROOMS = {
     # What compiles and plans without a device must not need CuPy.
     "cupycorr.cuda": Room(2),
     "cupycorr.cuda.cost": Room(2.1),
+    "cupycorr.cuda.launch": Room(2.15),
     "cupycorr.cuda.tiles": Room(2.2),
+    "cupycorr.cuda.tensor": Room(2.25),
     "cupycorr.cuda.plan": Room(2.3),
     "cupycorr.cuda.sources": Room(2.4),
     "cupycorr.cuda.engine": Room(2.5, NUMPY | {"cupy"}),

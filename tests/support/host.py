@@ -126,6 +126,7 @@ def host_engine(
     mode="run",
     patch=None,
     planned=None,
+    channels_last=False,
 ):
     """Return the CUDA kernels, run on the processor, as an engine of `verify`.
 
@@ -144,9 +145,11 @@ def host_engine(
         A text of the sources, and what is put in its place where it occurs.
     planned : function, optional
         From a plan to the one that is run.
+    channels_last : bool
+        Whether the maps lie in memory as (N, H, W, C).
     """
     how = {"plain": plain, "aligned": aligned, "order": order, "mode": mode, "patch": patch,
-           "planned": planned}  # fmt: skip
+           "planned": planned, "channels_last": channels_last}  # fmt: skip
 
     def cost(fmap1, fmap2, layer, dtype):
         inputs = {"fmap1": fmap1, "fmap2": fmap2}
@@ -182,6 +185,7 @@ def compute(
     mode="run",
     patch=None,
     planned=None,
+    channels_last=False,
 ):
     """Plan for arrays of some names, and for results of some names and shapes, and run that.
 
@@ -190,6 +194,9 @@ def compute(
     """
     arrays = {}
     shape = inputs["fmap1"].shape
+    if channels_last:
+        maps = cuda_plan.MAPS & inputs.keys()
+        inputs = inputs | {name: inputs[name].transpose(0, 2, 3, 1) for name in maps}
     for name, size in {**{n: a.shape for n, a in inputs.items()}, **outputs}.items():
         arrays[name] = _guarded(size, dtype, aligned, mode)
         if name in inputs:
@@ -201,8 +208,8 @@ def compute(
     for start in range(0, 0 if 0 in shape else shape[0], max(1, at_once)):
         part = {name: whole.array[start : start + at_once] for name, whole in arrays.items()}
         plan = cuda_plan.plan(
-            results, layer, part["fmap1"].shape, dtype, device,
-            tangent="tangent1" in inputs, aligned=aligned, plain=plain,
+            results, layer, (len(part["fmap1"]), *shape[1:]), dtype, device,
+            tangent="tangent1" in inputs, aligned=aligned, plain=plain, channels_last=channels_last,
         )  # fmt: skip
         plan = plan if planned is None else planned(plan)
         run_plan(plan, part, dtype, divisor, order=order, mode=mode, patch=patch)
@@ -213,7 +220,7 @@ def compute(
     return {name: arrays[name].array.astype(np.float64) for name in outputs}
 
 
-def launches(shape, layer, dtype, device, *, plain=False, aligned=True):
+def launches(shape, layer, dtype, device, *, plain=False, aligned=True, channels_last=False):
     """Return the launches of the cost volume and its gradients, as `host_engine` runs them."""
     if 0 in shape:
         return []
@@ -222,7 +229,14 @@ def launches(shape, layer, dtype, device, *, plain=False, aligned=True):
         launch
         for results in (("cost",), ("grad_fmap1", "grad_fmap2"))
         for launch in cuda_plan.plan(
-            results, layer, shape, dtype, device, plain=plain, aligned=aligned
+            results,
+            layer,
+            shape,
+            dtype,
+            device,
+            plain=plain,
+            aligned=aligned,
+            channels_last=channels_last,
         ).launches
     ]
 
@@ -230,15 +244,13 @@ def launches(shape, layer, dtype, device, *, plain=False, aligned=True):
 def run_plan(plan, arrays, dtype, divisor=1, *, order="ascending", mode="run", patch=None):
     """Run a plan's launches as the CUDA engine does."""
     wide = np.dtype(DTYPES[dtype].accumulator)
-    volume = None
-    if plan.volume is not None:
-        volume = _guarded(plan.volume, str(wide), True, mode)
-        arrays = {**arrays, "volume": volume.array}
+    workspaces = {name: _guarded(shape, kind, True, mode) for name, shape, kind in plan.workspaces}
+    arrays = {**arrays, **{name: whole.array for name, whole in workspaces.items()}}
     for launch in plan.launches:
         scale = wide.type(1 / divisor if launch.scaled else 1)
         run(build(launch, mode, patch), launch, arrays, scale, order=order)
-    if volume is not None:
-        volume.check("the volume")
+    for name, whole in workspaces.items():
+        whole.check(name)
 
 
 def run(library, launch, arrays, scale, *, order="ascending", log="none"):

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <vector>
 
 #ifndef __x86_64__
@@ -223,39 +224,47 @@ void trace(const void*, size_t, bool) {}
 
 // ---- blocks
 
-bool run_round(const std::vector<int>& sequence) {
-  for (const int thread : sequence) {
-    current = &fibers[thread];
-    threadIdx = {static_cast<unsigned>(thread), 0, 0};
-    resume(current->context);
-    current = nullptr;
-    if (*message) return false;
+bool run_until_it_waits(int thread) {
+  current = &fibers[thread];
+  threadIdx = {static_cast<unsigned>(thread), 0, 0};
+  resume(current->context);
+  current = nullptr;
+  return !*message;
+}
+
+// Resume the lanes of a warp together as long as all of them wait for each other.
+bool run_warp(const std::vector<int>& lanes) {
+  const auto waits = [](int thread) { return fibers[thread].waits_for_warp; };
+  while (lanes.size() == lanes_of_warp && std::all_of(lanes.begin(), lanes.end(), waits)) {
+    const Fiber& first = fibers[lanes[0]];
+    for (const int thread : lanes) {
+      threadIdx.x = thread;
+      if (fibers[thread].file != first.file || fibers[thread].line != first.line) {
+        fail("lanes of a warp meet in %s and %s", first.file, fibers[thread].file);
+        return false;
+      }
+    }
+    for (const int thread : lanes) fibers[thread].waits_for_warp = false;
+    for (const int thread : lanes) {
+      if (!run_until_it_waits(thread)) return false;
+    }
   }
   return true;
 }
 
-// Resume the warps whose lanes wait for each other, until none does.
-bool run_warps(const std::vector<int>& sequence) {
-  for (;;) {
-    std::vector<int> ready;
-    for (const int thread : sequence) {
-      if (fibers[thread].waits_for_warp) ready.push_back(thread);
-    }
-    if (ready.empty()) return true;
-    for (const int thread : ready) {
-      const Fiber& own = fibers[thread];
-      const size_t lane = thread % lanes_of_warp, first = thread - lane;
-      const size_t neighbour = first + (lane + 1) % lanes_of_warp;
-      threadIdx.x = thread;
-      if (neighbour >= fibers.size() || !fibers[neighbour].waits_for_warp ||
-          strcmp(fibers[neighbour].file, own.file) || fibers[neighbour].line != own.line) {
-        fail("not all lanes of a warp reach operation %d, %s", own.line, own.file);
-        return false;
-      }
-    }
-    for (const int thread : ready) fibers[thread].waits_for_warp = false;
-    if (!run_round(ready)) return false;
+bool run_round(const std::vector<int>& sequence) {
+  std::vector<std::vector<int>> warps(sequence.size() / lanes_of_warp + 1);
+  for (const int thread : sequence) warps[thread / lanes_of_warp].push_back(thread);
+  for (const int thread : sequence) {
+    if (!run_until_it_waits(thread) || !run_warp(warps[thread / lanes_of_warp])) return false;
   }
+  for (const int thread : sequence) {
+    threadIdx.x = thread;
+    if (!fibers[thread].waits_for_warp) continue;
+    fail("not all lanes of a warp reach %s", fibers[thread].file);
+    return false;
+  }
+  return true;
 }
 
 // Show something to the lanes of this warp; returns its first lane when all have done so. What is
@@ -286,7 +295,7 @@ void run_block(const HostLaunch& launch, uint32_t& random) {
       std::swap(sequence[i], sequence[(random >> 8) % (i + 1)]);
     }
     ++round_number;
-    if (!run_round(sequence) || !run_warps(sequence)) return;
+    if (!run_round(sequence)) return;
     const Fiber& first = fibers[0];
     for (int i = 1; i < launch.threads; ++i) {
       const Fiber& other = fibers[i];

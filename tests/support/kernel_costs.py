@@ -15,7 +15,8 @@ from devices import DEVICES, LAYERS
 
 from cupycorr.cuda import sources as cuda_sources
 from cupycorr.cuda.cost import LATENCY, REGISTERS, RESERVED_BYTES, SECTOR_BYTES
-from cupycorr.cuda.plan import Launch, plan
+from cupycorr.cuda.launch import Launch
+from cupycorr.cuda.plan import plan
 from cupycorr.cuda.tiles import ADDITIONS
 from cupycorr.layer import Layer
 

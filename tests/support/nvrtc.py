@@ -104,6 +104,11 @@ def additions(loop: Counter[str]) -> int:
     return loop["FADD"] + 2 * loop["FADD2"] + loop["DADD"]
 
 
+def instructions(kernel: Kernel) -> Counter[str]:
+    """Return how often each instruction stands in a kernel."""
+    return Counter(_operation(instruction) for instruction, _ in _disassemble(kernel))
+
+
 def loops(
     kernel: Kernel, work: Callable[[Counter[str]], int] = multiply_adds
 ) -> tuple[Counter[str], Counter[str]]:

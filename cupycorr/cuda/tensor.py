@@ -1,0 +1,372 @@
+"""Plan the cost volume of 16-bit maps on tensor cores: its tile, its launch, and when it pays.
+
+The kernel (``kernels/tensor.cu``) reads maps whose channels lie side by side. Contiguous maps are
+turned first (``kernels/transpose.cu``). Tiles are chosen by the model of `cuda.cost`: it counts the
+products of matrices, with the columns that a tile wastes, the wavefronts of shared memory that feed
+them, and the bytes that are staged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import product
+from math import gcd, inf
+from operator import itemgetter
+from typing import NamedTuple
+
+from cupycorr.cuda.cost import (
+    LATENCY,
+    WAVEFRONT_BYTES,
+    Block,
+    Constants,
+    Device,
+    busy_cycles,
+    cycles,
+    matrix_rate,
+    multiprocessor_bytes,
+    resident,
+    round_up,
+    size_class,
+)
+from cupycorr.cuda.launch import Launch, Shape, pair, pairs, types, volume_shape
+from cupycorr.layer import DTYPES, Layer
+
+OLDEST = 80  # compute capability: cp.async, and matrices of bfloat16
+DTYPES_OF_MATRICES = ("float16", "bfloat16")
+ELEMENT_BYTES = 2
+UNIT = 8  # elements of a 16-byte copy
+POSITIONS, COLUMNS, DEPTH = 16, 8, 16  # of one product of matrices
+MOST_COLUMN_TILES = 16  # of a tile: wider patches are shared among blocks
+MOST_PHASES = 4  # column phases of a block
+MOST_WARPS = 8
+MOST_SUMS = 128  # registers of a thread
+OFFSETS = 72  # registers beside sums and operands; an estimate
+MOST_REGISTERS = 255
+# Instructions of a warp per copy, per result that it stores, and per product of matrices.
+COPY, STORE, MULTIPLY = 9, 3, 1.5
+
+BARRIER = 60  # cycles that a block loses at every chunk; a guess
+
+SIDE, TURNING_THREADS = 64, 256  # of a block of transpose.cu
+# When turning the maps pays: the share of its peak that product.cu reaches, and what a launch
+# costs. Both are guesses.
+SCALAR_SHARE = 0.6
+LAUNCH_CYCLES = 4000
+
+
+class _Problem(NamedTuple):
+    """A product volume, as far as its tile depends on it. Sizes are rounded (`size_class`)."""
+
+    samples: int
+    """Samples times row phases."""
+    channels: int
+    rows: int
+    """Lattice rows of a phase."""
+    columns: int
+    """Lattice columns of a phase."""
+    patch: tuple[int, int]
+    phases_x: int
+    advance: tuple[int, int]
+    result_bytes: int
+
+
+class Tile(NamedTuple):
+    """The tile of tensor.cu."""
+
+    constants: Constants
+    rows: int
+    """Rows of positions of a block."""
+    columns: int
+    """Positions of a phase, in a row of a block."""
+    shares: int
+    """Blocks that share the phases, displacements and rows that meet the same positions."""
+    phases: int
+    threads: int
+    shared_bytes: int
+    cycles: float
+    """Of the multiprocessor that has most to do, by the model."""
+
+
+def cost(
+    layer: Layer,
+    shape: Shape,
+    dtype: str,
+    device: Device,
+    *,
+    aligned: bool = True,
+    channels_last: bool = False,
+) -> Launch | None:
+    """Plan the product volume on tensor cores.
+
+    Parameters
+    ----------
+    layer, shape, dtype, device, aligned, channels_last
+        As for `cuda.plan.plan`.
+
+    Returns
+    -------
+    Launch or None
+        Its maps "fmap1" and "fmap2" are (N, H, W, C), whatever ``channels_last`` says. None where
+        tensor cores do not compute the layer, where no tile fits, or where turning the maps would
+        cost more than it gains.
+    """
+    if layer.l1 or dtype not in DTYPES_OF_MATRICES or device.capability < OLDEST:
+        return None
+    geometry, channels = layer.geometry, shape[1]
+    lattice_height, lattice_width = volume_shape(geometry, shape)[3:]
+    axes = geometry.y, geometry.x
+    (phases_y, advance_y), (phases_x, advance_x) = (axis.phases for axis in axes)
+    rows, columns = -(-lattice_height // phases_y), -(-lattice_width // phases_x)
+    result = dtype if geometry.taps == 1 else DTYPES[dtype].accumulator
+    tile = _tile(
+        _Problem(
+            samples=size_class(shape[0] * phases_y),
+            channels=size_class(channels),
+            rows=size_class(rows),
+            columns=size_class(columns),
+            patch=geometry.patch_size,
+            phases_x=phases_x,
+            advance=(advance_y, advance_x),
+            result_bytes=DTYPES[result].itemsize,
+        ),
+        device,
+    )
+    if tile is None or not (channels_last or _turning_pays(tile, layer, shape, device)):
+        return None
+    blocks_y = -(-rows // tile.rows)
+    blocks_x = -(-columns // tile.columns)
+    result_vector = 1
+    if aligned and tile.phases == phases_x:
+        result_vector = gcd(lattice_width, 16 // DTYPES[result].itemsize)
+    return Launch(
+        "tensor.cu",
+        "tensor_cost",
+        (
+            *types(dtype, result=result),
+            *pairs(
+                patch=geometry.patch_size,
+                step=pair(axis.lattice_step for axis in axes),
+                spacing=geometry.dilation_patch,
+                phases=(phases_y, phases_x),
+                advance=(advance_y, advance_x),
+            ),
+            *tile.constants,
+            # Workspace is aligned.
+            ("asynchronous", channels % UNIT == 0 and (aligned or not channels_last)),
+            ("result_vector", result_vector),
+        ),
+        shape[0] * phases_y * blocks_y * blocks_x * tile.shares,
+        tile.threads,
+        tile.shared_bytes,
+        ("fmap1", "fmap2", "cost" if geometry.taps == 1 else "volume"),
+        (
+            *zip(("channels", "height", "width"), shape[1:], strict=True),
+            *(("lattice_height", lattice_height), ("lattice_width", lattice_width)),
+            *pairs(
+                origin=pair(-axis.padding for axis in axes),
+                first=geometry.first_displacement,
+                blocks=(blocks_y, blocks_x),
+            ),
+        ),
+        scaled=geometry.taps == 1,
+    )
+
+
+def turning(
+    shape: Shape, dtype: str, given: str, turned: str, *, aligned: bool, back: bool
+) -> Launch:
+    """Plan the exchange of a map's channels and pixels.
+
+    Parameters
+    ----------
+    shape : (N, C, H, W)
+        Shape of the map.
+    dtype : {"float16", "bfloat16", "float32", "float64"}
+        Its dtype.
+    given, turned : str
+        Names of the map, and of the array that is written, which is aligned.
+    aligned : bool
+        Whether the map begins at a multiple of 16 bytes.
+    back : bool
+        Whether channels lie side by side in the map, or in what is written.
+    """
+    samples, channels, height, width = shape
+    size_a, size_b = (height * width, channels) if back else (channels, height * width)
+    blocks_a, blocks_b = -(-size_a // SIDE), -(-size_b // SIDE)
+    return Launch(
+        "transpose.cu",
+        "transpose",
+        (
+            *types(dtype),
+            ("whole_reads", aligned and size_b % 2 == 0),
+            ("whole_writes", size_a % 2 == 0),
+            ("threads", TURNING_THREADS),
+        ),
+        samples * blocks_a * blocks_b,
+        TURNING_THREADS,
+        SIDE * (SIDE + 2) * DTYPES[dtype].itemsize,
+        (given, turned),
+        (
+            *(("size_a", size_a), ("size_b", size_b)),
+            *(("blocks_a", blocks_a), ("blocks_b", blocks_b)),
+        ),
+        scaled=False,
+    )
+
+
+def _turning_pays(tile: Tile, layer: Layer, shape: Shape, device: Device) -> bool:
+    """Whether the maps may be turned and multiplied in less time than product.cu takes."""
+    samples, channels, height, width = shape
+    _, patch_y, patch_x, *lattice = volume_shape(layer.geometry, shape)
+    products = samples * channels * patch_y * patch_x * lattice[0] * lattice[1]
+    scalar = products / (device.multiprocessors * device.multiply_adds * SCALAR_SHARE)
+    # Two maps, each read and written.
+    moved = 4 * samples * channels * height * width * ELEMENT_BYTES
+    turning = moved / multiprocessor_bytes(device) + 2 * LAUNCH_CYCLES
+    return tile.cycles + turning < scalar
+
+
+@lru_cache(maxsize=512)
+def _tile(problem: _Problem, device: Device) -> Tile | None:
+    """Return the tile that the model finds fastest; None if none fits."""
+    found = ((tile.cycles, tile) for tile in _tiles(problem, device) if tile.cycles < inf)
+    return min(found, key=itemgetter(0), default=(inf, None))[1]
+
+
+class _Columns(NamedTuple):
+    """How a block spreads over the columns of the maps."""
+
+    tile_rows: int
+    x_tiles: int
+    x_groups: int
+    phases: int
+    displacements: int
+    columns1: int
+    columns2: int
+    column_tiles: int
+    """Tiles of 8 columns that a tile of positions meets."""
+    warp_column_tiles: int
+
+
+def _tiles(problem: _Problem, device: Device) -> Iterator[Tile]:
+    """Yield the tiles that fit, each with the cycles that the model gives it."""
+    for tile_rows, x_tiles, x_groups in product((1, 2), (1, 2, 4), (1, 2)):
+        own = _columns(problem, tile_rows, x_tiles, x_groups)
+        if own is None:
+            continue
+        meeting = problem.patch[0] + problem.advance[0] * (tile_rows - 1)
+        for row_tiles, warp_rows in product((1, 2, 4), (1, 2, 3, 4)):
+            if row_tiles > 1 and row_tiles * tile_rows >= 2 * problem.rows:
+                continue
+            warps = row_tiles * own.phases * x_groups
+            for row_groups in range(1, MOST_WARPS // warps + 1):
+                if (row_groups - 1) * warp_rows < meeting:
+                    yield from _tiles_of_rows(
+                        problem, device, own, row_tiles, warp_rows, row_groups
+                    )
+
+
+def _columns(problem: _Problem, tile_rows: int, x_tiles: int, x_groups: int) -> _Columns | None:
+    """Return how a block's tiles lie beside each other; None where they reach too far."""
+    tile_columns = POSITIONS // tile_rows
+    columns1 = x_groups * x_tiles * tile_columns
+    if x_tiles * x_groups > 1 and columns1 >= 2 * problem.columns:
+        return None
+    patch, advance = problem.patch[1], problem.advance[1]
+    span = advance * tile_columns
+    widest = MOST_COLUMN_TILES * COLUMNS - advance * (tile_columns - 1)
+    if widest < 1:
+        return None
+    # Equal shares.
+    displacements = -(-patch // -(-patch // widest))
+    phases = -(-problem.phases_x // -(-problem.phases_x // MOST_PHASES))
+    column_tiles = -(-(advance * (tile_columns - 1) + displacements) // COLUMNS)
+    return _Columns(
+        tile_rows, x_tiles, x_groups, phases, displacements, columns1,
+        span * (x_groups * x_tiles - 1) + COLUMNS * column_tiles,
+        column_tiles, (x_tiles - 1) * span // COLUMNS + column_tiles,
+    )  # fmt: skip
+
+
+def _tiles_of_rows(
+    problem: _Problem,
+    device: Device,
+    own: _Columns,
+    row_tiles: int,
+    warp_rows: int,
+    row_groups: int,
+) -> Iterator[Tile]:
+    """Yield the tiles of so many rows; they differ in the channels staged."""
+    sums = 4 * warp_rows * own.x_tiles * own.column_tiles
+    registers = sums + 4 * own.x_tiles + 2 * round_up(own.warp_column_tiles, 2) + OFFSETS
+    if sums > MOST_SUMS or registers > MOST_REGISTERS:
+        return
+    advance_y = problem.advance[0]
+    rows1, block_rows = row_tiles * own.tile_rows, row_groups * warp_rows
+    rows2 = advance_y * own.tile_rows * (row_tiles - 1) + block_rows
+    pixels = own.phases * (rows1 * own.columns1 + rows2 * own.columns2)
+    strips, line = rows1 * row_groups, own.phases * own.columns1 + 4
+    warps = row_tiles * row_groups * own.phases * own.x_groups
+    meeting = problem.patch[0] + advance_y * (own.tile_rows - 1)
+    shares = -(-problem.phases_x // own.phases) * -(-problem.patch[1] // own.displacements)
+    shares *= -(-meeting // block_rows)
+    blocks = problem.samples * -(-problem.rows // rows1) * -(-problem.columns // own.columns1)
+    blocks *= shares
+
+    depths = -(-problem.channels // DEPTH)
+    multiplied = depths * warps * warp_rows * own.x_tiles * own.column_tiles
+    loaded = depths * warps * (4 * own.x_tiles + 2 * warp_rows * own.warp_column_tiles)
+    results = strips * warp_rows * own.displacements * own.phases * own.columns1
+    for chunk in (16, 32, 64):
+        if chunk > 16 and chunk >= 2 * problem.channels:
+            continue
+        rounds = -(-problem.channels // chunk)
+        buffers = min(2, rounds)
+        staged = pixels * (chunk + UNIT) * ELEMENT_BYTES
+        shared_bytes = max(buffers * staged + 4 * pixels, 4 * strips * line)
+        if shared_bytes > device.shared_bytes:
+            continue
+        copies = pixels * chunk // UNIT * rounds
+        block = Block(
+            32 * warps,
+            registers,
+            shared_bytes,
+            rounds,
+            multiply_adds=0,
+            wavefronts=loaded + copies * UNIT * ELEMENT_BYTES / WAVEFRONT_BYTES + results * 3 / 32,
+            instructions=copies * COPY
+            + 32 * (MULTIPLY * multiplied + 2 * sums * warps)
+            + results * STORE,
+            words=0,
+            bytes=pixels * problem.channels * ELEMENT_BYTES + results * problem.result_bytes,
+            ahead=rounds > 1,
+            matrix_cycles=multiplied * POSITIONS * COLUMNS * DEPTH / matrix_rate(device),
+        )
+        constants = {
+            "tile_rows": own.tile_rows, "x_tiles": own.x_tiles, "x_groups": own.x_groups,
+            "row_tiles": row_tiles, "phases": own.phases, "displacements": own.displacements,
+            "warp_rows": warp_rows, "row_groups": row_groups, "chunk": chunk, "buffers": buffers,
+            "threads": 32 * warps, "shared_words": shared_bytes // 4,
+        }  # fmt: skip
+        yield Tile(
+            tuple(constants.items()), rows1, own.columns1, shares, own.phases, 32 * warps,
+            shared_bytes, _cycles(block, blocks, device),
+        )  # fmt: skip
+
+
+def _cycles(block: Block, blocks: int, device: Device) -> float:
+    """Return the cycles of a multiprocessor, with what its blocks wait for at every chunk.
+
+    A chunk is on its way while the one before it is multiplied: by this block and by those that
+    share the multiprocessor with it. What that does not fill is waited for.
+    """
+    at_once = resident(block, device)
+    if at_once < 1:
+        return inf
+    most = -(-blocks // device.multiprocessors)
+    together = min(at_once, most)
+    chunk = busy_cycles(block, "float32", device) / block.rounds
+    waiting = BARRIER + max(0, LATENCY - together * chunk)
+    waits = most / together * (block.rounds - 1) * waiting
+    return cycles(block, blocks, "float32", device) + waits

@@ -1,0 +1,326 @@
+// The products of two feature maps of 16-bit elements, summed over channels on tensor cores: a cost
+// volume of one tap, as in product.cu, of maps whose pixels have their channels side by side.
+//
+//   cost[n, p, q, u, v] = scale * sum over c of fmap1[n, y, x, c] * fmap2[n, y + dy, x + dx, c]
+//   y = origin_y + u * step_y,  dy = first_y + p * spacing_y                 (x, dx likewise)
+//
+// and 0 where a position lies outside its map. Arrays are contiguous, in the order of their
+// indices. Phases and `advance` are those of product.cu: position m of a phase meets at displacement
+// q the phase's column advance * m + q. A pixel is a vector of channels wherever it lies, so nothing here
+// depends on steps, spacings or the width of the maps.
+//
+// Tiles. The tensor cores multiply 16 positions by 8 columns at a time. The 16 positions, a tile,
+// are 16 neighbours of a phase or, which wastes less of a small patch, 8 in each of two rows; they
+// meet 8 * column_tiles columns of a row of fmap2, of which each position uses its patch.
+//
+//   column       0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15
+//   position 0   x  x  x  x  x                                     patch of 5, advance 1,
+//   position 1      x  x  x  x  x                                  two rows of 8 positions,
+//   ...                                                            2 column tiles
+//   position 7                        x  x  x  x  x
+//
+// A tile meets `meeting` rows of fmap2: its row j meets row e at the vertical displacement
+// p = e - advance_y * j.
+//
+// Threads. A block owns row_tiles tiles below each other and x_groups * x_tiles beside each other,
+// of each of `phases` column phases and one row phase, and of the rows and columns that they meet
+// row_groups * warp_rows rows and the columns of `displacements` displacements. It stages `chunk`
+// channels of all these pixels at a time. A warp owns x_tiles neighbouring tiles, on warp_rows rows
+// of fmap2.
+//
+// What is not finite stays where it belongs. A sum takes the channels of its own two pixels only;
+// channels behind the last are zero in both; sums with a pixel outside are not used.
+//
+// Launch: samples * phases_y * phase_groups * q_groups * blocks_y * blocks_x * blocks_e blocks of
+// `threads` threads, with `shared_words` words of dynamic shared memory; compute capability 8.0 or
+// higher, and fewer than 2^31 elements per sample in each array.
+
+#include "device.cuh"
+
+#ifndef CUPYCORR_CONSTANTS
+using element = Half;       // of the maps: Half or Bfloat16
+using accumulator = float;  // of sums
+using result = Half;        // of cost: element, or accumulator if taps_sum follows
+// The layer.
+constexpr int patch_y = 21, patch_x = 21;
+constexpr int step_y = 1, step_x = 1;
+constexpr int spacing_y = 2, spacing_x = 2;
+constexpr int phases_y = 2, phases_x = 2;
+constexpr int advance_y = 1, advance_x = 1;
+// The tile.
+constexpr int tile_rows = 2;       // of 16 positions: 1 or 2
+constexpr int x_tiles = 4;         // tiles of a warp, side by side
+constexpr int x_groups = 1;        // warps side by side
+constexpr int row_tiles = 2;       // warps below each other
+constexpr int phases = 2;          // column phases of a block
+constexpr int displacements = 21;  // horizontal ones of a block
+constexpr int warp_rows = 2;       // rows of fmap2 of a warp
+constexpr int row_groups = 2;      // warps that share the rows of fmap2 that a tile meets
+constexpr int chunk = 32;          // channels staged at a time, a multiple of 16
+constexpr int buffers = 2;         // 1 only if a chunk holds all channels
+constexpr bool asynchronous = true;  // copy 16 bytes at a time straight to shared memory
+constexpr int result_vector = 8;     // elements per store to global memory
+constexpr int threads = 256;
+constexpr int shared_words = 38272;
+#endif
+
+#include "matrices.cuh"
+
+struct Sizes {
+  int channels, height, width;
+  int lattice_height, lattice_width;
+  int origin_y, origin_x, first_y, first_x;  // pixels
+  int blocks_y, blocks_x;                    // of one sample and phase
+};
+
+constexpr int tile_columns = 16 / tile_rows;
+constexpr int rows1 = row_tiles * tile_rows;                  // of positions, in a block
+constexpr int columns1 = x_groups * x_tiles * tile_columns;   // of positions of a phase
+constexpr int span = advance_x * tile_columns;                // columns from tile to tile
+constexpr int column_tiles = ceil_div(advance_x * (tile_columns - 1) + displacements, 8);
+constexpr int warp_column_tiles = (x_tiles - 1) * span / 8 + column_tiles;
+constexpr int meeting = patch_y + advance_y * (tile_rows - 1);
+constexpr int block_rows = row_groups * warp_rows;            // of those, in a block
+constexpr int rows2 = advance_y * tile_rows * (row_tiles - 1) + block_rows;
+constexpr int columns2 = span * (x_groups * x_tiles - 1) + 8 * column_tiles;
+constexpr int pixels1 = rows1 * phases * columns1, pixels2 = rows2 * phases * columns2;
+constexpr int phase_groups = ceil_div(phases_x, phases);
+constexpr int q_groups = ceil_div(patch_x, displacements);
+constexpr int blocks_e = ceil_div(meeting, block_rows);
+
+// An odd number of 16-byte units: then neighbouring pixels lie in different banks.
+constexpr int pitch = chunk + 8;  // elements of a pixel
+constexpr int element_bytes = static_cast<int>(sizeof(element));
+constexpr int buffer_bytes = (pixels1 + pixels2) * pitch * element_bytes;
+constexpr int strips = rows1 * row_groups;  // rows of results, per row of a warp
+constexpr int line = phases * columns1 + 4;  // words of a row of results; odd multiples of 4
+// Results leave through shared memory, of so many horizontal displacements at a time.
+constexpr int slices = smaller(displacements, shared_words / (strips * line));
+
+static_assert(sizeof(element) == 2, "tensor cores multiply elements of 16 bits");
+static_assert(threads == 32 * row_tiles * row_groups * phases * x_groups, "a warp for each share");
+static_assert(chunk % 16 == 0 && 64 % chunk == 0, "chunks are multiples of a matrix");
+static_assert(slices >= 1 && buffers * buffer_bytes + 4 * (pixels1 + pixels2) <= 4 * shared_words,
+              "shared memory is too small");
+static_assert(phases == phases_x || result_vector == 1, "results of some phases lie apart");
+
+// Copy channels c to c + chunk of some pixels to shared memory; zeros for those that do not exist.
+// Offsets are those of pixels in a map, or -1.
+__device__ __forceinline__ void stage(const element* map, const int* offsets, int pixels, int c,
+                                      int channels, char* to, SharedAddress address, int thread) {
+  constexpr int unit = asynchronous ? 8 : 2, units = chunk / unit;
+  const int k = thread % units * unit;
+#pragma unroll 4
+  for (int i = thread / units; i < pixels; i += threads / units) {
+    const int offset = offsets[i], at = (i * pitch + k) * element_bytes;
+    const bool exists = offset >= 0 && c + k < channels;
+    const element* const from =
+        map + (exists ? static_cast<long long>(offset) * channels + c + k : 0);
+    if constexpr (asynchronous) {
+      copy_async_or_zero(address + at, from, exists);
+    } else {
+      Pack<element, unit> pack = {};
+      if (exists) pack.values[0] = from[0];
+      if (exists && c + k + 1 < channels) pack.values[1] = from[1];
+      *reinterpret_cast<Pack<element, unit>*>(to + at) = pack;
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
+    const element* __restrict__ fmap1, const element* __restrict__ fmap2,
+    result* __restrict__ cost, const Sizes s, const accumulator scale) {
+  DYNAMIC_SHARED(accumulator, shared);
+  char* const bytes = reinterpret_cast<char*>(shared);
+  int* const offsets = reinterpret_cast<int*>(bytes + buffers * buffer_bytes);
+  const SharedAddress address = shared_address(shared);
+  const int thread = threadIdx.x, lane = thread % 32;
+
+  // What this block owns.
+  int rest = blockIdx.x;
+  const int e0 = pop(rest, blocks_e) * block_rows;
+  const int m0 = pop(rest, s.blocks_x) * columns1, row0 = pop(rest, s.blocks_y) * rows1;
+  const int q0 = pop(rest, q_groups) * displacements;
+  const int phase0 = pop(rest, phase_groups) * phases;
+  const int phase_y = pop(rest, phases_y), n = rest;
+
+  // What this warp owns.
+  int warp = thread / 32;
+  const int x_group = pop(warp, x_groups), phase = pop(warp, phases);
+  const int row_group = pop(warp, row_groups), row_tile = warp;
+
+  // Pixels of the staged rows and columns.
+  const int y1 = s.origin_y + step_y * phase_y + spacing_y * advance_y * row0;
+  const int y2 = y1 + s.first_y + spacing_y * e0;
+  const int x1 = s.origin_x + step_x * phase0 + spacing_x * advance_x * m0;
+  const int x2 = x1 + s.first_x + spacing_x * q0;
+  for (int i = thread; i < pixels1 + pixels2; i += threads) {
+    const bool first = i < pixels1;
+    int at = first ? i : i - pixels1;
+    const int column = pop(at, first ? columns1 : columns2), of_phase = pop(at, phases);
+    const int y = first ? y1 + spacing_y * advance_y * at : y2 + spacing_y * at;
+    const int x = step_x * of_phase +
+                  (first ? x1 + spacing_x * advance_x * column : x2 + spacing_x * column);
+    offsets[i] = inside(y, s.height) && inside(x, s.width) ? y * s.width + x : -1;
+  }
+  __syncthreads();
+
+  const long long sample = static_cast<long long>(n) * s.height * s.width * s.channels;
+  const auto buffer = [&](int c) { return c / chunk % buffers * buffer_bytes; };
+  const auto fetch = [&](int c) {
+    constexpr int begin2 = pixels1 * pitch * element_bytes;
+    const int begin = buffer(c);
+    stage(fmap1 + sample, offsets, pixels1, c, s.channels, bytes + begin, address + begin, thread);
+    stage(fmap2 + sample, offsets + pixels1, pixels2, c, s.channels, bytes + begin + begin2,
+          address + begin + begin2, thread);
+  };
+
+  // Rows of fmap2 of this warp that exist and that its tiles meet: bit r is row r.
+  const int e_own = e0 + row_group * warp_rows;  // the first, as its tiles count them
+  const int row2 = advance_y * tile_rows * row_tile + row_group * warp_rows;  // as staged
+  unsigned rows_exist = 0;
+#pragma unroll
+  for (int r = 0; r < warp_rows; ++r) {
+    const bool exists = e_own + r < meeting && inside(y2 + spacing_y * (row2 + r), s.height);
+    rows_exist |= static_cast<unsigned>(exists) << r;
+  }
+
+  // The row of a matrix that this lane points to: a position, or a column.
+  const int position = lane % 16;
+  const int row1 = row_tile * tile_rows + position / tile_columns;
+  const int pixel1 = (row1 * phases + phase) * columns1 +
+                     x_group * x_tiles * tile_columns + position % tile_columns;
+  const int pixel2 = pixels1 + (row2 * phases + phase) * columns2 + x_group * x_tiles * span +
+                     lane / 16 * 8 + lane % 8;
+  const SharedAddress at1 = address + (pixel1 * pitch + lane / 16 * 8) * element_bytes;
+  const SharedAddress at2 = address + (pixel2 * pitch + lane / 8 % 2 * 8) * element_bytes;
+
+  accumulator sums[warp_rows][x_tiles][column_tiles][4] = {};
+  const auto multiply = [&](int c) {
+    const int end = smaller(chunk, s.channels - c);
+#pragma unroll 1
+    for (int k = 0; k < end; k += 16) {
+      const int begin = buffer(c) + k * element_bytes;
+      unsigned one[x_tiles][4];
+#pragma unroll
+      for (int i = 0; i < x_tiles; ++i) {
+        load_matrices<4>(one[i], at1 + begin + i * tile_columns * pitch * element_bytes);
+      }
+#pragma unroll
+      for (int r = 0; r < warp_rows; ++r) {
+        if (!(rows_exist >> r & 1)) continue;
+        unsigned two[2 * round_up(warp_column_tiles, 2)];
+#pragma unroll
+        for (int t = 0; t < warp_column_tiles; t += 2) {
+          const SharedAddress at =
+              at2 + begin + (r * phases * columns2 + 8 * t) * pitch * element_bytes;
+          if (t + 1 < warp_column_tiles) {
+            load_matrices<4>(two + 2 * t, at);
+          } else {
+            load_matrices<2>(two + 2 * t, at);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < x_tiles; ++i) {
+#pragma unroll
+          for (int t = 0; t < column_tiles; ++t) {
+            multiply_matrices<element>(sums[r][i][t], one[i], two + 2 * (i * span / 8 + t));
+          }
+        }
+      }
+    }
+  };
+
+  // A thread that passes the barrier of chunk c knows that all have finished with chunk c - 1,
+  // whose buffer is the one that the next fetch fills. Where no row exists, all results are 0.
+  const bool some = y2 < s.height && y2 + spacing_y * (rows2 - 1) >= 0;
+  const int channels = some ? s.channels : 0;
+  if (some) fetch(0);
+#pragma unroll 1
+  for (int c = 0; c < channels; c += chunk) {
+    wait_for_copies();
+    __syncthreads();
+    if (c + chunk < channels) fetch(c + chunk);
+    multiply(c);
+  }
+
+  // A strip is a row of positions on a row of fmap2. Its results leave through shared memory, so
+  // that neighbouring threads write neighbouring elements.
+  const int own_strip = (row_tile * row_groups + row_group) * tile_rows;
+  const int own_column = phase * columns1 + x_group * x_tiles * tile_columns;
+#pragma unroll
+  for (int r = 0; r < warp_rows; ++r) {
+#pragma unroll 1
+    for (int slice = 0; slice < displacements; slice += slices) {
+      __syncthreads();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int own = lane / 4 + 8 * half;  // position in its tile
+        const int column = own % tile_columns;
+        const int q = lane % 4 * 2 - advance_x * column - slice;
+        accumulator* const to =
+            shared + ((own_strip + own / tile_columns) * slices + q) * line + own_column + column;
+#pragma unroll
+        for (int t = 0; t < column_tiles; ++t) {
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            if (!inside(q + 8 * t + k, slices)) continue;
+#pragma unroll
+            for (int i = 0; i < x_tiles; ++i) {
+              to[(8 * t + k) * line + i * tile_columns] = sums[r][i][t][2 * half + k];
+            }
+          }
+        }
+      }
+      __syncthreads();
+      constexpr int units = phases * columns1 / result_vector;
+      for (int i = thread; i < strips * slices * units; i += threads) {
+        int at = i;
+        const int k0 = pop(at, units) * result_vector, out_slice = pop(at, slices);
+        const int strip = at, q = q0 + slice + out_slice, j = strip % tile_rows;
+        const int e = e0 + strip / tile_rows % row_groups * warp_rows + r, p = e - advance_y * j;
+        const int row = row0 + strip / (tile_rows * row_groups) * tile_rows + j;
+        const int u = phases_y * row + phase_y;
+        const int v = phases_x * (m0 + k0 / phases) + phase0 + k0 % phases;
+        if (slice + out_slice >= displacements || q >= patch_x || !inside(p, patch_y) ||
+            u >= s.lattice_height || v >= s.lattice_width || phase0 + k0 % phases >= phases_x) {
+          continue;
+        }
+        accumulator values[result_vector];
+        const accumulator* const from = shared + (strip * slices + out_slice) * line;
+        if constexpr (result_vector % (4 * phases) == 0) {
+#pragma unroll
+          for (int k = 0; k < result_vector; k += 4 * phases) {
+#pragma unroll
+            for (int f = 0; f < phases; ++f) {
+              accumulator four[4];
+              load_words(four, from + f * columns1 + (k0 + k) / phases);
+#pragma unroll
+              for (int m = 0; m < 4; ++m) values[k + m * phases + f] = four[m];
+            }
+          }
+        } else {
+#pragma unroll
+          for (int k = 0; k < result_vector; ++k) {
+            values[k] = from[(k0 + k) % phases * columns1 + (k0 + k) / phases];
+          }
+        }
+        // Outside, even 0 * infinity counts for nothing.
+        const int y = s.origin_y + step_y * u, y_other = y + s.first_y + spacing_y * p;
+        const bool row_counts = inside(y, s.height) && inside(y_other, s.height);
+        result rounded[result_vector];
+#pragma unroll
+        for (int k = 0; k < result_vector; ++k) {
+          const int x = s.origin_x + step_x * (v + k), x_other = x + s.first_x + spacing_x * q;
+          const bool counts = row_counts && inside(x, s.width) && inside(x_other, s.width);
+          rounded[k] = narrow<result>(counts ? values[k] * scale : accumulator(0));
+        }
+        const int displacement = p * patch_x + q;
+        const long long output =
+            static_cast<long long>(n) * (patch_y * patch_x) * s.lattice_height * s.lattice_width +
+            (displacement * s.lattice_height + u) * s.lattice_width + v;
+        store_neighbours(cost + output, rounded);
+      }
+    }
+  }
+}

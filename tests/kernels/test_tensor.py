@@ -1,0 +1,408 @@
+"""The cost volume on tensor cores, run on the processor by hostcuda.h."""
+
+import faulthandler
+import os
+from typing import NamedTuple
+
+import definition
+import host
+import numpy as np
+import pytest
+import test_host
+from cases import CASES, l1
+from host import ORDERS, SM_75, SM_80, SM_90
+
+from cupycorr import Geometry, verify
+from cupycorr.cuda import plan as cuda_plan
+from cupycorr.cuda import tensor
+from cupycorr.layer import Layer
+
+pytestmark = test_host.pytestmark
+
+HALVES = ("float16", "bfloat16")
+# Most positions of these lattices belong to no tap: the plain kernels compute them.
+SPARSE = {"stride above window", "lattice of gcd 2", "lattice with untouched rows"}
+FULL = {case: value for case, value in CASES.items() if 0 not in value[0]}
+MIXED = test_host.MIXED
+COPIES = {"16 bytes": 24, "element by element": 19}  # ways to shared memory, by channels
+EVERY_COPY = pytest.mark.parametrize("channels", COPIES.values(), ids=COPIES)
+
+
+def with_channels(case, channels):
+    (samples, _, *size), layer = CASES[case] if isinstance(case, str) else case
+    return (samples, channels, *size), layer
+
+
+def integers(shape, special=(), seed=0):
+    """Return two maps of small integers, and of some special values among them."""
+    rng = np.random.default_rng(seed)
+    maps = rng.integers(-2, 3, (2, *shape)).astype(np.float64)
+    for fmap in maps:
+        where = rng.choice(fmap.size, min(fmap.size, len(special)), replace=False)
+        fmap.flat[where] = special[: len(where)]
+    return maps
+
+
+def engine(device=SM_80, **how):
+    return host.host_engine(device, **{"channels_last": True, **how})
+
+
+def error(computed, shape, layer, dtype, *, special=(), oracle=None, seed=0):
+    """Compare a cost volume with that of an oracle, rounded once; describe a difference."""
+    maps = integers(shape, special, seed)
+    want = (oracle or verify.numpy_engine()).cost(*maps, layer, "float64")
+    return verify.difference(computed.cost(*maps, layer, dtype), verify.round_to(want, dtype))
+
+
+def kernels(shape, layer, dtype="float16", device=SM_80, **how):
+    how = {"channels_last": True, **how}
+    plan = cuda_plan.plan(("cost",), layer, shape, dtype, device, **how)
+    return [launch.kernel for launch in plan.launches]
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_every_case_is_exact(case):
+    shape, layer = with_channels(case, 24)
+    assert ("tensor_cost" in kernels(shape, layer)) == (case not in SPARSE)
+    assert error(engine(order="shuffled"), shape, layer, "float16") is None
+
+
+@pytest.mark.parametrize("case", [case for case in FULL if "channel" in case])
+def test_few_and_odd_channels_are_exact(case):
+    assert error(engine(), *FULL[case], "float16") is None
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@EVERY_COPY
+@pytest.mark.parametrize("case", MIXED)
+def test_every_copy_and_dtype_is_exact(case, channels, dtype):
+    assert error(engine(SM_90), *with_channels(case, channels), dtype) is None
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_sums_are_rounded_once_to_nearest_even(dtype):
+    assert test_host.rounding(engine(), dtype) is None
+
+
+@EVERY_COPY
+@pytest.mark.parametrize("case", MIXED)
+def test_the_order_of_threads_changes_no_bit(case, channels):
+    shape, layer = with_channels(case, channels)
+    maps = np.random.default_rng(0).standard_normal((2, *shape))
+    first, *others = (engine(order=order).cost(*maps, layer, "float16") for order in ORDERS)
+    assert [verify.difference(first, other) for other in others] == [None, None]
+
+
+@EVERY_COPY
+@pytest.mark.parametrize("case", MIXED)
+def test_threads_share_no_word_without_a_barrier(case, channels):
+    shape, layer = with_channels(case, channels)
+    engine(mode="trace").cost(*integers(shape), layer, "float16")
+
+
+@EVERY_COPY
+@pytest.mark.parametrize("case", [case for case in FULL if case not in SPARSE])
+def test_what_is_not_finite_reaches_only_what_it_is_a_term_of(case, channels):
+    shape, layer = with_channels(case, channels)
+    for special, oracle in test_host.SPECIAL:
+        options = {"special": 3 * special, "oracle": oracle()}
+        assert error(engine(), shape, layer, "bfloat16", **options) is None
+
+
+@EVERY_COPY
+@pytest.mark.parametrize("case", ["FlowNetC", "spatial-correlation-sampler's defaults"])
+def test_misaligned_arrays_are_exact(case, channels):
+    assert error(engine(aligned=False), *with_channels(case, channels), "float16") is None
+
+
+# ---- maps whose channels lie apart, and layers for other kernels
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("shape", [(2, 24, 12, 16), (1, 67, 13, 9)], ids=str)
+def test_contiguous_maps_are_turned_first(shape, aligned, monkeypatch):
+    monkeypatch.setattr(tensor, "_turning_pays", lambda *_: True)
+    layer = CASES["FlowNetC"][1]
+    how = {"channels_last": False, "aligned": aligned}
+    assert kernels(shape, layer, **how) == ["transpose", "transpose", "tensor_cost"]
+    for mode in ("run", "trace"):
+        assert error(engine(mode=mode, **how), shape, layer, "bfloat16") is None
+
+
+def test_a_window_of_contiguous_maps_needs_all_workspaces(monkeypatch):
+    monkeypatch.setattr(tensor, "_turning_pays", lambda *_: True)
+    case = CASES["everything differs per axis"]
+    found = kernels(*case, channels_last=False)
+    assert found == ["transpose", "transpose", "tensor_cost", "taps_sum"]
+    assert error(engine(channels_last=False), *case, "float16") is None
+
+
+def test_contiguous_maps_are_turned_where_it_pays():
+    flownetc = Layer(Geometry(patch_size=21, dilation_patch=2))
+    found = kernels((4, 256, 48, 64), flownetc, channels_last=False)
+    assert found == ["transpose", "transpose", "tensor_cost"]
+    assert kernels((1, 4, 12, 16), flownetc, channels_last=False) == ["product_cost"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_maps_with_channels_last_are_turned_for_other_kernels(dtype):
+    shape, layer = with_channels("FlowNetC", 11)
+    assert kernels(shape, layer, dtype) == ["transpose", "transpose", "product_cost"]
+    assert not test_host.errors(engine(), shape, layer, dtype)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_gradients_of_maps_with_channels_last_are_correct(plain):
+    shape, layer = with_channels("window", 20)
+    assert not test_host.errors(engine(plain=plain), shape, layer, "float16")
+
+
+def test_the_tangent_of_maps_with_channels_last_is_correct():
+    shape, layer = l1(CASES["odd patch"])
+    arrays = np.random.default_rng(0).integers(-2, 3, (4, *shape)).astype(np.float64)
+    got = host.tangent(SM_80, *arrays, layer, "float32", channels_last=True)
+    want = definition.differences_tangent(*arrays, layer.geometry)
+    assert verify.difference(got, want) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "case"),
+    [(SM_75, "float16", CASES["FlowNetC"]), (SM_80, "float32", CASES["FlowNetC"]),
+     (SM_80, "float16", l1(CASES["FlowNetC"]))],
+    ids=["an old GPU", "float32", "absolute differences"],
+)  # fmt: skip
+def test_tensor_cores_are_left_alone(device, dtype, case):
+    shape, layer = case
+    assert tensor.cost(layer, shape, dtype, device, channels_last=True) is None
+
+
+# ---- tiles that the model would not choose for problems that run in a moment
+
+PHASES = ((1, 40, 9, 22), Layer(Geometry(patch_size=(5, 7), dilation_patch=(1, 2))))
+STRIDE = ((1, 40, 13, 29), Layer(Geometry(patch_size=(5, 7), stride=(1, 2))))
+ADVANCE = ((1, 24, 21, 64), Layer(Geometry(patch_size=(3, 4), stride=(2, 3))))
+ONE_ROW = ((1, 24, 3, 72), Layer(Geometry(patch_size=(1, 9))))
+WIDE = ((1, 16, 3, 34), Layer(Geometry(patch_size=(2, 140))))
+MANY_PHASES = ((1, 16, 5, 24), Layer(Geometry(patch_size=(2, 3), dilation_patch=(3, 6))))
+SEVEN_PHASES = ((1, 16, 5, 24), Layer(Geometry(patch_size=(2, 3), dilation_patch=(3, 7))))
+
+
+def in_slices(tile):
+    strips = tile["row_tiles"] * tile["tile_rows"] * tile["row_groups"]
+    line = tile["phases"] * tile["x_groups"] * tile["x_tiles"] * 16 // tile["tile_rows"] + 4
+    return tile["shared_words"] // (strips * line) < tile["displacements"]
+
+
+#   id: (problem, what is true, or largest, of the tile)
+TILES = {
+    "two rows": (PHASES, lambda t: t["tile_rows"] == 2 and t["x_tiles"]),
+    "one row": (PHASES, lambda t: t["tile_rows"] == 1 and t["warp_rows"]),
+    "tiles below each other": (PHASES, lambda t: t["row_tiles"]),
+    "warps side by side": (STRIDE, lambda t: t["x_groups"] == 2 and t["x_tiles"]),
+    "rows shared": (PHASES, lambda t: t["row_groups"]),
+    "rows of a warp": (STRIDE, lambda t: t["warp_rows"] == 3 and t["tile_rows"] == 2),
+    "one chunk": (PHASES, lambda t: t["buffers"] == 1),
+    "small chunks": (PHASES, lambda t: t["chunk"] == 16),
+    "chunks of 32": (PHASES, lambda t: t["chunk"] == 32),
+    "advance, two rows": (ADVANCE, lambda t: t["tile_rows"] == 2 and t["row_tiles"]),
+    "advance, one row": (ADVANCE, lambda t: t["tile_rows"] == 1 and t["x_tiles"] == 2),
+    "four tiles": (ONE_ROW, lambda t: t["x_tiles"] == 4 and t["tile_rows"] == 1),
+    "results in slices": (WIDE, in_slices),
+    "groups of displacements": (WIDE, lambda t: t["displacements"] < 140),
+    "groups of phases": (MANY_PHASES, lambda t: t["phases"] < 6),
+    "a partial group of phases": (SEVEN_PHASES, lambda t: 7 % t["phases"]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """Return a function that lets tiles be chosen from all that fit: the most of some value."""
+
+    def force(value):
+        def choose(problem, device):
+            best = max(tensor._tiles(problem, device), key=lambda tile: value(dict(tile.constants)))
+            assert value(dict(best.constants)), "no tile is like that"
+            return best
+
+        monkeypatch.setattr(tensor, "_tile", choose)
+
+    return force
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_unusual_tiles_are_exact(tile, force):
+    (shape, layer), value = TILES[tile]
+    force(value)
+    assert error(engine(order="shuffled"), shape, layer, "float16") is None
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("case", ["FlowNetC", "everything differs per axis", SEVEN_PHASES], ids=str)
+def test_every_result_is_written_once_and_never_read(case, dtype):
+    shape, layer = with_channels(case, 24)
+    plan = cuda_plan.plan(("cost",), layer, shape, dtype, SM_80, channels_last=True)
+    shapes = {"fmap1": (shape, dtype), "fmap2": (shape, dtype),
+              "cost": (layer.geometry.cost_shape(shape), dtype)}  # fmt: skip
+    shapes |= {name: (size, kind) for name, size, kind in plan.workspaces}
+    guarded = {name: host.Guarded(size, host.storage(kind), offset=host.ALIGNED_OFFSET)
+               for name, (size, kind) in shapes.items()}  # fmt: skip
+    arrays = {name: whole.array for name, whole in guarded.items()}
+    arrays["fmap1"].fill(1)
+    arrays["fmap2"].fill(1)
+    for launch in plan.launches:
+        library = host.build(launch, "trace")
+        accesses = host.run(library, launch, arrays, np.float32(1), log="arrays")
+        last = accesses[accesses["array"] == len(launch.arrays) - 1]
+        assert last["written"].all()
+        result = arrays[launch.arrays[-1]]
+        count = last["bytes"] // result.itemsize
+        first = np.repeat(last["offset"] // result.itemsize - np.cumsum(count) + count, count)
+        written = np.bincount(first + np.arange(len(first)), minlength=result.size)
+        assert (written == 1).all()
+
+
+# ---- planted errors
+
+
+class Bug(NamedTuple):
+    """A change of the sources that a check must notice."""
+
+    old: str
+    new: str
+    tile: str = "two rows"
+    """One of TILES."""
+    channels: int = 40
+    special: bool = False
+    """Whether values that are not finite are needed to see it."""
+
+
+BUGS = {
+    "a wrong shift of columns": Bug("- advance_x * column - slice", "- column - slice",
+                                    "warps side by side"),
+    "the other lanes' columns": Bug("lane / 16 * 8 + lane % 8;", "lane / 8 % 2 * 8 + lane % 8;"),
+    "halves of a matrix exchanged": Bug(
+        "lane / 8 % 2 * 8) * element_bytes", "lane / 16 * 8) * element_bytes"),
+    "columns of the wrong tile": Bug("(i * span / 8 + t)", "(i + t)", "advance, one row"),
+    "rows do not advance": Bug("p = e - advance_y * j", "p = e - j", "advance, two rows"),
+    "a row of the wrong tile": Bug(
+        "row2 = advance_y * tile_rows * row_tile +", "row2 = tile_rows * row_tile +",
+        "advance, two rows"),
+    "a row that no tile meets": Bug("!inside(p, patch_y) ||", ""),
+    "the last rows left out": Bug("e_own + r < meeting &&", "e_own + r + 1 < meeting &&"),
+    "rows of the wrong warp": Bug("rows_exist >> r & 1", "rows_exist & 1", "rows of a warp"),
+    "phases of the wrong columns": Bug("+ phase) * columns2", "+ x_group) * columns2"),
+    "the last channels left out": Bug(
+        "end = smaller(chunk, s.channels - c)", "end = (s.channels - c) / 16 * 16", "one chunk"),
+    "the last odd channel left out": Bug("c + k + 1 < channels", "false", channels=39),
+    "channels behind the last": Bug(
+        "offset >= 0 && c + k < channels", "offset >= 0", channels=24, special=True),
+    "pixels outside": Bug("offset >= 0 && c", "c"),
+    "products with what is outside": Bug(
+        "counts ? values[k] * scale : accumulator(0)", "values[k] * scale", special=True),
+    "the buffer of another chunk": Bug("c / chunk % buffers", "c / 16 % buffers", "chunks of 32",
+                                       channels=96),
+    "no wait for copies": Bug("  host_wait_for_copies();", ""),
+    "no barrier between copies and products": Bug(
+        "wait_for_copies();\n    __syncthreads();", "wait_for_copies();", "small chunks"),
+    "no barrier between products and results": Bug(
+        "slice += slices) {\n      __syncthreads();", "slice += slices) {"),
+    "no barrier between results and stores": Bug(
+        "__syncthreads();\n      constexpr int units", "constexpr int units"),
+    "no barrier behind the offsets": Bug(
+        "s.width + x : -1;\n  }\n  __syncthreads();", "s.width + x : -1;\n  }"),
+    "results of the wrong phase": Bug(
+        "f * columns1 + (k0 + k) / phases", "f * columns1 + k0 / phases", "four tiles"),
+    "neighbours exchanged": Bug("from[2 * k + of_word - 1]", "from[2 * k]", "four tiles"),
+}  # fmt: skip
+
+
+def problem(bug):
+    (samples, _, *size), layer = TILES[bug.tile][0]
+    return (samples, bug.channels, *size), layer
+
+
+def is_caught(bug):
+    """Whether a run fails or is wrong, in some order of the threads: in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        missed = True
+        try:
+            missed = not any(fails(bug, order) for order in ORDERS)
+        finally:
+            os._exit(missed)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 1
+
+
+def fails(bug, order):
+    computed = engine(order=order, patch=(bug.old, bug.new))
+    tried = test_host.SPECIAL if bug.special else [((), verify.numpy_engine)]
+    try:
+        return any(
+            error(computed, *problem(bug), "float16", special=9 * special, oracle=oracle())
+            for special, oracle in tried
+        )
+    except host.HostError:
+        return True
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_caught(bug, force):
+    planted = BUGS[bug]
+    shape, layer = problem(planted)
+    force(TILES[planted.tile][1])
+    (launch,) = cuda_plan.plan(
+        ("cost",), layer, shape, "float16", SM_80, channels_last=True
+    ).launches
+    assert planted.old in host.translation_unit(launch)
+    host.compiled(launch, patch=(planted.old, planted.new))
+    assert is_caught(planted)
+
+
+@pytest.mark.parametrize("bug", [bug for bug in BUGS if bug.startswith("no barrier")])
+def test_a_missing_barrier_is_a_race_in_any_order(bug, force):
+    planted = BUGS[bug]
+    shape, layer = problem(planted)
+    force(TILES[planted.tile][1])
+    raced = engine(mode="trace", patch=(planted.old, planted.new))
+    with pytest.raises(host.HostError, match="data race"):
+        raced.cost(*integers(shape), layer, "float16")
+
+
+TURNING_BUGS = {
+    "a second element that is not there": ("if (second) to[1] =", "to[1] ="),
+    "axes not exchanged": ("tile[along * pitch + i]", "tile[i * pitch + along]"),
+    "a row too many": ("a >= s.size_a || b >= s.size_b) continue;\n    const bool",
+                       "b >= s.size_b) continue;\n    const bool"),
+    "no barrier": ("  }\n  __syncthreads();\n", "  }\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", TURNING_BUGS)
+def test_a_planted_bug_of_turning_is_caught(bug):
+    shape, layer = (1, 67, 9, 13), Layer(Geometry(patch_size=3))
+    old, new = TURNING_BUGS[bug]
+    plan = cuda_plan.plan(("cost",), layer, shape, "float32", SM_80, channels_last=True)
+    assert old in host.translation_unit(plan.launches[0])
+    caught = False
+    for order in ORDERS:
+        try:
+            caught |= bool(error(engine(order=order, patch=(old, new)), shape, layer, "float32"))
+        except host.HostError:
+            caught = True
+    assert caught
+
+
+MISTAKES = {
+    "not all lanes of a warp reach": (
+        "unsigned one[x_tiles][4];", "unsigned one[x_tiles][4]; if (lane == 3) continue;"),
+    "a row that is not aligned": ("lane / 16 * 8) * element_bytes;", "lane / 16 * 8 + 1) * 2;"),
+    "of shared memory": ("pixel1 * pitch", "(pixel1 + (1 << 20)) * pitch"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_of_a_warp_is_noticed(mistake):
+    shape, layer = PHASES
+    with pytest.raises(host.HostError, match=mistake):
+        engine(patch=MISTAKES[mistake]).cost(*integers(shape), layer, "float16")
