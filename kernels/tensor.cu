@@ -5,9 +5,9 @@
 //   y = origin_y + u * step_y,  dy = first_y + p * spacing_y                 (x, dx likewise)
 //
 // and 0 where a position lies outside its map. Arrays are contiguous, in the order of their
-// indices. Phases and `advance` are those of product.cu: position m of a phase meets at displacement
-// q the phase's column advance * m + q. A pixel is a vector of channels wherever it lies, so nothing here
-// depends on steps, spacings or the width of the maps.
+// indices. Phases and `advance` are those of product.cu: position m of a phase meets the phase's
+// column advance * m + q at displacement q. A pixel is a vector of channels wherever it lies, so
+// nothing here depends on steps, spacings or the width of the maps.
 //
 // Tiles. The tensor cores multiply 16 positions by 8 columns at a time. The 16 positions, a tile,
 // are 16 neighbours of a phase or, which wastes less of a small patch, 8 in each of two rows; they

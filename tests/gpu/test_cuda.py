@@ -7,6 +7,7 @@ import types
 
 import definition
 import frames
+import host
 import numpy as np
 import pytest
 from cases import CASES, GEOMETRIES, l1
@@ -64,6 +65,68 @@ def test_the_plain_kernels_compute_every_case_right(name):
 @pytest.mark.parametrize("name", FEW)
 def test_every_dtype_is_computed_right(name, dtype):
     assert_passes(verify.cupy_engine(), *CASES[name], dtype)
+
+
+def cost_of_channels_last(fmap1, fmap2, layer, dtype):
+    """Return the cost volume of maps that lie in memory as (N, H, W, C); values are float64."""
+    cp = pytest.importorskip("cupy")
+    from cupycorr.cuda import engine as cuda_engine
+
+    one, two = (
+        cp.asarray(np.ascontiguousarray(fmap.transpose(0, 2, 3, 1)).astype(host.storage(dtype)))
+        .transpose(0, 3, 1, 2) for fmap in (fmap1, fmap2)
+    )  # fmt: skip
+    cost = cp.empty(layer.geometry.cost_shape(one.shape), one.dtype)
+    arrays = {"fmap1": one, "fmap2": two, "cost": cost}
+    cuda_engine.run("cost", arrays, layer, channels_last=True)
+    return cost.get().astype(np.float64)
+
+
+def assert_integers_are_exact(cost_of, shape, layer, dtype, special=()):
+    """Compare a cost volume of small integers, and of some special values, with an oracle's."""
+    rng = np.random.default_rng(0)
+    fmap1, fmap2 = rng.integers(-2, 3, (2, *shape)).astype(np.float64)
+    for fmap in (fmap1, fmap2):
+        fmap.flat[rng.choice(fmap.size, len(special), replace=False)] = special
+    want = verify.numpy_engine().cost(fmap1, fmap2, layer, "float64")
+    got = cost_of(fmap1, fmap2, layer, dtype)
+    assert verify.difference(got, verify.round_to(want, dtype)) is None
+
+
+@pytest.mark.parametrize("channels", [None, 24], ids=["few channels", "24 channels"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_maps_with_channels_last_are_computed_right(name, dtype, channels):
+    (samples, given, *size), layer = CASES[name]
+    shape = (samples, given if channels is None else channels, *size)
+    assert_integers_are_exact(cost_of_channels_last, shape, layer, dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 16, 24), (1, 67, 9, 13)], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_maps_that_are_turned_first_are_computed_right(monkeypatch, dtype, shape):
+    from cupycorr.cuda import engine as cuda_engine
+    from cupycorr.cuda import tensor
+
+    monkeypatch.setattr(tensor, "_turning_pays", lambda *_: True)
+    cuda_engine._prepared.cache_clear()
+    for name in ("FlowNetC", "window at the border"):
+        assert_integers_are_exact(verify.cupy_engine().cost, shape, CASES[name][1], dtype)
+    cuda_engine._prepared.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_other_dtypes_with_channels_last_are_computed_right(dtype):
+    assert_integers_are_exact(cost_of_channels_last, *CASES["FlowNetC"], dtype)
+
+
+@pytest.mark.parametrize("name", ["FlowNetC", "window", "negative padding", "stride"])
+def test_what_is_not_finite_reaches_no_other_output_on_tensor_cores(name):
+    (samples, _, *size), layer = CASES[name]
+    special = np.nan, np.inf, -np.inf, np.nan, np.inf
+    for channels in (24, 19):
+        shape = samples, channels, *size
+        assert_integers_are_exact(cost_of_channels_last, shape, layer, "float16", special)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
