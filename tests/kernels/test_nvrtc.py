@@ -68,7 +68,7 @@ def launches(device, dtype, name, similarity="product"):
     return [launch for plan in plans for launch in plan.launches]
 
 
-def compiled(case, compiler):
+def compiled(case, compiler=None):
     return nvrtc.compile_kernel(
         cuda_sources.source(case.launch), case.launch.kernel, case.capability, compiler
     )
