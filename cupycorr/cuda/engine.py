@@ -30,6 +30,7 @@ except ImportError:  # Windows
 
 from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda.cost import Device
+from cupycorr.cuda.launch import MAPS as MAPS
 from cupycorr.cuda.launch import Launch, Shape
 from cupycorr.cuda.sources import source
 from cupycorr.layer import DTYPES, Layer

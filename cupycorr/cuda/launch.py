@@ -10,6 +10,8 @@ from cupycorr.geometry import Geometry
 from cupycorr.layer import DTYPES
 
 Shape = tuple[int, ...]
+MAPS = frozenset({"fmap1", "fmap2", "tangent1", "tangent2"})
+"""The arrays that have a map's shape (N, C, H, W) and are read."""
 
 
 class Launch(NamedTuple):

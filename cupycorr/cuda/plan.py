@@ -7,13 +7,14 @@ means. Every launch is checked against the limits of the device that it is plann
 
 from __future__ import annotations
 
-from math import prod
+from math import inf, prod
 from typing import NamedTuple
 
 from cupycorr.cuda import tensor
 from cupycorr.cuda import tiles as cuda_tiles
 from cupycorr.cuda.cost import Constants, Device, elements_per_load, size_class
 from cupycorr.cuda.launch import (
+    MAPS,
     Launch,
     Plan,
     Shape,
@@ -28,8 +29,7 @@ from cupycorr.layer import DTYPES, Layer
 
 THREADS = 256  # per block of the plain and the taps kernels
 MOST_ELEMENTS = 2**31 - 1  # within reach of a 32-bit offset
-WORKSPACE_BYTES = 256 << 20  # of the product volume, unless one sample needs more
-MAPS = frozenset({"fmap1", "fmap2", "tangent1", "tangent2"})
+WORKSPACE_BYTES = 256 << 20  # of the product volume, unless one sample needs more; of turned maps
 
 
 def samples_at_once(geometry: Geometry, shape: Shape, dtype: str) -> int:
@@ -91,11 +91,7 @@ def plan(
     for result in results:
         launch = None
         if tiled and result == "cost":
-            if rank == 0:
-                launch = tensor.cost(
-                    layer, shape, dtype, device, aligned=aligned, channels_last=channels_last
-                )
-            launch = launch or _product(layer, shape, dtype, device, aligned, rank)
+            launch = _cost(layer, shape, dtype, device, aligned, channels_last, rank)
         elif tiled:
             launch = _gradient(layer, shape, dtype, device, aligned, int(result[-1]), rank)
         if launch is None:
@@ -228,6 +224,28 @@ def _taps(
             *zip(("lattice_height", "lattice_width"), volume[3:], strict=True),
         ),
     )
+
+
+def _cost(
+    layer: Layer,
+    shape: Shape,
+    dtype: str,
+    device: Device,
+    aligned: bool,
+    channels_last: bool,
+    rank: int,
+) -> Launch | None:
+    """Plan the tiled product volume, by whichever kernel is faster; None where no tile fits."""
+    scalar = _product(layer, shape, dtype, device, aligned, rank)
+    turned = 0 if channels_last else 2 * prod(shape) * DTYPES[dtype].itemsize
+    if rank > 0 or turned > WORKSPACE_BYTES:
+        return scalar
+    matrices = tensor.cost(
+        layer, shape, dtype, device,
+        aligned=aligned, channels_last=channels_last,
+        scalar_cycles=inf if scalar is None or scalar.cycles is None else scalar.cycles,
+    )  # fmt: skip
+    return matrices or scalar
 
 
 def _product(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
-from math import gcd, inf
+from math import gcd, inf, prod
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ MOST_COLUMN_TILES = 16  # of a tile: wider patches are shared among blocks
 MOST_PHASES = 4  # column phases of a block
 MOST_WARPS = 8
 MOST_SUMS = 128  # registers of a thread
-OFFSETS = 72  # registers beside sums and operands; an estimate
+OFFSETS = 40  # registers beside sums and operands; an estimate, fitted to compiled kernels
 MOST_REGISTERS = 255
 # Instructions of a warp per copy, per result that it stores, and per product of matrices.
 COPY, STORE, MULTIPLY = 9, 3, 1.5
@@ -49,10 +49,7 @@ COPY, STORE, MULTIPLY = 9, 3, 1.5
 BARRIER = 60  # cycles that a block loses at every chunk; a guess
 
 SIDE, TURNING_THREADS = 64, 256  # of a block of transpose.cu
-# When turning the maps pays: the share of its peak that product.cu reaches, and what a launch
-# costs. Both are guesses.
-SCALAR_SHARE = 0.6
-LAUNCH_CYCLES = 4000
+LAUNCH_CYCLES = 4000  # that a further launch costs; a guess
 
 
 class _Problem(NamedTuple):
@@ -96,6 +93,7 @@ def cost(
     *,
     aligned: bool = True,
     channels_last: bool = False,
+    scalar_cycles: float = inf,
 ) -> Launch | None:
     """Plan the product volume on tensor cores.
 
@@ -103,6 +101,8 @@ def cost(
     ----------
     layer, shape, dtype, device, aligned, channels_last
         As for `cuda.plan.plan`.
+    scalar_cycles : float, optional
+        What the model gives product.cu for contiguous maps.
 
     Returns
     -------
@@ -132,7 +132,9 @@ def cost(
         ),
         device,
     )
-    if tile is None or not (channels_last or _turning_pays(tile, layer, shape, device)):
+    if tile is None or not (
+        channels_last or _turning_pays(tile.cycles, scalar_cycles, shape, device)
+    ):
         return None
     blocks_y = -(-rows // tile.rows)
     blocks_x = -(-columns // tile.columns)
@@ -215,16 +217,11 @@ def turning(
     )
 
 
-def _turning_pays(tile: Tile, layer: Layer, shape: Shape, device: Device) -> bool:
-    """Whether the maps may be turned and multiplied in less time than product.cu takes."""
-    samples, channels, height, width = shape
-    _, patch_y, patch_x, *lattice = volume_shape(layer.geometry, shape)
-    products = samples * channels * patch_y * patch_x * lattice[0] * lattice[1]
-    scalar = products / (device.multiprocessors * device.multiply_adds * SCALAR_SHARE)
-    # Two maps, each read and written.
-    moved = 4 * samples * channels * height * width * ELEMENT_BYTES
+def _turning_pays(tensor_cycles: float, scalar_cycles: float, shape: Shape, device: Device) -> bool:
+    """Whether both maps are turned and multiplied in less time than product.cu takes."""
+    moved = 2 * 2 * prod(shape) * ELEMENT_BYTES  # each is read and written
     turning = moved / multiprocessor_bytes(device) + 2 * LAUNCH_CYCLES
-    return tile.cycles + turning < scalar
+    return tensor_cycles + turning < scalar_cycles
 
 
 @lru_cache(maxsize=512)

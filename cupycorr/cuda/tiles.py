@@ -112,6 +112,8 @@ class ProductTile(NamedTuple):
     strips_per_row: int
     threads: int
     shared_bytes: int
+    cycles: float
+    """Of the multiprocessor that has most to do, by the model."""
 
 
 class GradientTile(NamedTuple):
@@ -273,9 +275,9 @@ def _tiles_of_strips(
         }  # fmt: skip
         tile = ProductTile(
             tuple(constants.items()), own.positions, own.groups, strips, row_strips,
-            threads, shared_bytes,
+            threads, shared_bytes, cycles(block, blocks, problem.accumulator, device),
         )  # fmt: skip
-        yield cycles(block, blocks, problem.accumulator, device), tile
+        yield tile.cycles, tile
 
 
 def _staged_rows(

@@ -29,7 +29,7 @@ REGISTERS = 65536  # of a multiprocessor, on every GPU; a warp gets them by eigh
 MOST = 255  # registers of a thread
 # What a thread may use: in all, or beside its tile, which it must hold while it multiplies.
 IN_ALL = {"plain.cu": 96, "taps.cu": 32, "transpose.cu": 40}
-BESIDE_TILE = {"product.cu": 72, "product_adjoint.cu": 104, "tensor.cu": 72}
+BESIDE_TILE = {"product.cu": 72, "product_adjoint.cu": 104, "tensor.cu": 48}
 
 DTYPES = ("float32", "float16", "float64", "bfloat16")
 SOME = ("FlowNetC", "PWC-Net 6", "default", "stride 3")  # together they reach every kernel

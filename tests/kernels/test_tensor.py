@@ -144,6 +144,12 @@ def test_contiguous_maps_are_turned_where_it_pays():
     assert kernels((1, 4, 12, 16), flownetc, channels_last=False) == ["product_cost"]
 
 
+def test_maps_that_are_larger_than_the_workspace_are_not_turned():
+    flownetc = Layer(Geometry(patch_size=21, dilation_patch=2))
+    assert kernels((85, 256, 48, 64), flownetc, channels_last=False)[-1] == "tensor_cost"
+    assert kernels((86, 256, 48, 64), flownetc, channels_last=False) == ["product_cost"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_maps_with_channels_last_are_turned_for_other_kernels(dtype):
     shape, layer = with_channels("FlowNetC", 11)
