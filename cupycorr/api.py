@@ -270,10 +270,14 @@ def _on_device(
             return _on_device(what, inputs, shapes, layer)
     results = {name: cupy.ndarray(shape, fmap1.dtype) for name, shape in shapes.items()}
     arrays = inputs | results
+    maps = [array for name, array in inputs.items() if name in cuda.MAPS]
+    channels_last = not fmap1.flags.c_contiguous and all(
+        array.transpose(0, 2, 3, 1).flags.c_contiguous for array in maps
+    )
     for name, array in inputs.items():
-        if not array.flags.c_contiguous:
+        if not (array.flags.c_contiguous or (channels_last and name in cuda.MAPS)):
             arrays[name] = cupy.ascontiguousarray(array)
-    cuda.run(what, arrays, layer)
+    cuda.run(what, arrays, layer, channels_last=channels_last)
     return results
 
 

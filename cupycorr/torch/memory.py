@@ -47,7 +47,8 @@ _exchanged: set[tuple[int, torch.dtype]] = set()
 def lend(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
     """Lend tensors' memory to the CUDA engine, which computes a layer's result into it.
 
-    An input is copied only where it is not contiguous.
+    Maps may all be contiguous in the order (N, H, W, C) as well (torch.channels_last). Any other
+    input that is not contiguous is copied.
 
     Parameters
     ----------
@@ -73,8 +74,17 @@ def lend(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
             if name in tensors:
                 tensors[name].zero_()
         return
+    channels_last = not like.is_contiguous() and all(
+        tensors[name].is_contiguous(memory_format=torch.channels_last)
+        for name in engine.MAPS
+        if name in tensors
+    )
     # Copies of what is not contiguous are held until all is launched.
-    dense = [t if t.is_contiguous() else t.contiguous() for t in tensors.values()]
+    dense = [
+        tensor if tensor.is_contiguous() or (channels_last and name in engine.MAPS)
+        else tensor.contiguous()
+        for name, tensor in tensors.items()
+    ]  # fmt: skip
     if (index, like.dtype) in _exchanged:
         places = [tensor.data_ptr() for tensor in dense]
     else:
@@ -87,7 +97,10 @@ def lend(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
         return workspace.data_ptr(), workspace
 
     stream = _stream_at(current_stream(index))
-    engine.launch(what, shape, addresses, layer, _DTYPES[like.dtype], allocate, stream=stream)
+    engine.launch(
+        what, shape, addresses, layer, _DTYPES[like.dtype], allocate,
+        stream=stream, channels_last=channels_last,
+    )  # fmt: skip
 
 
 def _engine() -> Any:

@@ -374,7 +374,7 @@ def test_a_source_that_does_not_compile_is_the_compilers_error(cp, monkeypatch):
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
-def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path, in_memory):
+def test_a_cache_that_cannot_be_written_costs_one_warning(tmp_path, in_memory):
     cache = tmp_path / "cache"
     program = (
         "import os\n"
@@ -389,14 +389,9 @@ def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path, in_memory):
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | changes
     )
-    if in_memory:
-        assert done.stdout == "24.0\n", done.stderr
-    else:
-        assert "\nNotADirectoryError: " in done.stderr  # the cause
-        assert done.stderr.splitlines()[-1].startswith(
-            "cupycorr.cuda.engine.Unusable: CuPy must be able to write product_cost to its cache, "
-            f"got: [Errno 20] Not a directory: '{cache}"
-        )
+    assert (done.returncode, done.stdout.strip()) == (0, "24.0"), done.stderr
+    said = done.stderr.count("set CUPY_CACHE_DIR to a folder that can be written")
+    assert said == (0 if in_memory else 1), done.stderr
 
 
 def test_threads_may_call_at_once(cp, rng):
@@ -437,6 +432,29 @@ def test_few_functions_lie_between_a_call_and_its_launches(cp, rng, monkeypatch,
     for names in stacks:
         assert len(names) <= 6, names
         assert len(set(names)) == len(names), names
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_channels_last_maps_are_read_where_they_lie(cp, rng, monkeypatch, dtype):
+    from cupycorr.cuda import engine as cuda_engine
+
+    given, launch = [], cuda_engine.launch
+
+    def spy(what, shape, addresses, *arguments, **options):
+        given.append((addresses["fmap1"], options["channels_last"]))
+        launch(what, shape, addresses, *arguments, **options)
+
+    monkeypatch.setattr(cuda_engine, "launch", spy)
+    one, two = (np.moveaxis(fmap.astype(dtype), 1, 3).copy() for fmap in maps(rng))
+    there = [cp.moveaxis(cp.asarray(fmap), 3, 1) for fmap in (one, two)]
+    cost = cupycorr.correlation(*there, PATCH)
+    grads = cupycorr.correlation_vjp(cost, *there, PATCH)
+    assert given == [(there[0].data.ptr, True)] * 2
+    maps_here = [fmap.get() for fmap in there]
+    assert_same(cost, cupycorr.correlation(*maps_here, PATCH))
+    wanted = cupycorr.correlation_vjp(cost.get(), *maps_here, PATCH)
+    for got, want in zip(grads, wanted, strict=True):
+        assert_same(got, want)
 
 
 STARTED_TOGETHER = """

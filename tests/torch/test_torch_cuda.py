@@ -83,9 +83,9 @@ def calls(monkeypatch):
 
     recorded, launch = [], cuda_engine.launch
 
-    def record(*arguments, stream):
+    def record(*arguments, stream, channels_last):
         recorded.append((cupy.cuda.Device().id, stream.ptr, arguments[-1]))
-        launch(*arguments, stream=stream)
+        launch(*arguments, stream=stream, channels_last=channels_last)
 
     monkeypatch.setattr(cuda_engine, "launch", record)
     return recorded
@@ -155,16 +155,17 @@ class TestTheBridge:
         for one, other in zip(got, results(*whole, upstream), strict=True):
             assert_same(one, other)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_maps_of_any_layout_are_taken(self, tensors, layout):
-        whole, there = placed(tensors)
+    def test_maps_of_any_layout_are_taken(self, tensors, layout, dtype):
+        whole, there = placed(tensors, 0, dtype)
         want, got = (
             cupycorr.correlation(*map(LAYOUTS[layout], two), WINDOW) for two in (whole, there)
         )
         assert_same(got, want)
-        upstream = torch.ones(()).expand(want.shape)
+        upstream = torch.ones((), dtype=dtype).expand(want.shape)
         wanted = torch.autograd.grad(want, whole, upstream)
-        upstream = tensors.place(torch.ones(())).expand(got.shape)
+        upstream = tensors.place(torch.ones((), dtype=dtype)).expand(got.shape)
         for one, other in zip(torch.autograd.grad(got, there, upstream), wanted, strict=True):
             assert_same(one, other)
 
@@ -313,12 +314,15 @@ class Engine(types.SimpleNamespace):
 
     def __init__(self):
         self.RESULTS = {"cost": ("cost",), "grads": ("grad_fmap1", "grad_fmap2")}
+        self.MAPS = {"fmap1", "fmap2"}
         self.now, self.notes, self.imported = [-1, -1], [], []
 
     def current_device(self):
         return self.now[1]
 
-    def launch(self, what, shape, addresses, layer, dtype, allocate, *, stream):
+    def launch(
+        self, what, shape, addresses, layer, dtype, allocate, *, stream, channels_last=False
+    ):
         from cupycorr.cpu import engine as numpy_engine
 
         self.notes.append((list(self.now), dtype, dict(addresses), allocate, stream.ptr))
@@ -329,6 +333,10 @@ class Engine(types.SimpleNamespace):
             size = layer.geometry.cost_shape(shape) if "cost" in name else shape
             memory = (ctypes.c_byte * (stored.itemsize * np.prod(size))).from_address(address)
             arrays[name] = np.frombuffer(memory, stored).reshape(size)
+            if channels_last and name in self.MAPS:
+                samples, channels, height, width = size
+                lies = arrays[name].reshape(samples, height, width, channels)
+                arrays[name] = lies.transpose(0, 3, 1, 2)
         numpy_engine.run(what, arrays, layer)
 
     def from_dlpack(self, tensor):
@@ -419,6 +427,17 @@ class TestTheBridgeWithoutADevice:
             names.append("launch")
             assert len(names) <= 7, names
             assert len(set(names)) == len(names), names
+
+    def test_channels_last_maps_are_read_where_they_lie(self, bridge):
+        torch_cuda, engine = bridge
+        one, two = (LAYOUTS["channels last"](fmap) for fmap in maps("cpu"))
+        want = cupycorr.correlation(one, two, GEOMETRY)
+        cost = torch.empty_like(want)
+        for other in (two, two.contiguous()):
+            torch_cuda.lend("cost", {"fmap1": one, "fmap2": other, "cost": cost}, Layer(GEOMETRY))
+            assert_same(cost, want)
+        places = [note[2]["fmap1"] == one.data_ptr() for note in engine.notes]
+        assert places == [True, False]  # beside another layout it is copied
 
     @pytest.mark.parametrize("layout", ["strided", "differentiated"])
     def test_it_takes_any_tensor(self, bridge, layout):
