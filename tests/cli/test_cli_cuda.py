@@ -217,8 +217,8 @@ ARGUMENTS = {"device": "cuda", "dtype": "float32", "similarity": "product"}
 
 @pytest.mark.parametrize(("engines", "against"), [(("torch",), ()), ((), ("torch-slices",))])
 def test_what_needs_a_gpu_of_torch_is_refused_where_it_was_asked_for(monkeypatch, engines, against):
-    monkeypatch.setattr(environment, "has", lambda module: True)
     for module in (environment, peers):
+        monkeypatch.setattr(module, "has", lambda module: True)
         monkeypatch.setattr(module, "torch_finds_cuda", lambda: False)
     with pytest.raises(environment.Unavailable, match=r"needs a torch that finds the GPU$"):
         bench_module._implementations(engines=engines, against=against, **ARGUMENTS)
