@@ -1,8 +1,10 @@
 """`.ci/gpu` goes on where a step fails or takes too long, and says so in its summary."""
 
+import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,25 @@ def test_an_unknown_stage_is_refused_and_the_others_run(run):
     assert outcomes(lines)[1:] == [
         ("tiles", "launches float32", "ok"), ("tiles", "launches float16", "ok"),
     ]  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_launches_are_timed_beside_what_the_model_predicts(tmp_path):
+    file = tmp_path / "launches.jsonl"
+    words = ["--preset", "pwc-l6", "--tiles", "2", "--runs", "2"]
+    path = os.pathsep.join([str(KIT.parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, KIT.with_name("launches.py"), file, *words],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    launches = [json.loads(line) for line in file.read_text().splitlines()]
+    kernels = ("product_cost", "product_gradient1", "product_gradient2")
+    assert sorted((one["kernel"], one["rank"]) for one in launches) == [
+        (kernel, rank) for kernel in kernels for rank in range(2)
+    ]
+    for one in launches:
+        assert one["predicted_seconds"] > 0
+        assert min(one["seconds"]) > 0
+        assert len(one["seconds"]) == 2
+    assert len(done.stdout.splitlines()) == 2 + len(launches)
