@@ -23,7 +23,7 @@ from cupycorr.cli.presets import chosen_problems, preset_option
 
 from cupycorr.cuda import engine
 from cupycorr.cuda import plan as cuda_plan
-from cupycorr.cuda.plan import Launch, Plan
+from cupycorr.cuda.launch import Launch, Plan
 from cupycorr.layer import DTYPES
 
 MEMORY_SHARE = 0.85  # of the peak rate, that kernels reach which only move memory
@@ -111,8 +111,8 @@ def allocate(
     shapes = dict.fromkeys(("fmap1", "fmap2", "grad_fmap1", "grad_fmap2"), problem.shape)
     shapes |= dict.fromkeys(("cost", "grad_cost"), problem.cost_shape)
     arrays = {name: cupy.asarray(values(shape).astype(dtype)) for name, shape in shapes.items()}
-    if plan.volume is not None:
-        arrays["volume"] = cupy.zeros(plan.volume, DTYPES[dtype].accumulator)
+    for workspace in plan.workspaces:
+        arrays[workspace.name] = cupy.zeros(workspace.shape, workspace.dtype)
     return arrays
 
 
