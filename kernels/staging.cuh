@@ -27,34 +27,33 @@ __device__ __forceinline__ unsigned bits_of(Half value) { return value.bits; }
 __device__ __forceinline__ unsigned bits_of(Bfloat16 value) { return value.bits; }
 
 // Write COUNT neighbouring elements of 2 or 4 bytes to global memory by one instruction. The
-// compiler would tear the copy of a pack apart where it cannot see that neighbours are written.
+// compiler would tear the copy of a pack apart.
 template <typename T, int COUNT>
 __device__ __forceinline__ void store_neighbours(T* to, const T (&from)[COUNT]) {
-  constexpr int bytes = COUNT * static_cast<int>(sizeof(T));
-  if constexpr (bytes < 8) {
-    Pack<T, COUNT> pack;
-#pragma unroll
-    for (int k = 0; k < COUNT; ++k) pack.values[k] = from[k];
-    *reinterpret_cast<Pack<T, COUNT>*>(to) = pack;
+  constexpr int words = COUNT * static_cast<int>(sizeof(T)) / 4;
+  if constexpr (words == 0) {
+    to[0] = from[0];
   } else {
-    constexpr int of_word = 4 / static_cast<int>(sizeof(T));
-    Pack<unsigned, bytes / 4> words;
+    constexpr int of_word = COUNT / words;
+    Pack<unsigned, words> pack;
 #pragma unroll
-    for (int k = 0; k < bytes / 4; ++k) {
-      words.values[k] = bits_of(from[of_word * k]);
-      if (of_word == 2) words.values[k] |= bits_of(from[2 * k + of_word - 1]) << 16;
+    for (int k = 0; k < words; ++k) {
+      pack.values[k] = bits_of(from[of_word * k]);
+      if (of_word == 2) pack.values[k] |= bits_of(from[2 * k + of_word - 1]) << 16;
     }
 #ifdef __CUDA_ARCH__
-    const unsigned* const v = words.values;
-    if constexpr (bytes == 16) {
+    const unsigned* const v = pack.values;
+    if constexpr (words == 4) {
       asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v[0]), "r"(v[1]),
                    "r"(v[2]), "r"(v[3])
                    : "memory");
-    } else {
+    } else if constexpr (words == 2) {
       asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(v[0]), "r"(v[1]) : "memory");
+    } else {
+      *reinterpret_cast<Pack<unsigned, words>*>(to) = pack;
     }
 #else
-    *reinterpret_cast<Pack<unsigned, bytes / 4>*>(to) = words;
+    *reinterpret_cast<Pack<unsigned, words>*>(to) = pack;
 #endif
   }
 }

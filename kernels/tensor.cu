@@ -195,36 +195,41 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
   const SharedAddress at1 = address + (pixel1 * pitch + lane / 16 * 8) * element_bytes;
   const SharedAddress at2 = address + (pixel2 * pitch + lane / 8 % 2 * 8) * element_bytes;
 
+  // Read the columns of row r of this warp, 16 channels of them.
+  const auto load_row = [&](unsigned* two, int begin, int r) {
+#pragma unroll
+    for (int t = 0; t < warp_column_tiles; t += 2) {
+      const SharedAddress at =
+          at2 + begin + (r * phases * columns2 + 8 * t) * pitch * element_bytes;
+      if (t + 1 < warp_column_tiles) {
+        load_matrices<4>(two + 2 * t, at);
+      } else {
+        load_matrices<2>(two + 2 * t, at);
+      }
+    }
+  };
+
   accumulator sums[warp_rows][x_tiles][column_tiles][4] = {};
   const auto multiply = [&](int c) {
     const int end = smaller(chunk, s.channels - c);
 #pragma unroll 1
     for (int k = 0; k < end; k += 16) {
       const int begin = buffer(c) + k * element_bytes;
-      unsigned one[x_tiles][4];
+      unsigned one[x_tiles][4], two[2][2 * round_up(warp_column_tiles, 2)];
 #pragma unroll
       for (int i = 0; i < x_tiles; ++i) {
         load_matrices<4>(one[i], at1 + begin + i * tile_columns * pitch * element_bytes);
       }
+      load_row(two[0], begin, 0);
 #pragma unroll
       for (int r = 0; r < warp_rows; ++r) {
+        if (r + 1 < warp_rows) load_row(two[(r + 1) % 2], begin, r + 1);
         if (!(rows_exist >> r & 1)) continue;
-        unsigned two[2 * round_up(warp_column_tiles, 2)];
-#pragma unroll
-        for (int t = 0; t < warp_column_tiles; t += 2) {
-          const SharedAddress at =
-              at2 + begin + (r * phases * columns2 + 8 * t) * pitch * element_bytes;
-          if (t + 1 < warp_column_tiles) {
-            load_matrices<4>(two + 2 * t, at);
-          } else {
-            load_matrices<2>(two + 2 * t, at);
-          }
-        }
 #pragma unroll
         for (int i = 0; i < x_tiles; ++i) {
 #pragma unroll
           for (int t = 0; t < column_tiles; ++t) {
-            multiply_matrices<element>(sums[r][i][t], one[i], two + 2 * (i * span / 8 + t));
+            multiply_matrices<element>(sums[r][i][t], one[i], two[r % 2] + 2 * (i * span / 8 + t));
           }
         }
       }

@@ -41,7 +41,7 @@ MOST_COLUMN_TILES = 16  # of a tile: wider patches are shared among blocks
 MOST_PHASES = 4  # column phases of a block
 MOST_WARPS = 8
 MOST_SUMS = 128  # registers of a thread
-OFFSETS = 40  # registers beside sums and operands; an estimate, fitted to compiled kernels
+OFFSETS = 36  # registers beside sums and operands; an estimate, fitted to compiled kernels
 MOST_REGISTERS = 255
 # Instructions of a warp per copy, per result that it stores, and per product of matrices.
 COPY, STORE, MULTIPLY = 9, 3, 1.5
@@ -296,7 +296,7 @@ def _tiles_of_rows(
 ) -> Iterator[Tile]:
     """Yield the tiles of so many rows; they differ in the channels staged."""
     sums = 4 * warp_rows * own.x_tiles * own.column_tiles
-    registers = sums + 4 * own.x_tiles + 2 * round_up(own.warp_column_tiles, 2) + OFFSETS
+    registers = sums + 4 * own.x_tiles + 4 * round_up(own.warp_column_tiles, 2) + OFFSETS
     if sums > MOST_SUMS or registers > MOST_REGISTERS:
         return
     advance_y = problem.advance[0]

@@ -103,7 +103,7 @@ def budget(launch):
     if launch.source == "tensor.cu":
         span = tile["advance_x"] * 16 // tile["tile_rows"]  # columns from tile to tile
         tiles = -(-(span - tile["advance_x"] + tile["displacements"]) // 8)  # of columns
-        operands = 4 * tile["x_tiles"] + 2 * ((tile["x_tiles"] - 1) * span // 8 + tiles)
+        operands = 4 * tile["x_tiles"] + 4 * ((tile["x_tiles"] - 1) * span // 8 + tiles)
         sums = 4 * tile["warp_rows"] * tile["x_tiles"] * tiles
         return min(MOST, sums + operands + BESIDE_TILE["tensor.cu"])
     if not tile["asynchronous"]:

@@ -399,9 +399,27 @@ def test_a_planted_bug_of_turning_is_caught(bug):
     assert caught
 
 
+@pytest.mark.slow
+def test_sanitizers_find_nothing():
+    names = ("even patch, dilated", "everything differs per axis", "displacement beyond the map")
+    script = "import test_tensor as t\n"
+    for name in names:
+        for channels in COPIES.values():
+            shape, layer = with_channels(name, channels)
+            how = {"channels_last": True}
+            for launch in cuda_plan.plan(("cost",), layer, shape, "float16", SM_80, **how).launches:
+                host.compiled(launch, "sanitize")  # the compiler itself is not to run under them
+            script += (
+                f"shape, layer = t.with_channels({name!r}, {channels})\n"
+                "t.engine(mode='sanitize').cost(*t.integers(shape), layer, 'float16')\n"
+            )
+    assert test_host.run_under_sanitizers(script) == (0, "")
+
+
 MISTAKES = {
     "not all lanes of a warp reach": (
-        "unsigned one[x_tiles][4];", "unsigned one[x_tiles][4]; if (lane == 3) continue;"),
+        "const int begin = buffer(c) + k",
+        "if (lane == 3) continue;\n const int begin = buffer(c) + k"),
     "a row that is not aligned": ("lane / 16 * 8) * element_bytes;", "lane / 16 * 8 + 1) * 2;"),
     "of shared memory": ("pixel1 * pitch", "(pixel1 + (1 << 20)) * pitch"),
 }  # fmt: skip
