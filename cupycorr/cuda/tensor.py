@@ -172,6 +172,7 @@ def cost(
             ),
         ),
         scaled=geometry.taps == 1,
+        cycles=tile.cycles,
     )
 
 
