@@ -238,7 +238,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
 
   // A thread that passes the barrier of chunk c knows that all have finished with chunk c - 1,
   // whose buffer is the one that the next fetch fills. Where no row exists, all results are 0.
-  const bool some = y2 < s.height && y2 + spacing_y * (rows2 - 1) >= 0;
+  const long long last = y2 + static_cast<long long>(spacing_y) * (rows2 - 1);
+  const bool some = y2 < s.height && last >= 0;
   const int channels = some ? s.channels : 0;
   if (some) fetch(0);
 #pragma unroll 1
