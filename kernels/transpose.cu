@@ -29,7 +29,7 @@ struct Sizes {
 };
 
 constexpr int side = 64, pairs = side / 2;
-constexpr int pitch = side + 2;  // even, for pairs; rows of a pair of lanes lie in different banks
+constexpr int pitch = side + 2;  // even, for pairs, and two lanes at most read from a bank
 
 using Pair = Pack<element, 2>;
 

@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import random
 from typing import NamedTuple
 
 import definition
@@ -265,6 +266,16 @@ def test_every_result_is_written_once_and_never_read(case, dtype):
         first = np.repeat(last["offset"] // result.itemsize - np.cumsum(count) + count, count)
         written = np.bincount(first + np.arange(len(first)), minlength=result.size)
         assert (written == 1).all()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_tiles_taken_at_random_are_exact(seed, monkeypatch):
+    chance, candidates = random.Random(seed), tensor._tiles
+    monkeypatch.setattr(tensor, "_tile", lambda *of: chance.choice(list(candidates(*of))))
+    problems = [*MIXED, "stride", "stride 6, dilation_patch 4", ADVANCE, SEVEN_PHASES]
+    shape, layer = with_channels(chance.choice(problems), chance.choice((9, 40, 72)))
+    how = {"order": "shuffled", "aligned": chance.random() < 0.8}
+    assert error(engine(**how), shape, layer, chance.choice(HALVES)) is None
 
 
 # ---- planted errors
