@@ -104,13 +104,13 @@ def lend(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
 
 
 def _engine() -> Any:
-    if _LOADED in sys.modules:
-        return sys.modules[_LOADED]
     if torch.version.hip is not None:
         raise RuntimeError(
             "CUDA tensors must be on an NVIDIA GPU, got a torch built for ROCm; move them to the "
             "CPU"
         )
+    if _LOADED in sys.modules:
+        return sys.modules[_LOADED]
     try:
         from cupycorr.cuda import engine as cuda_engine
     except ModuleNotFoundError as error:

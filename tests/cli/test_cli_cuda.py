@@ -507,7 +507,7 @@ def test_warmup_leaves_nothing_for_the_first_call_to_compile(monkeypatch):
 
 @gpu
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_cache_that_cannot_be_written_ends_a_command_without_a_traceback(tmp_path, command):
+def test_a_cache_that_cannot_be_written_costs_a_command_a_warning(tmp_path, command):
     cache = tmp_path / "cache"
     program = (
         "import os, sys\n"
@@ -521,10 +521,13 @@ def test_a_cache_that_cannot_be_written_ends_a_command_without_a_traceback(tmp_p
         [sys.executable, "-c", program, *COMMANDS[command], *SMALL, "--patch", "2"],
         capture_output=True, text=True, env=os.environ | {"CUPY_CACHE_DIR": str(cache)},
     )  # fmt: skip
-    assert done.returncode == 1
-    assert f"Not a directory: '{cache}" in done.stdout + done.stderr
-    assert "set CUPY_CACHE_DIR to a folder that can be written, or" in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("Warning: ")]
+    assert len(warnings) == len(set(warnings)) > 0
+    for warning in warnings:
+        assert f"Not a directory: '{cache}" in warning
+        assert warning.endswith("; set CUPY_CACHE_DIR to a folder that can be written")
+    assert "load(source(" not in done.stderr  # no line of code
 
 
 @gpu

@@ -41,8 +41,8 @@ def on_a_terminal(*words, columns, **variables):
             break
         shown += part
     os.close(ours)
-    assert process.wait() == 0, process.stderr.read()
-    process.stderr.close()
+    with process:
+        assert process.wait() == 0, process.stderr.read()
     return shown.decode().replace("\r\n", "\n")
 
 
