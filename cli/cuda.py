@@ -119,7 +119,9 @@ def kernels(problem: Problem, dtype: str) -> list[dict[str, Any]]:
 
     if 0 in problem.shape:
         return []  # nothing will be launched
-    compiled = cuda_engine.warm_up(problem.layer, problem.shape, dtype)
+    compiled = cuda_engine.warm_up(
+        problem.layer, problem.shape, dtype, channels_last=problem.channels_last
+    )
     return [one._asdict() for one in compiled]
 
 

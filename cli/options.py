@@ -51,6 +51,8 @@ class Problem(NamedTuple):
     name: str
     shape: tuple[int, int, int, int]
     layer: Layer
+    channels_last: bool = False
+    """Whether the maps lie in memory as (N, H, W, C)."""
 
     @property
     def cost_shape(self) -> tuple[int, ...]:
@@ -59,8 +61,9 @@ class Problem(NamedTuple):
 
 
 def description(problem: Problem) -> str:
-    """Return the geometry in words of Python, and the similarity unless it is the product."""
-    return repr(problem.layer.geometry) + (", l1" if problem.layer.l1 else "")
+    """Return the geometry in words of Python, and what is not as usual."""
+    unusual = {"l1": problem.layer.l1, "channels last": problem.channels_last}
+    return ", ".join([repr(problem.layer.geometry), *(name for name in unusual if unusual[name])])
 
 
 def described(problem: Problem) -> str:
@@ -167,6 +170,13 @@ def problem_options(
         return wrapped
 
     return decorate
+
+
+def layout_option(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command with ``--channels-last``."""
+    return click.option(
+        "--channels-last", is_flag=True, help="Maps lie in memory as (N, H, W, C)."
+    )(function)
 
 
 def device_argument(function: Callable[..., None]) -> Callable[..., None]:

@@ -56,9 +56,12 @@ def preset_option(function: Callable[..., None]) -> Callable[..., None]:
     )(function)
 
 
-def chosen_problems(sizes: Sizes, presets: tuple[str, ...]) -> list[Problem]:
+def chosen_problems(
+    sizes: Sizes, presets: tuple[str, ...], channels_last: bool = False
+) -> list[Problem]:
     """Return the problems of the presets, or that of the sizes if there is no preset."""
-    if not presets:
-        return [sizes.problem("options" if sizes.given else "default")]
     names = list(PRESETS) if "all" in presets else list(dict.fromkeys(presets))
-    return [sizes.problem(name, PRESETS[name]) for name in names]
+    problems = [sizes.problem(name, PRESETS[name]) for name in names]
+    if not presets:
+        problems = [sizes.problem("options" if sizes.given else "default")]
+    return [problem._replace(channels_last=channels_last) for problem in problems]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from . import cuda, environment
-from .options import DTYPES, Sizes, description, problem_options
+from .options import DTYPES, Sizes, description, layout_option, problem_options
 from .presets import PRESETS, chosen_problems, preset_option
 
 
@@ -21,8 +21,11 @@ from .presets import PRESETS, chosen_problems, preset_option
     type=click.Choice([*DTYPES, "all"]),
     help="What is computed in; repeatable.",
 )
+@layout_option
 @preset_option
-def warmup(sizes: Sizes, dtypes: tuple[str, ...], presets: tuple[str, ...]) -> None:
+def warmup(
+    sizes: Sizes, dtypes: tuple[str, ...], channels_last: bool, presets: tuple[str, ...]
+) -> None:
     """Compile the kernels that forward and backward need, for the current CUDA device.
 
     CuPy keeps them on disk (in ~/.cupy/kernel_cache, or where CUPY_CACHE_DIR says), so that the
@@ -34,7 +37,7 @@ def warmup(sizes: Sizes, dtypes: tuple[str, ...], presets: tuple[str, ...]) -> N
     missing.
     """
     environment.require_cuda()
-    problems = chosen_problems(sizes, presets)
+    problems = chosen_problems(sizes, presets, channels_last)
     click.echo(cuda.line(cuda.device()))
     names = list(DTYPES) if "all" in dtypes else list(dict.fromkeys(dtypes))
     for problem in problems:

@@ -23,6 +23,7 @@ from ..options import (
     described,
     device_argument,
     engine_option,
+    layout_option,
     problem_options,
     refuse_engines,
 )
@@ -37,6 +38,7 @@ STANDARD_OUTPUT = Path("-")
 @device_argument
 @problem_options(PRESETS["default"])
 @click.option("-d", "--dtype", type=click.Choice(list(DTYPES)), default="float", show_default=True)
+@layout_option
 @click.option(
     "--scale",
     type=click.Choice(list(report.SCALES)),
@@ -104,6 +106,7 @@ def bench(
     device: str,
     sizes: Sizes,
     dtype: str,
+    channels_last: bool,
     scale: str,
     runs: int,
     max_seconds: float,
@@ -136,7 +139,7 @@ def bench(
     if json_file is not None and json_file != STANDARD_OUTPUT:
         files.refuse("--json", [json_file], inputs=images or ())
     kind = DTYPES[dtype]
-    problems = chosen_problems(sizes, presets)
+    problems = chosen_problems(sizes, presets, channels_last)
     implementations, absent = _implementations(device, engines, against, kind, sizes.similarity)
     pair = None if images is None else features.load_pair(*images)
     if pair is not None:

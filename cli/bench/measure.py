@@ -184,7 +184,7 @@ def compare(
     reference = _reference(problem, dtype)
     arrays: dict[str, _Maps] = {}
     for library in dict.fromkeys(one.library for one in implementations):
-        arrays[library] = _maps((*maps, grad), library, dtype, device)
+        arrays[library] = _maps((*maps, grad), library, dtype, device, problem.channels_last)
     memory: dict[str, tuple[int, int]] = {}
     for one in implementations:
         try:
@@ -302,7 +302,7 @@ def _mistake(
     device: str = "cpu",
 ) -> str | None:
     """Describe the first result that is not equal to this package's, or return None."""
-    maps = _maps(exact, one.library, dtype, device)
+    maps = _maps(exact, one.library, dtype, device, problem.channels_last)
     cost = one.correlate(maps.fmap1, maps.fmap2, problem.layer)
     got = (cost, *_gradients(one, maps, problem.layer, cost))
     for name, result, wanted in zip(("cost", "grad_fmap1", "grad_fmap2"), got, want, strict=True):
@@ -312,23 +312,41 @@ def _mistake(
     return None
 
 
-def _maps(values: Sequence[Array], library: str, dtype: str, device: str = "cpu") -> _Maps:
+def _maps(
+    values: Sequence[Array], library: str, dtype: str, device: str, channels_last: bool
+) -> _Maps:
     """Bring values into a library's arrays of a dtype; torch's maps want gradients."""
-    if library == "numpy":
-        if dtype == "bfloat16":
-            import ml_dtypes
+    one, two, grad = values
+    if channels_last:
+        one, two = (fmap.transpose(0, 2, 3, 1) for fmap in (one, two))
+    arrays = [_array(array, library, dtype, device) for array in (one, two, grad)]
+    if channels_last:
+        arrays[:2] = (
+            fmap.permute(0, 3, 1, 2) if library == "torch" else fmap.transpose(0, 3, 1, 2)
+            for fmap in arrays[:2]
+        )
+    if library == "torch":
+        arrays[:2] = (fmap.requires_grad_() for fmap in arrays[:2])
+    return _Maps(*arrays)
 
-            return _Maps(*(array.astype(ml_dtypes.bfloat16) for array in values))
-        return _Maps(*(array.astype(dtype) for array in values))
+
+def _array(values: Array, library: str, dtype: str, device: str) -> Any:
+    """Bring values into a contiguous array of a library."""
+    if library == "torch":
+        import torch
+
+        contiguous = np.ascontiguousarray(values)
+        return torch.from_numpy(contiguous).to(device, getattr(torch, dtype), copy=True)
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        dtype = ml_dtypes.bfloat16
+    array = values.astype(dtype, order="C")
     if library == "cupy":
         import cupy
 
-        return _Maps(*map(cupy.asarray, _maps(values, "numpy", dtype)))
-    import torch
-
-    kind = getattr(torch, dtype)
-    tensors = [torch.from_numpy(array).to(device, kind, copy=True) for array in values]
-    return _Maps(tensors[0].requires_grad_(), tensors[1].requires_grad_(), tensors[2])
+        return cupy.asarray(array)
+    return array
 
 
 def _widened(result: Any, kind: np.dtype[Any]) -> Array:

@@ -104,6 +104,7 @@ def entry(problem: Problem, dtype: str, outcomes: list[Outcome]) -> dict[str, An
         "shape": list(problem.shape),
         "geometry": {name: list(getattr(geometry, name)) for name in GEOMETRY_FIELDS.values()},
         "similarity": problem.layer.similarity,
+        "channels_last": problem.channels_last,
         "description": description(problem),
         "multiply_adds": {"forward": useful, "backward": 2 * useful},
         # Every input and output once.

@@ -261,7 +261,9 @@ def _prepared(
     return _Ready(samples, steps, workspaces, tuple(launches))
 
 
-def warm_up(layer: Layer, shape: Shape, dtype: str) -> list[Compiled]:
+def warm_up(
+    layer: Layer, shape: Shape, dtype: str, *, channels_last: bool = False
+) -> list[Compiled]:
     """Compile what the cost volume and its gradients need on the current device.
 
     Parameters
@@ -273,6 +275,8 @@ def warm_up(layer: Layer, shape: Shape, dtype: str) -> list[Compiled]:
         kernels.
     dtype : {"float16", "bfloat16", "float32", "float64"}
         Dtype of the maps.
+    channels_last : bool, default False
+        Whether the maps lie in memory as (N, H, W, C).
 
     Returns
     -------
@@ -288,7 +292,8 @@ def warm_up(layer: Layer, shape: Shape, dtype: str) -> list[Compiled]:
     shape = (cuda_plan.samples_at_once(layer.geometry, shape, dtype), *shape[1:])
     compiled = []
     for results in (RESULTS["cost"], RESULTS["grads"]):
-        for launch in cuda_plan.plan(results, layer, shape, dtype, device).launches:
+        plan = cuda_plan.plan(results, layer, shape, dtype, device, channels_last=channels_last)
+        for launch in plan.launches:
             start = time.perf_counter()
             function = _function(launch)
             seconds = time.perf_counter() - start

@@ -260,8 +260,9 @@ class _Derivative(torch.autograd.function._SingleLevelFunction):
 def compute(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor, ...]:
     """Compute what an operator returns for dense tensors, on their own memory."""
     fmap = operands[0]
-    results = tuple(map(fmap.new_empty, _result_shapes(operator, layer, fmap.shape)))
-    tensors = dict(zip(_names(operator), (*operands, *results), strict=True))
+    names, shapes = _described(operator, layer, fmap.shape)
+    results = tuple(map(fmap.new_empty, shapes))
+    tensors = dict(zip(names, (*operands, *results), strict=True))
     # Engines read the shape of a map that no wanted gradient depends on: either map's.
     tensors.setdefault("fmap1", fmap)
     tensors.setdefault("fmap2", fmap)
@@ -273,19 +274,15 @@ def compute(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor
     return results
 
 
-@cache
-def _names(operator: Operator) -> tuple[str, ...]:
-    """Return the engines' names for an operator's operands and results."""
-    operands, results = operator.operands, operator.results
-    return *(INPUTS[slot] for slot in operands), *(_RESULTS[slot] for slot in results)
-
-
 @lru_cache(maxsize=1024)
-def _result_shapes(
+def _described(
     operator: Operator, layer: Layer, shape: tuple[int, ...]
-) -> tuple[tuple[int, ...], ...]:
+) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+    """Return the engines' names for an operator's operands and results, and the results' shapes."""
+    operands, results = operator.operands, operator.results
+    names = *(INPUTS[slot] for slot in operands), *(_RESULTS[slot] for slot in results)
     cost_shape = layer.geometry.cost_shape(shape)
-    return tuple(cost_shape if slot == COST else tuple(shape) for slot in operator.results)
+    return names, tuple(cost_shape if slot == COST else tuple(shape) for slot in results)
 
 
 def _array(tensor: Tensor) -> Any:

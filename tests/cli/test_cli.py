@@ -174,6 +174,29 @@ def test_json_document_names_the_machine_and_the_parameters(tmp_path):
     assert document["problems"][0]["shape"] == [1, 3, 12, 11]
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_channels_last_maps_are_measured_in_that_order(library, tmp_path, monkeypatch):
+    pytest.importorskip(library)
+    one = measure.ours(library)
+    orders = set()
+
+    def correlate(*maps_and_layer):
+        arrays = [np.asarray(getattr(fmap, "data", fmap)) for fmap in maps_and_layer[:2]]
+        orders.update(tuple(np.argsort(array.strides)[::-1]) for array in arrays)
+        return one.correlate(*maps_and_layer)
+
+    monkeypatch.setattr(measure, "ours", lambda _: one._replace(correlate=correlate))
+    words = ["-b", "2", *SMALL[2:8], "--engine", library, "-r", "1"]
+    _, document = measured(tmp_path, *words)
+    assert orders == {(0, 1, 2, 3)}
+    assert document["problems"][0]["channels_last"] is False
+    orders.clear()
+    out, document = measured(tmp_path, *words, "--channels-last")
+    assert orders == {(0, 2, 3, 1)}
+    assert document["problems"][0]["channels_last"] is True
+    assert ", channels last" in out
+
+
 def test_one_line_has_the_form_of_the_replaced_program(tmp_path):
     out, _ = measured(tmp_path, *SMALL, "--scale", "ms")
     number = r"\d+\.\d{3}"

@@ -489,18 +489,22 @@ def test_warmup_prints_what_each_kernel_took_and_takes():
 
 
 @gpu
-def test_warmup_leaves_nothing_for_the_first_call_to_compile(monkeypatch):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_warmup_leaves_nothing_for_the_first_call_to_compile(monkeypatch, channels_last):
     cupy = pytest.importorskip("cupy")
     from cupycorr.cuda import engine as cuda_engine
 
     words = ["-b", "1", "-c", "3", "--height", "8", "-w", "9", "--patch", "2"]
-    assert invoke("warmup", *words).exit_code == 0
+    layout = ["--channels-last"] * channels_last
+    assert invoke("warmup", *words, "-d", "half", *layout).exit_code == 0
     monkeypatch.setattr(cuda_engine, "_compile", lambda launch: pytest.fail(launch.kernel))
     problem = options.Sizes(
         {"batch_size": 1, "channel": 3, "height": 8, "width": 9, "patch": 2},
         frozenset({"batch_size", "channel", "height", "width", "patch"}),
     ).problem("", bench_module.PRESETS["default"])
-    maps = [cupy.asarray(np.ones(problem.shape, np.float32)) for _ in range(2)]
+    maps = [cupy.ones(problem.shape, cupy.float16) for _ in range(2)]
+    if channels_last:
+        maps = [cupy.ascontiguousarray(m.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) for m in maps]
     cost = cupycorr.correlation(*maps, problem.layer.geometry)
     cupycorr.correlation_vjp(cost, *maps, problem.layer.geometry)
 
