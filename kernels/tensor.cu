@@ -29,7 +29,7 @@
 // of fmap2.
 //
 // What is not finite stays where it belongs. A sum takes the channels of its own two pixels only;
-// channels behind the last are zero in both; sums with a pixel outside are not used.
+// channels behind the last are zero in both; what a pixel outside makes of infinities is cleared.
 //
 // Launch: samples * phases_y * phase_groups * q_groups * blocks_y * blocks_x * blocks_e blocks of
 // `threads` threads, with `shared_words` words of dynamic shared memory; compute capability 8.0 or
@@ -96,6 +96,7 @@ constexpr int strips = rows1 * row_groups;  // rows of results, per row of a war
 constexpr int line = phases * columns1 + 4;  // words of a row of results; odd multiples of 4
 // Results leave through shared memory, of so many horizontal displacements at a time.
 constexpr int slices = smaller(displacements, shared_words / (strips * line));
+constexpr int run = result_vector > 1 ? result_vector : 4;  // results of a thread, side by side
 
 static_assert(sizeof(element) == 2, "tensor cores multiply elements of 16 bits");
 static_assert(threads == 32 * row_tiles * row_groups * phases * x_groups, "a warp for each share");
@@ -279,24 +280,23 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
         }
       }
       __syncthreads();
-      constexpr int units = phases * columns1 / result_vector;
+      constexpr int units = phases * columns1 / run;
       for (int i = thread; i < strips * slices * units; i += threads) {
         int at = i;
-        const int k0 = pop(at, units) * result_vector, out_slice = pop(at, slices);
+        const int k0 = pop(at, units) * run, out_slice = pop(at, slices);
         const int strip = at, q = q0 + slice + out_slice, j = strip % tile_rows;
         const int e = e0 + strip / tile_rows % row_groups * warp_rows + r, p = e - advance_y * j;
         const int row = row0 + strip / (tile_rows * row_groups) * tile_rows + j;
         const int u = phases_y * row + phase_y;
-        const int v = phases_x * (m0 + k0 / phases) + phase0 + k0 % phases;
         if (slice + out_slice >= displacements || q >= patch_x || !inside(p, patch_y) ||
-            u >= s.lattice_height || v >= s.lattice_width || phase0 + k0 % phases >= phases_x) {
+            u >= s.lattice_height) {
           continue;
         }
-        accumulator values[result_vector];
+        accumulator values[run];
         const accumulator* const from = shared + (strip * slices + out_slice) * line;
-        if constexpr (result_vector % (4 * phases) == 0) {
+        if constexpr (run % (4 * phases) == 0) {
 #pragma unroll
-          for (int k = 0; k < result_vector; k += 4 * phases) {
+          for (int k = 0; k < run; k += 4 * phases) {
 #pragma unroll
             for (int f = 0; f < phases; ++f) {
               accumulator four[4];
@@ -307,25 +307,44 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
           }
         } else {
 #pragma unroll
-          for (int k = 0; k < result_vector; ++k) {
+          for (int k = 0; k < run; ++k) {
             values[k] = from[(k0 + k) % phases * columns1 + (k0 + k) / phases];
           }
         }
-        // Outside, even 0 * infinity counts for nothing.
-        const int y = s.origin_y + step_y * u, y_other = y + s.first_y + spacing_y * p;
-        const bool row_counts = inside(y, s.height) && inside(y_other, s.height);
-        result rounded[result_vector];
+        const auto column = [&](int k) {
+          return phases_x * (m0 + (k0 + k) / phases) + phase0 + (k0 + k) % phases;
+        };
+        // A sum with a pixel outside is 0, or NaN after 0 * infinity, which counts for nothing.
+        bool finite = true;
 #pragma unroll
-        for (int k = 0; k < result_vector; ++k) {
-          const int x = s.origin_x + step_x * (v + k), x_other = x + s.first_x + spacing_x * q;
-          const bool counts = row_counts && inside(x, s.width) && inside(x_other, s.width);
-          rounded[k] = narrow<result>(counts ? values[k] * scale : accumulator(0));
+        for (int k = 0; k < run; ++k) finite = finite && values[k] - values[k] == accumulator(0);
+        if (!finite) {
+          const int y = s.origin_y + step_y * u, y_other = y + s.first_y + spacing_y * p;
+          const bool row_counts = inside(y, s.height) && inside(y_other, s.height);
+#pragma unroll
+          for (int k = 0; k < run; ++k) {
+            const int x = s.origin_x + step_x * column(k), x_other = x + s.first_x + spacing_x * q;
+            if (!(row_counts && inside(x, s.width) && inside(x_other, s.width))) values[k] = 0;
+          }
         }
+        result rounded[run];
+#pragma unroll
+        for (int k = 0; k < run; ++k) rounded[k] = narrow<result>(values[k] * scale);
         const int displacement = p * patch_x + q;
-        const long long output =
+        result* const to =
+            cost +
             static_cast<long long>(n) * (patch_y * patch_x) * s.lattice_height * s.lattice_width +
-            (displacement * s.lattice_height + u) * s.lattice_width + v;
-        store_neighbours(cost + output, rounded);
+            (displacement * s.lattice_height + u) * s.lattice_width;
+        if constexpr (result_vector == run) {
+          if (column(0) < s.lattice_width) store_neighbours(to + column(0), rounded);
+        } else {
+#pragma unroll
+          for (int k = 0; k < run; ++k) {
+            if (column(k) < s.lattice_width && phase0 + (k0 + k) % phases < phases_x) {
+              to[column(k)] = rounded[k];
+            }
+          }
+        }
       }
     }
   }

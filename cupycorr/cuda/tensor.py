@@ -39,12 +39,16 @@ UNIT = 8  # elements of a 16-byte copy
 POSITIONS, COLUMNS, DEPTH = 16, 8, 16  # of one product of matrices
 MOST_COLUMN_TILES = 16  # of a tile: wider patches are shared among blocks
 MOST_PHASES = 4  # column phases of a block
-MOST_WARPS = 8
-MOST_SUMS = 128  # registers of a thread
+MOST_WARPS = 16
+MOST_ROWS = 11  # of fmap2, of a warp
+MOST_SUMS = 176  # registers of a thread
 OFFSETS = 36  # registers beside sums and operands; an estimate, fitted to compiled kernels
 MOST_REGISTERS = 255
-# Instructions of a warp per copy, per result that it stores, and per product of matrices.
-COPY, STORE, MULTIPLY = 9, 3, 1.5
+# Instructions of a warp per copy, and per product of matrices; per run of results that it stores,
+# for each of them, and for each that is stored alone. Read off compiled kernels.
+COPY, MULTIPLY = 9, 1.5
+RUN, STORE, STORE_ALONE = 55, 3.5, 9.5
+SHORT_RUN = 4  # results that a thread stores side by side, but alone
 
 BARRIER = 60  # cycles that a block loses at every chunk; a guess
 
@@ -66,6 +70,8 @@ class _Problem(NamedTuple):
     phases_x: int
     advance: tuple[int, int]
     result_bytes: int
+    result_vector: int
+    """Results that are stored at once, if a block has all column phases."""
 
 
 class Tile(NamedTuple):
@@ -119,6 +125,7 @@ def cost(
     (phases_y, advance_y), (phases_x, advance_x) = (axis.phases for axis in axes)
     rows, columns = -(-lattice_height // phases_y), -(-lattice_width // phases_x)
     result = dtype if geometry.taps == 1 else DTYPES[dtype].accumulator
+    result_vector = gcd(lattice_width, 16 // DTYPES[result].itemsize) if aligned else 1
     tile = _tile(
         _Problem(
             samples=size_class(shape[0] * phases_y),
@@ -129,6 +136,7 @@ def cost(
             phases_x=phases_x,
             advance=(advance_y, advance_x),
             result_bytes=DTYPES[result].itemsize,
+            result_vector=result_vector,
         ),
         device,
     )
@@ -138,9 +146,6 @@ def cost(
         return None
     blocks_y = -(-rows // tile.rows)
     blocks_x = -(-columns // tile.columns)
-    result_vector = 1
-    if aligned and tile.phases == phases_x:
-        result_vector = gcd(lattice_width, 16 // DTYPES[result].itemsize)
     return Launch(
         "tensor.cu",
         "tensor_cost",
@@ -156,7 +161,7 @@ def cost(
             *tile.constants,
             # Workspace is aligned.
             ("asynchronous", channels % UNIT == 0 and (aligned or not channels_last)),
-            ("result_vector", result_vector),
+            ("result_vector", result_vector if tile.phases == phases_x else 1),
         ),
         shape[0] * phases_y * blocks_y * blocks_x * tile.shares,
         tile.threads,
@@ -249,12 +254,14 @@ class _Columns(NamedTuple):
 
 def _tiles(problem: _Problem, device: Device) -> Iterator[Tile]:
     """Yield the tiles that fit, each with the cycles that the model gives it."""
-    for tile_rows, x_tiles, x_groups in product((1, 2), (1, 2, 4), (1, 2)):
-        own = _columns(problem, tile_rows, x_tiles, x_groups)
+    most_phases = -(-problem.phases_x // -(-problem.phases_x // MOST_PHASES))  # equal shares
+    for phases, *shape in product(dict.fromkeys((most_phases, 1)), (1, 2), (1, 2, 4), (1, 2, 3, 4)):
+        tile_rows, x_tiles, x_groups = shape
+        own = _columns(problem, phases, tile_rows, x_tiles, x_groups)
         if own is None:
             continue
         meeting = problem.patch[0] + problem.advance[0] * (tile_rows - 1)
-        for row_tiles, warp_rows in product((1, 2, 4), (1, 2, 3, 4)):
+        for row_tiles, warp_rows in product((1, 2, 3, 4, 6, 8), range(1, MOST_ROWS + 1)):
             if row_tiles > 1 and row_tiles * tile_rows >= 2 * problem.rows:
                 continue
             warps = row_tiles * own.phases * x_groups
@@ -265,7 +272,9 @@ def _tiles(problem: _Problem, device: Device) -> Iterator[Tile]:
                     )
 
 
-def _columns(problem: _Problem, tile_rows: int, x_tiles: int, x_groups: int) -> _Columns | None:
+def _columns(
+    problem: _Problem, phases: int, tile_rows: int, x_tiles: int, x_groups: int
+) -> _Columns | None:
     """Return how a block's tiles lie beside each other; None where they reach too far."""
     tile_columns = POSITIONS // tile_rows
     columns1 = x_groups * x_tiles * tile_columns
@@ -278,7 +287,6 @@ def _columns(problem: _Problem, tile_rows: int, x_tiles: int, x_groups: int) -> 
         return None
     # Equal shares.
     displacements = -(-patch // -(-patch // widest))
-    phases = -(-problem.phases_x // -(-problem.phases_x // MOST_PHASES))
     column_tiles = -(-(advance * (tile_columns - 1) + displacements) // COLUMNS)
     return _Columns(
         tile_rows, x_tiles, x_groups, phases, displacements, columns1,
@@ -316,6 +324,8 @@ def _tiles_of_rows(
     multiplied = depths * warps * warp_rows * own.x_tiles * own.column_tiles
     loaded = depths * warps * (4 * own.x_tiles + 2 * warp_rows * own.warp_column_tiles)
     results = strips * warp_rows * own.displacements * own.phases * own.columns1
+    vector = problem.result_vector if own.phases == problem.phases_x else 1
+    store = RUN / vector + STORE if vector > 1 else RUN / SHORT_RUN + STORE_ALONE
     for chunk in (16, 32, 64):
         if chunk > 16 and chunk >= 2 * problem.channels:
             continue
@@ -335,7 +345,7 @@ def _tiles_of_rows(
             wavefronts=loaded + copies * UNIT * ELEMENT_BYTES / WAVEFRONT_BYTES + results * 3 / 32,
             instructions=copies * COPY
             + 32 * (MULTIPLY * multiplied + 2 * sums * warps)
-            + results * STORE,
+            + results * store,
             words=0,
             bytes=pixels * problem.channels * ELEMENT_BYTES + results * problem.result_bytes,
             ahead=rounds > 1,

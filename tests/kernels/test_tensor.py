@@ -3,14 +3,19 @@
 import faulthandler
 import os
 import random
+import re
+from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 import definition
 import host
+import kernel_costs
 import numpy as np
 import pytest
 import test_host
 from cases import CASES, l1
+from devices import DEVICES, LAYERS
 from host import ORDERS, SM_75, SM_80, SM_90
 
 from cupycorr import Geometry, verify
@@ -278,6 +283,43 @@ def test_tiles_taken_at_random_are_exact(seed, monkeypatch):
     assert error(engine(**how), shape, layer, chance.choice(HALVES)) is None
 
 
+# ---- what the model makes of them
+
+# The most microseconds that a layer may take on an A100 and on an H100.
+MOST = {"FlowNetC": (45, 24), "PWC-Net 2": (65, 30), "PWC-Net 3": (23, 10.5),
+        "PWC-Net 4": (12, 7.5), "DispNetC": (52, 27)}  # fmt: skip
+README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
+
+
+def microseconds(layer, gpu):
+    """Return the times on tensor cores and without them, by the model or the floor of DRAM."""
+    (shape, geometry), device = LAYERS[layer], DEVICES[gpu]
+    moved = 2 * (2 * prod(shape) + prod(geometry.cost_shape(shape)))
+    floor = moved / kernel_costs.FIGURES[gpu].dram / kernel_costs.DRAM_SHARE
+    options = {"dtype": "float16", "device": device}
+    launches = (
+        tensor.cost(Layer(geometry), shape, channels_last=True, **options),
+        cuda_plan._product(Layer(geometry), shape, aligned=True, rank=0, **options),
+    )
+    gigahertz = kernel_costs.FIGURES[gpu].gigahertz
+    return [max(launch.cycles / gigahertz, floor) / 1e3 for launch in launches]
+
+
+@pytest.mark.parametrize("layer", MOST)
+def test_layers_come_near_the_floors_of_tensor_cores(layer):
+    (a100, _), (h100, _) = (microseconds(layer, gpu) for gpu in ("A100", "H100"))
+    assert a100 <= MOST[layer][0]
+    assert h100 <= MOST[layer][1]
+
+
+@pytest.mark.parametrize("layer", MOST)
+def test_the_page_shows_what_the_model_says_of_tensor_cores(layer):
+    row = re.search(rf"^\| {layer} \| ([\d.| ]+) \|$", README.read_text("utf-8"), re.MULTILINE)
+    shown = [float(cell) for cell in row[1].split(" | ")]
+    assert shown == pytest.approx([t for gpu in ("A100", "H100") for t in microseconds(layer, gpu)],
+                                  abs=0.05001)  # fmt: skip
+
+
 # ---- planted errors
 
 
@@ -315,7 +357,7 @@ BUGS = {
         "offset >= 0 && c + k < channels", "offset >= 0", channels=24, special=True),
     "pixels outside": Bug("offset >= 0 && c", "c"),
     "products with what is outside": Bug(
-        "counts ? values[k] * scale : accumulator(0)", "values[k] * scale", special=True),
+        "if (!finite) {", "if (false) {", special=True),
     "the buffer of another chunk": Bug("c / chunk % buffers", "c / 16 % buffers", "chunks of 32",
                                        channels=96),
     "no wait for copies": Bug("  host_wait_for_copies();", ""),
