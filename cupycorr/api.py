@@ -94,6 +94,7 @@ def correlation(
     *,
     normalize: bool = False,
     similarity: str = "product",
+    allow_tf32: bool = False,
 ) -> Any:
     """Compute the cost volume of two feature maps for a geometry.
 
@@ -107,6 +108,10 @@ def correlation(
         Divide by the number of terms of all taps, C * KH * KW.
     similarity : {"product", "l1"}, default "product"
         Sum products, or absolute differences: small where the maps are alike.
+    allow_tf32 : bool, default False
+        Whether products of CuPy arrays of float32 may be computed by tensor cores, which round the
+        maps to TF32, of 11 binary digits in place of 24. torch tensors follow
+        ``torch.set_float32_matmul_precision``.
 
     Returns
     -------
@@ -116,7 +121,8 @@ def correlation(
     Raises
     ------
     TypeError, ValueError
-        As `spatial_correlation_sample`; ValueError also for another similarity.
+        As `spatial_correlation_sample`; ValueError also for another similarity, TypeError for
+        torch tensors with allow_tf32.
 
     Notes
     -----
@@ -128,7 +134,8 @@ def correlation(
     the SUBTRACT correlation of FlowNet2's Caffe layer (E. Ilg et al., "FlowNet 2.0", CVPR 2017),
     which divides like ``normalize``.
     """
-    return correlate(fmap1, fmap2, _layer_of(geometry, similarity, normalize))
+    layer = _layer_of(geometry, similarity, normalize)
+    return correlate(fmap1, fmap2, layer, allow_tf32=allow_tf32)
 
 
 def correlation_vjp(
@@ -187,10 +194,19 @@ def correlation_vjp(
 
 
 def correlate(
-    fmap1: Any, fmap2: Any, layer: Layer, names: tuple[str, str] = ("fmap1", "fmap2")
+    fmap1: Any,
+    fmap2: Any,
+    layer: Layer,
+    names: tuple[str, str] = ("fmap1", "fmap2"),
+    allow_tf32: bool = False,
 ) -> Any:
     """Check two maps, which the caller knows by ``names``, and dispatch; see `correlation`."""
     library = _library(names, (fmap1, fmap2))
+    if allow_tf32 and library.startswith("torch"):
+        raise TypeError(
+            "allow_tf32 must be left out for torch tensors, got True; they follow "
+            "torch.set_float32_matmul_precision"
+        )
     if library == "torch.fx":
         from cupycorr.torch import operators
 
@@ -205,7 +221,9 @@ def correlate(
         return derivatives.derive(operator, layer, fmap1, fmap2)[0]
     shapes = {"cost": _check(names, (fmap1, fmap2), layer.geometry)}
     inputs = {"fmap1": fmap1, "fmap2": fmap2}
-    return (_on_device if library == "cupy" else _on_cpu)("cost", inputs, shapes, layer)["cost"]
+    if library == "cupy":
+        return _on_device("cost", inputs, shapes, layer, allow_tf32)["cost"]
+    return _on_cpu("cost", inputs, shapes, layer)["cost"]
 
 
 def differentiate(
@@ -257,7 +275,11 @@ _STORED = {np.dtype(name) for name in DTYPES if name != "bfloat16"}
 
 
 def _on_device(
-    what: str, inputs: dict[str, Any], shapes: dict[str, Shape], layer: Layer
+    what: str,
+    inputs: dict[str, Any],
+    shapes: dict[str, Shape],
+    layer: Layer,
+    allow_tf32: bool = False,
 ) -> dict[str, Any]:
     """Compute results of some names and shapes from checked CuPy arrays."""
     import cupy
@@ -267,7 +289,7 @@ def _on_device(
     fmap1 = inputs["fmap1"]
     if fmap1.device.id != cuda.current_device():
         with fmap1.device:
-            return _on_device(what, inputs, shapes, layer)
+            return _on_device(what, inputs, shapes, layer, allow_tf32)
     results = {name: cupy.ndarray(shape, fmap1.dtype) for name, shape in shapes.items()}
     arrays = inputs | results
     maps = [array for name, array in inputs.items() if name in cuda.MAPS]
@@ -277,7 +299,7 @@ def _on_device(
     for name, array in inputs.items():
         if not (array.flags.c_contiguous or (channels_last and name in cuda.MAPS)):
             arrays[name] = cupy.ascontiguousarray(array)
-    cuda.run(what, arrays, layer, channels_last=channels_last)
+    cuda.run(what, arrays, layer, channels_last=channels_last, tf32=allow_tf32)
     return results
 
 

@@ -1,10 +1,12 @@
-// Tensor cores: products of small matrices of 16-bit elements, summed in float.
+// Tensor cores: products of small matrices, summed in float. Elements have 16 bits, or they are
+// floats that are rounded to TF32, which keeps 11 of their 24 binary digits.
 //
-// A warp holds a matrix in fragments, spread over its lanes: two neighbouring elements of a row per
-// word. Word i of lane 4 * g + t is, with `columns` of the second operand as its rows,
+// A row of an operand is 8 words long: 16 elements of 16 bits, two in a word, or 8 floats. A warp
+// holds a matrix in fragments, spread over its lanes. Word i of lane 4 * g + t is, with the columns
+// of the second operand as its rows,
 //
-//   one (16 x 16)   row g + 8 * (i % 2),  elements 2 * t, 2 * t + 1, + 8 * (i / 2)
-//   two (8 x 16)    row g,                elements 2 * t, 2 * t + 1, + 8 * i
+//   one (16 rows)   row g + 8 * (i % 2),  word t + 4 * (i / 2)
+//   two (8 rows)    row g,                word t + 4 * i
 //   sums (16 x 8)   row g + 8 * (i / 2),  column 2 * t + i % 2
 //
 // All lanes of a warp must call these functions together, and the compute capability must be at
@@ -17,7 +19,7 @@ constexpr bool is_bfloat16 = false;
 template <>
 constexpr bool is_bfloat16<Bfloat16> = true;
 
-// Read COUNT (2 or 4) matrices of 8 rows of 8 elements into one word of a lane each. Lane
+// Read COUNT (2 or 4) matrices of 8 rows of 16 bytes into one word of a lane each. Lane
 // 8 * i + k says where row k of matrix i lies, at a multiple of 16 bytes of shared memory: rows may
 // lie anywhere. (Of 2 matrices, lanes 16 and up are not asked.)
 template <int COUNT>
@@ -40,15 +42,45 @@ __device__ __forceinline__ void load_matrices(unsigned* fragments, SharedAddress
 #endif
 }
 
+// Round words of fragments to what the tensor cores multiply: floats to TF32, ties away from 0.
+template <typename Element, int COUNT>
+__device__ __forceinline__ void round_matrices(unsigned* fragments) {
+  if constexpr (sizeof(Element) == 4) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+#if defined(CUPYCORR_HOST)
+      fragments[i] = host_round_to_tf32(fragments[i]);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+      asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(fragments[i]) : "f"(__uint_as_float(fragments[i])));
+#endif
+    }
+  }
+}
+
 // Add to sums[row][column] the product of row `row` of `one` and row `column` of `two`.
 template <typename Element>
 __device__ __forceinline__ void multiply_matrices(float (&sums)[4], const unsigned (&one)[4],
                                                   const unsigned* two) {
 #if defined(CUPYCORR_HOST)
-  host_multiply_matrices(sums, one, two,
-                         [](unsigned short bits) { return widen(Element{bits}); });
+  host_multiply_matrices(sums, one, two, [](float sum, unsigned a, unsigned b) {
+    if constexpr (sizeof(Element) == 4) {
+      return sum + __uint_as_float(a) * __uint_as_float(b);
+    } else {
+      const auto half = [](unsigned bits) {
+        return widen(Element{static_cast<unsigned short>(bits)});
+      };
+      sum += half(a) * half(b);
+      return sum + half(a >> 16) * half(b >> 16);
+    }
+  });
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if constexpr (is_bfloat16<Element>) {
+  if constexpr (sizeof(Element) == 4) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(one[0]), "r"(one[1]), "r"(one[2]), "r"(one[3]), "r"(two[0]), "r"(two[1]));
+  } else if constexpr (is_bfloat16<Element>) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

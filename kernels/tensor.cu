@@ -1,5 +1,6 @@
-// The products of two feature maps of 16-bit elements, summed over channels on tensor cores: a cost
-// volume of one tap, as in product.cu, of maps whose pixels have their channels side by side.
+// The products of two feature maps, summed over channels on tensor cores: a cost volume of one tap,
+// as in product.cu, of maps whose pixels have their channels side by side. Elements have 16 bits,
+// or are floats, which are rounded to TF32 before they are multiplied.
 //
 //   cost[n, p, q, u, v] = scale * sum over c of fmap1[n, y, x, c] * fmap2[n, y + dy, x + dx, c]
 //   y = origin_y + u * step_y,  dy = first_y + p * spacing_y                 (x, dx likewise)
@@ -38,7 +39,7 @@
 #include "device.cuh"
 
 #ifndef CUPYCORR_CONSTANTS
-using element = Half;       // of the maps: Half or Bfloat16
+using element = Half;       // of the maps: Half, Bfloat16 or float
 using accumulator = float;  // of sums
 using result = Half;        // of cost: element, or accumulator if taps_sum follows
 // The layer.
@@ -56,7 +57,7 @@ constexpr int phases = 2;          // column phases of a block
 constexpr int displacements = 21;  // horizontal ones of a block
 constexpr int warp_rows = 2;       // rows of fmap2 of a warp
 constexpr int row_groups = 2;      // warps that share the rows of fmap2 that a tile meets
-constexpr int chunk = 32;          // channels staged at a time, a multiple of 16
+constexpr int chunk = 32;          // channels staged at a time, a multiple of 32 bytes
 constexpr int buffers = 2;         // 1 only if a chunk holds all channels
 constexpr bool asynchronous = true;  // copy 16 bytes at a time straight to shared memory
 constexpr int result_vector = 8;     // elements per store to global memory
@@ -88,9 +89,11 @@ constexpr int phase_groups = ceil_div(phases_x, phases);
 constexpr int q_groups = ceil_div(patch_x, displacements);
 constexpr int blocks_e = ceil_div(meeting, block_rows);
 
-// An odd number of 16-byte units: then neighbouring pixels lie in different banks.
-constexpr int pitch = chunk + 8;  // elements of a pixel
 constexpr int element_bytes = static_cast<int>(sizeof(element));
+constexpr int unit = 16 / element_bytes;  // elements of a row of ldmatrix
+constexpr int depth = 2 * unit;           // of a product of matrices
+// An odd number of 16-byte units: then neighbouring pixels lie in different banks.
+constexpr int pitch = chunk + unit;  // elements of a pixel
 constexpr int buffer_bytes = (pixels1 + pixels2) * pitch * element_bytes;
 constexpr int strips = rows1 * row_groups;  // rows of results, per row of a warp
 constexpr int line = phases * columns1 + 4;  // words of a row of results; odd multiples of 4
@@ -98,9 +101,9 @@ constexpr int line = phases * columns1 + 4;  // words of a row of results; odd m
 constexpr int slices = smaller(displacements, shared_words / (strips * line));
 constexpr int run = result_vector > 1 ? result_vector : 4;  // results of a thread, side by side
 
-static_assert(sizeof(element) == 2, "tensor cores multiply elements of 16 bits");
+static_assert(element_bytes <= 4, "tensor cores multiply elements of 16 bits, and TF32");
 static_assert(threads == 32 * row_tiles * row_groups * phases * x_groups, "a warp for each share");
-static_assert(chunk % 16 == 0 && 64 % chunk == 0, "chunks are multiples of a matrix");
+static_assert(chunk % depth == 0 && 4 * depth % chunk == 0, "chunks are multiples of a matrix");
 static_assert(slices >= 1 && buffers * buffer_bytes + 4 * (pixels1 + pixels2) <= 4 * shared_words,
               "shared memory is too small");
 static_assert(phases == phases_x || result_vector == 1, "results of some phases lie apart");
@@ -109,8 +112,8 @@ static_assert(phases == phases_x || result_vector == 1, "results of some phases 
 // Offsets are those of pixels in a map, or -1.
 __device__ __forceinline__ void stage(const element* map, const int* offsets, int pixels, int c,
                                       int channels, char* to, SharedAddress address, int thread) {
-  constexpr int unit = asynchronous ? 8 : 2, units = chunk / unit;
-  const int k = thread % units * unit;
+  constexpr int at_once = asynchronous ? unit : 2, units = chunk / at_once;
+  const int k = thread % units * at_once;
 #pragma unroll 4
   for (int i = thread / units; i < pixels; i += threads / units) {
     const int offset = offsets[i], at = (i * pitch + k) * element_bytes;
@@ -120,10 +123,10 @@ __device__ __forceinline__ void stage(const element* map, const int* offsets, in
     if constexpr (asynchronous) {
       copy_async_or_zero(address + at, from, exists);
     } else {
-      Pack<element, unit> pack = {};
+      Pack<element, at_once> pack = {};
       if (exists) pack.values[0] = from[0];
       if (exists && c + k + 1 < channels) pack.values[1] = from[1];
-      *reinterpret_cast<Pack<element, unit>*>(to + at) = pack;
+      *reinterpret_cast<Pack<element, at_once>*>(to + at) = pack;
     }
   }
 }
@@ -193,10 +196,10 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
                      x_group * x_tiles * tile_columns + position % tile_columns;
   const int pixel2 = pixels1 + (row2 * phases + phase) * columns2 + x_group * x_tiles * span +
                      lane / 16 * 8 + lane % 8;
-  const SharedAddress at1 = address + (pixel1 * pitch + lane / 16 * 8) * element_bytes;
-  const SharedAddress at2 = address + (pixel2 * pitch + lane / 8 % 2 * 8) * element_bytes;
+  const SharedAddress at1 = address + (pixel1 * pitch + lane / 16 * unit) * element_bytes;
+  const SharedAddress at2 = address + (pixel2 * pitch + lane / 8 % 2 * unit) * element_bytes;
 
-  // Read the columns of row r of this warp, 16 channels of them.
+  // Read the columns of row r of this warp, as many channels of them as are multiplied at a time.
   const auto load_row = [&](unsigned* two, int begin, int r) {
 #pragma unroll
     for (int t = 0; t < warp_column_tiles; t += 2) {
@@ -204,8 +207,10 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
           at2 + begin + (r * phases * columns2 + 8 * t) * pitch * element_bytes;
       if (t + 1 < warp_column_tiles) {
         load_matrices<4>(two + 2 * t, at);
+        round_matrices<element, 4>(two + 2 * t);
       } else {
         load_matrices<2>(two + 2 * t, at);
+        round_matrices<element, 2>(two + 2 * t);
       }
     }
   };
@@ -214,12 +219,13 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
   const auto multiply = [&](int c) {
     const int end = smaller(chunk, s.channels - c);
 #pragma unroll 1
-    for (int k = 0; k < end; k += 16) {
+    for (int k = 0; k < end; k += depth) {
       const int begin = buffer(c) + k * element_bytes;
       unsigned one[x_tiles][4], two[2][2 * round_up(warp_column_tiles, 2)];
 #pragma unroll
       for (int i = 0; i < x_tiles; ++i) {
         load_matrices<4>(one[i], at1 + begin + i * tile_columns * pitch * element_bytes);
+        round_matrices<element, 4>(one[i]);
       }
       load_row(two[0], begin, 0);
 #pragma unroll

@@ -97,6 +97,7 @@ def run(
     *,
     plain: bool = False,
     channels_last: bool = False,
+    tf32: bool = False,
 ) -> None:
     """Compute a layer's result into arrays of the current device, on its current stream.
 
@@ -117,6 +118,8 @@ def run(
         Use only the kernels that compute one output per thread.
     channels_last : bool, default False
         Whether the maps and tangents, of shape (N, C, H, W), lie in memory as (N, H, W, C).
+    tf32 : bool, default False
+        Whether the tensor cores may round float32 maps to TF32, for "cost".
 
     Raises
     ------
@@ -133,7 +136,7 @@ def run(
     dtype = _name(fmap1.dtype)
     launch(
         what, fmap1.shape, addresses, layer, dtype, _allocate,
-        plain=plain, channels_last=channels_last,
+        plain=plain, channels_last=channels_last, tf32=tf32,
     )  # fmt: skip
 
 
@@ -148,12 +151,13 @@ def launch(
     stream: Stream | None = None,
     plain: bool = False,
     channels_last: bool = False,
+    tf32: bool = False,
 ) -> None:
     """Compute a layer's result on the current device, into memory given by addresses.
 
     Parameters
     ----------
-    what, layer, plain, channels_last
+    what, layer, plain, channels_last, tf32
         As for `run`.
     shape : (N, C, H, W)
         Shape of the maps; not empty.
@@ -175,7 +179,7 @@ def launch(
     for address in addresses.values():
         bits |= address
     aligned = bits % ALIGNMENT == 0
-    how = (what, (*addresses,), layer, dtype, current_device(), aligned, plain, channels_last)
+    how = (what, (*addresses,), layer, dtype, current_device(), aligned, plain, channels_last, tf32)
     ready = _prepared(shape, *how)
     at_once = ready.samples
     for start in range(0, shape[0], at_once):
@@ -226,6 +230,7 @@ def _prepared(
     aligned: bool,
     plain: bool,
     channels_last: bool,
+    tf32: bool,
 ) -> _Ready:
     """Plan a layer's results on the current device, and load the kernels."""
     samples = cuda_plan.samples_at_once(layer.geometry, shape, dtype)
@@ -239,6 +244,7 @@ def _prepared(
         aligned=aligned,
         plain=plain,
         channels_last=channels_last,
+        tf32=tf32,
     )
     scalar = np.dtype(DTYPES[dtype].accumulator).type
     launches = []

@@ -53,6 +53,7 @@ def plan(
     plain: bool = False,
     rank: int = 0,
     channels_last: bool = False,
+    tf32: bool = False,
 ) -> Plan:
     """Plan the launches of a layer's results.
 
@@ -80,6 +81,8 @@ def plan(
         more fit. To measure how good the model's choice is.
     channels_last : bool, default False
         Whether the maps, and the tangents, lie in memory as (N, H, W, C). Results never do.
+    tf32 : bool, default False
+        Whether float32 maps may be rounded to TF32 for the tensor cores. Gradients never are.
 
     Raises
     ------
@@ -91,7 +94,7 @@ def plan(
     for result in results:
         launch = None
         if tiled and result == "cost":
-            launch = _cost(layer, shape, dtype, device, aligned, channels_last, rank)
+            launch = _cost(layer, shape, dtype, device, aligned, channels_last, tf32, rank)
         elif tiled:
             launch = _gradient(layer, shape, dtype, device, aligned, int(result[-1]), rank)
         if launch is None:
@@ -233,6 +236,7 @@ def _cost(
     device: Device,
     aligned: bool,
     channels_last: bool,
+    tf32: bool,
     rank: int,
 ) -> Launch | None:
     """Plan the tiled product volume, by whichever kernel is faster; None where no tile fits."""
@@ -242,7 +246,7 @@ def _cost(
         return scalar
     matrices = tensor.cost(
         layer, shape, dtype, device,
-        aligned=aligned, channels_last=channels_last,
+        aligned=aligned, channels_last=channels_last, tf32=tf32,
         scalar_cycles=inf if scalar is None or scalar.cycles is None else scalar.cycles,
     )  # fmt: skip
     return matrices or scalar

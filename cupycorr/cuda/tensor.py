@@ -1,9 +1,10 @@
-"""Plan the cost volume of 16-bit maps on tensor cores: its tile, its launch, and when it pays.
+"""Plan the cost volume on tensor cores: its tile, its launch, and when it pays.
 
-The kernel (``kernels/tensor.cu``) reads maps whose channels lie side by side. Contiguous maps are
-turned first (``kernels/transpose.cu``). Tiles are chosen by the model of `cuda.cost`: it counts the
-products of matrices, with the columns that a tile wastes, the wavefronts of shared memory that feed
-them, and the bytes that are staged.
+Maps have 16 bits, or are float32 that may be rounded to TF32. The kernel (``kernels/tensor.cu``)
+reads maps whose channels lie side by side; contiguous maps are turned first
+(``kernels/transpose.cu``). Tiles are chosen by the model of `cuda.cost`: it counts the products of
+matrices, with the columns that a tile wastes, the wavefronts of shared memory that feed them, and
+the bytes that are staged.
 """
 
 from __future__ import annotations
@@ -33,10 +34,9 @@ from cupycorr.cuda.launch import Launch, Shape, pair, pairs, types, volume_shape
 from cupycorr.layer import DTYPES, Layer
 
 OLDEST = 80  # compute capability: cp.async, and matrices of bfloat16
-DTYPES_OF_MATRICES = ("float16", "bfloat16")
-ELEMENT_BYTES = 2
-UNIT = 8  # elements of a 16-byte copy
-POSITIONS, COLUMNS, DEPTH = 16, 8, 16  # of one product of matrices
+UNIT_BYTES = 16  # of a copy
+POSITIONS, COLUMNS, DEPTH_UNITS = 16, 8, 2  # of one product of matrices
+MULTIPLY_ADDS = POSITIONS * COLUMNS * 16  # of one product; TF32 has half as many, at half the rate
 MOST_COLUMN_TILES = 16  # of a tile: wider patches are shared among blocks
 MOST_PHASES = 4  # column phases of a block
 MOST_WARPS = 16
@@ -69,6 +69,7 @@ class _Problem(NamedTuple):
     patch: tuple[int, int]
     phases_x: int
     advance: tuple[int, int]
+    element_bytes: int
     result_bytes: int
     result_vector: int
     """Results that are stored at once, if a block has all column phases."""
@@ -99,13 +100,14 @@ def cost(
     *,
     aligned: bool = True,
     channels_last: bool = False,
+    tf32: bool = False,
     scalar_cycles: float = inf,
 ) -> Launch | None:
     """Plan the product volume on tensor cores.
 
     Parameters
     ----------
-    layer, shape, dtype, device, aligned, channels_last
+    layer, shape, dtype, device, aligned, channels_last, tf32
         As for `cuda.plan.plan`.
     scalar_cycles : float, optional
         What the model gives product.cu for contiguous maps.
@@ -117,7 +119,8 @@ def cost(
         tensor cores do not compute the layer, where no tile fits, or where turning the maps would
         cost more than it gains.
     """
-    if layer.l1 or dtype not in DTYPES_OF_MATRICES or device.capability < OLDEST:
+    multiplied = ("float16", "bfloat16", *(["float32"] if tf32 else []))
+    if layer.l1 or dtype not in multiplied or device.capability < OLDEST:
         return None
     geometry, channels = layer.geometry, shape[1]
     lattice_height, lattice_width = volume_shape(geometry, shape)[3:]
@@ -135,17 +138,19 @@ def cost(
             patch=geometry.patch_size,
             phases_x=phases_x,
             advance=(advance_y, advance_x),
+            element_bytes=DTYPES[dtype].itemsize,
             result_bytes=DTYPES[result].itemsize,
             result_vector=result_vector,
         ),
         device,
     )
     if tile is None or not (
-        channels_last or _turning_pays(tile.cycles, scalar_cycles, shape, device)
+        channels_last or _turning_pays(tile.cycles, scalar_cycles, shape, dtype, device)
     ):
         return None
     blocks_y = -(-rows // tile.rows)
     blocks_x = -(-columns // tile.columns)
+    whole_units = channels * DTYPES[dtype].itemsize % UNIT_BYTES == 0
     return Launch(
         "tensor.cu",
         "tensor_cost",
@@ -160,7 +165,7 @@ def cost(
             ),
             *tile.constants,
             # Workspace is aligned.
-            ("asynchronous", channels % UNIT == 0 and (aligned or not channels_last)),
+            ("asynchronous", whole_units and (aligned or not channels_last)),
             ("result_vector", result_vector if tile.phases == phases_x else 1),
         ),
         shape[0] * phases_y * blocks_y * blocks_x * tile.shares,
@@ -223,9 +228,11 @@ def turning(
     )
 
 
-def _turning_pays(tensor_cycles: float, scalar_cycles: float, shape: Shape, device: Device) -> bool:
+def _turning_pays(
+    tensor_cycles: float, scalar_cycles: float, shape: Shape, dtype: str, device: Device
+) -> bool:
     """Whether both maps are turned and multiplied in less time than product.cu takes."""
-    moved = 2 * 2 * prod(shape) * ELEMENT_BYTES  # each is read and written
+    moved = 2 * 2 * prod(shape) * DTYPES[dtype].itemsize  # each is read and written
     turning = moved / multiprocessor_bytes(device) + 2 * LAUNCH_CYCLES
     return tensor_cycles + turning < scalar_cycles
 
@@ -320,36 +327,40 @@ def _tiles_of_rows(
     blocks = problem.samples * -(-problem.rows // rows1) * -(-problem.columns // own.columns1)
     blocks *= shares
 
-    depths = -(-problem.channels // DEPTH)
+    unit = UNIT_BYTES // problem.element_bytes  # elements of a 16-byte copy
+    depth = DEPTH_UNITS * unit
+    depths = -(-problem.channels // depth)
     multiplied = depths * warps * warp_rows * own.x_tiles * own.column_tiles
     loaded = depths * warps * (4 * own.x_tiles + 2 * warp_rows * own.warp_column_tiles)
+    rounded = loaded if problem.element_bytes == 4 else 0  # words, to TF32
     results = strips * warp_rows * own.displacements * own.phases * own.columns1
     vector = problem.result_vector if own.phases == problem.phases_x else 1
     store = RUN / vector + STORE if vector > 1 else RUN / SHORT_RUN + STORE_ALONE
-    for chunk in (16, 32, 64):
-        if chunk > 16 and chunk >= 2 * problem.channels:
+    for chunk in (depth, 2 * depth, 4 * depth):
+        if chunk > depth and chunk >= 2 * problem.channels:
             continue
         rounds = -(-problem.channels // chunk)
         buffers = min(2, rounds)
-        staged = pixels * (chunk + UNIT) * ELEMENT_BYTES
+        staged = pixels * (chunk + unit) * problem.element_bytes
         shared_bytes = max(buffers * staged + 4 * pixels, 4 * strips * line)
         if shared_bytes > device.shared_bytes:
             continue
-        copies = pixels * chunk // UNIT * rounds
+        copies = pixels * chunk // unit * rounds
         block = Block(
             32 * warps,
             registers,
             shared_bytes,
             rounds,
             multiply_adds=0,
-            wavefronts=loaded + copies * UNIT * ELEMENT_BYTES / WAVEFRONT_BYTES + results * 3 / 32,
+            wavefronts=loaded + copies * UNIT_BYTES / WAVEFRONT_BYTES + results * 3 / 32,
             instructions=copies * COPY
-            + 32 * (MULTIPLY * multiplied + 2 * sums * warps)
+            + 32 * (MULTIPLY * multiplied + 2 * sums * warps + rounded)
             + results * store,
             words=0,
-            bytes=pixels * problem.channels * ELEMENT_BYTES + results * problem.result_bytes,
+            bytes=pixels * problem.channels * problem.element_bytes
+            + results * problem.result_bytes,
             ahead=rounds > 1,
-            matrix_cycles=multiplied * POSITIONS * COLUMNS * DEPTH / matrix_rate(device),
+            matrix_cycles=multiplied * MULTIPLY_ADDS / matrix_rate(device),
         )
         constants = {
             "tile_rows": own.tile_rows, "x_tiles": own.x_tiles, "x_groups": own.x_groups,

@@ -37,6 +37,8 @@ its ``_compiled_autograd_key``              test_compiled_autograd_gives_the_sam
 ``forward_ad._current_level``               test_hessians_of_all_modes_are_that_of_autograd
 ``DTensor._op_dispatcher`` (`sharding`)     test_processes_compute_what_one_computes
 ``_C._cuda_getCurrentRawStream`` (`memory`) test_work_goes_to_torchs_current_stream
+``_C._get_fp32_precision_getter``,          test_costs_of_float32_follow_the_precision_of_torchs_
+``_C._get_cublas_allow_tf32`` (`memory`)    matrix_products
 ==========================================  =======================================================
 
 The first two belong to the way around the dispatcher. `torch.library.register_autograd` would do

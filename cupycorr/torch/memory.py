@@ -2,6 +2,7 @@
 
 Nothing is copied, and nothing waits for the device: outputs and workspace come from torch's
 allocator, kernels go to torch's current stream of the tensors' device, whichever device is current.
+Cost volumes of float32 use TF32 where torch's matrix products would.
 A call of a layer on shapes that were there before only looks its launches up, so it can be captured
 into a CUDA graph; the first call compiles, or loads what `cupycorr warmup` has compiled.
 
@@ -97,10 +98,18 @@ def lend(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
         return workspace.data_ptr(), workspace
 
     stream = _stream_at(current_stream(index))
+    tf32 = like.dtype is torch.float32 and what == "cost" and _allows_tf32()
     engine.launch(
         what, shape, addresses, layer, _DTYPES[like.dtype], allocate,
-        stream=stream, channels_last=channels_last,
+        stream=stream, channels_last=channels_last, tf32=tf32,
     )  # fmt: skip
+
+
+def _allows_tf32() -> bool:
+    """Tell whether torch's matrix products of float32 may use TF32."""
+    if hasattr(torch._C, "_get_fp32_precision_getter"):
+        return bool(torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32")
+    return torch._C._get_cublas_allow_tf32()  # torch < 2.9
 
 
 def _engine() -> Any:

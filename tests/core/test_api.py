@@ -355,6 +355,12 @@ def test_dtype_names_agree_between_the_libraries():
     assert names == list(DTYPES)
 
 
+def test_allow_tf32_is_refused_for_tensors():
+    message = "allow_tf32 must be left out for torch tensors, got True; they follow"
+    with pytest.raises(TypeError, match=message):
+        cupycorr.correlation(torch.ones(SHAPE), torch.ones(SHAPE), GEOMETRY, allow_tf32=True)
+
+
 @pytest.mark.parametrize("heavy", ["torch", "cupy", "ml_dtypes", "click", "rich"])
 def test_importing_and_using_numpy_loads_nothing_heavier(heavy):
     code = (

@@ -129,6 +129,14 @@ def test_what_is_not_finite_reaches_no_other_output_on_tensor_cores(name):
         assert_integers_are_exact(cost_of_channels_last, shape, layer, "float16", special)
 
 
+@pytest.mark.parametrize(("allow_tf32", "product"), [(False, 1 + 2.0**-12), (True, 1)])
+def test_maps_are_rounded_to_tf32_where_that_is_allowed(cp, allow_tf32, product):
+    pixels = cp.full((1, 6, 20, 8), 1 + 2.0**-12, cp.float32)
+    one, two = (fmap.transpose(0, 3, 1, 2) for fmap in (pixels, cp.ones_like(pixels)))
+    cost = cupycorr.correlation(one, two, Geometry(), allow_tf32=allow_tf32)
+    assert (cost.get() == 8 * product).all()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_the_plain_kernels_compute_every_dtype_right(dtype):
     assert_passes(verify.cupy_engine(plain=True), *CASES[FEW[-1]], dtype)

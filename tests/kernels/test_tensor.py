@@ -340,7 +340,7 @@ BUGS = {
                                     "warps side by side"),
     "the other lanes' columns": Bug("lane / 16 * 8 + lane % 8;", "lane / 8 % 2 * 8 + lane % 8;"),
     "halves of a matrix exchanged": Bug(
-        "lane / 8 % 2 * 8) * element_bytes", "lane / 16 * 8) * element_bytes"),
+        "lane / 8 % 2 * unit) * element_bytes", "lane / 16 * unit) * element_bytes"),
     "columns of the wrong tile": Bug("(i * span / 8 + t)", "(i + t)", "advance, one row"),
     "rows do not advance": Bug("p = e - advance_y * j", "p = e - j", "advance, two rows"),
     "a row of the wrong tile": Bug(
@@ -473,7 +473,8 @@ MISTAKES = {
     "not all lanes of a warp reach": (
         "const int begin = buffer(c) + k",
         "if (lane == 3) continue;\n const int begin = buffer(c) + k"),
-    "a row that is not aligned": ("lane / 16 * 8) * element_bytes;", "lane / 16 * 8 + 1) * 2;"),
+    "a row that is not aligned": ("lane / 16 * unit) * element_bytes;",
+                                 "lane / 16 * unit + 1) * element_bytes;"),
     "of shared memory": ("pixel1 * pitch", "(pixel1 + (1 << 20)) * pitch"),
 }  # fmt: skip
 
@@ -483,3 +484,53 @@ def test_a_mistake_of_a_warp_is_noticed(mistake):
     shape, layer = PHASES
     with pytest.raises(host.HostError, match=mistake):
         engine(patch=MISTAKES[mistake]).cost(*integers(shape), layer, "float16")
+
+
+# ---- float32, rounded to TF32
+
+
+def rounded_to_tf32(values):
+    """Return float32 values with 11 binary digits, ties away from zero."""
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def test_nobody_gets_tf32_without_asking_for_it():
+    layer = CASES["FlowNetC"][1]
+    for dtype, tf32 in (("float32", False), ("float64", True)):
+        assert "tensor_cost" not in kernels((1, 24, 12, 16), layer, dtype, tf32=tf32)
+    assert kernels((1, 24, 12, 16), layer, "float32", tf32=True) == ["tensor_cost"]
+    assert "tensor_cost" not in kernels((1, 24, 12, 16), layer, "float32", SM_75, tf32=True)
+
+
+@pytest.mark.parametrize("channels", [20, 19])
+@pytest.mark.parametrize("case", MIXED)
+def test_tf32_is_exact_on_integers(case, channels):
+    shape, layer = with_channels(case, channels)
+    computed = engine(SM_90, tf32=True, order="shuffled")
+    assert error(computed, shape, layer, "float32") is None
+
+
+@pytest.mark.parametrize("channels", [20, 19])
+def test_maps_are_rounded_to_tf32_and_sums_are_not(channels):
+    shape, layer = with_channels("FlowNetC", channels)
+    maps = np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32)
+    got = engine(tf32=True).cost(*maps.astype(np.float64), layer, "float32")
+    one, two = (rounded_to_tf32(fmap).astype(np.float64) for fmap in maps)
+    want = verify.numpy_engine().cost(one, two, layer, "float64")
+    size = verify.numpy_engine().cost(np.abs(one), np.abs(two), layer, "float64")
+    assert (np.abs(got - want) <= channels * 2.0**-24 * size).all()
+    exact = verify.numpy_engine().cost(*maps.astype(np.float64), layer, "float64")
+    assert (np.abs(got - exact) > channels * 2.0**-24 * size).any()
+
+
+def test_tf32_keeps_what_is_not_finite_to_its_terms():
+    shape, layer = with_channels("FlowNetC", 20)
+    for special, oracle in test_host.SPECIAL:
+        options = {"special": 3 * special, "oracle": oracle()}
+        assert error(engine(tf32=True), shape, layer, "float32", **options) is None
+
+
+def test_threads_share_no_word_of_tf32_without_a_barrier():
+    shape, layer = with_channels("FlowNetC", 20)
+    engine(mode="trace", tf32=True).cost(*integers(shape), layer, "float32")

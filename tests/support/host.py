@@ -127,6 +127,7 @@ def host_engine(
     patch=None,
     planned=None,
     channels_last=False,
+    tf32=False,
 ):
     """Return the CUDA kernels, run on the processor, as an engine of `verify`.
 
@@ -147,9 +148,11 @@ def host_engine(
         From a plan to the one that is run.
     channels_last : bool
         Whether the maps lie in memory as (N, H, W, C).
+    tf32 : bool
+        As for `cuda.plan.plan`.
     """
     how = {"plain": plain, "aligned": aligned, "order": order, "mode": mode, "patch": patch,
-           "planned": planned, "channels_last": channels_last}  # fmt: skip
+           "planned": planned, "channels_last": channels_last, "tf32": tf32}  # fmt: skip
 
     def cost(fmap1, fmap2, layer, dtype):
         inputs = {"fmap1": fmap1, "fmap2": fmap2}
@@ -186,6 +189,7 @@ def compute(
     patch=None,
     planned=None,
     channels_last=False,
+    tf32=False,
 ):
     """Plan for arrays of some names, and for results of some names and shapes, and run that.
 
@@ -210,6 +214,7 @@ def compute(
         plan = cuda_plan.plan(
             results, layer, (len(part["fmap1"]), *shape[1:]), dtype, device,
             tangent="tangent1" in inputs, aligned=aligned, plain=plain, channels_last=channels_last,
+            tf32=tf32,
         )  # fmt: skip
         plan = plan if planned is None else planned(plan)
         run_plan(plan, part, dtype, divisor, order=order, mode=mode, patch=patch)

@@ -384,21 +384,23 @@ void host_load_matrices(unsigned* fragments, int count, const void* row) {
 }
 
 void host_multiply_matrices(float* sums, const unsigned* one, const unsigned* two,
-                            float (*widened)(unsigned short)) {
+                            float (*added)(float sum, unsigned, unsigned)) {
   const int lane = threadIdx.x % lanes_of_warp, which = current->operations % 2;
   const Fiber* const lanes =
       show("a product of matrices", {nullptr, {one[0], one[1], one[2], one[3]}, {two[0], two[1]}});
-  const auto half = [&](unsigned word, int k) {
-    return widened(static_cast<unsigned short>(word >> k % 2 * 16));
-  };
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 16; ++k) {
-      const Shown& a = lanes[row % 8 * 4 + k % 8 / 2].shown[which];
-      const Shown& b = lanes[column * 4 + k % 8 / 2].shown[which];
-      sums[i] += half(a.one[row / 8 + k / 8 * 2], k) * half(b.two[k / 8], k);
+    for (int word = 0; word < 8; ++word) {
+      const Shown& a = lanes[row % 8 * 4 + word % 4].shown[which];
+      const Shown& b = lanes[column * 4 + word % 4].shown[which];
+      sums[i] = added(sums[i], a.one[row / 8 + word / 4 * 2], b.two[word / 4]);
     }
   }
+}
+
+unsigned host_round_to_tf32(unsigned bits) {
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  return finite ? (bits + 0x1000u) & ~0x1fffu : bits;
 }
 
 const char* host_launch(HostEntry function, const HostLaunch& launch, int most_threads,

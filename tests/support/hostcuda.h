@@ -38,7 +38,8 @@ void host_wait_for_copies();
 // Operations of a warp: every lane calls them (fragments as in kernels/matrices.cuh).
 void host_load_matrices(unsigned* fragments, int count, const void* row);
 void host_multiply_matrices(float* sums, const unsigned* one, const unsigned* two,
-                            float (*widened)(unsigned short));
+                            float (*added)(float sum, unsigned, unsigned));
+unsigned host_round_to_tf32(unsigned bits);
 
 inline float __uint_as_float(unsigned bits) {
   float value;

@@ -201,6 +201,25 @@ class TestTheBridge:
         assert (cost.device.index, cupy.cuda.Device().id) == (1, 0)
         assert_same(cost, cupycorr.correlation(*whole, WINDOW))
 
+    def test_costs_of_float32_follow_the_precision_of_torchs_matrix_products(self, tensors):
+        # TF32 holds 1 and 2, but not what is between 1 and 1 + 2 ** -10.
+        whole = torch.full((1, 8, 6, 20), 1 + 2.0**-12)
+        one = tensors.place(whole).contiguous(memory_format=torch.channels_last).requires_grad_()
+        two = tensors.place(2 * torch.ones_like(whole)).contiguous(
+            memory_format=torch.channels_last
+        )
+        products = {"highest": 16 * (1 + 2.0**-12), "high": 16.0}
+        before = torch.get_float32_matmul_precision()
+        try:
+            for precision, product in products.items():
+                torch.set_float32_matmul_precision(precision)
+                cost = cupycorr.correlation(one, two, Geometry())
+                assert (cost.cpu() == product).all()
+                (grad,) = torch.autograd.grad(cost, one, cost)
+                assert (grad.cpu() == 2 * product).all()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
     def test_workspace_is_torchs(self, tensors, calls):
         import cupy
 
