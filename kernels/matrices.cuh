@@ -21,14 +21,20 @@ constexpr bool is_bfloat16<Bfloat16> = true;
 
 // Read COUNT (2 or 4) matrices of 8 rows of 16 bytes into one word of a lane each. Lane
 // 8 * i + k says where row k of matrix i lies, at a multiple of 16 bytes of shared memory: rows may
-// lie anywhere. (Of 2 matrices, lanes 16 and up are not asked.)
-template <int COUNT>
+// lie anywhere. (Of 2 matrices, lanes 16 and up are not asked.) With TRANSPOSED, lanes hold two
+// neighbouring elements of a column per word.
+template <int COUNT, bool TRANSPOSED = false>
 __device__ __forceinline__ void load_matrices(unsigned* fragments, SharedAddress row) {
-  static_assert(COUNT == 2 || COUNT == 4, "ldmatrix reads 1, 2 or 4 matrices");
+  static_assert(COUNT == 4 || (COUNT == 2 && !TRANSPOSED), "what the kernels use of ldmatrix");
 #if defined(CUPYCORR_HOST)
-  host_load_matrices(fragments, COUNT, row);
+  host_load_matrices(fragments, COUNT, row, TRANSPOSED);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if constexpr (COUNT == 4) {
+  if constexpr (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
+                 : "r"(row)
+                 : "memory");
+  } else if constexpr (COUNT == 4) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
                  : "r"(row)
@@ -94,4 +100,35 @@ __device__ __forceinline__ void multiply_matrices(float (&sums)[4], const unsign
         : "r"(one[0]), "r"(one[1]), "r"(one[2]), "r"(one[3]), "r"(two[0]), "r"(two[1]));
   }
 #endif
+}
+
+// Copy CHANNELS channels of PIXELS pixels, from channel c on, to shared memory, where a pixel takes
+// 16 bytes more; zeros for those that do not exist. Offsets are those of pixels in a map, or -1.
+template <int THREADS, int CHANNELS, int PIXELS, bool ASYNCHRONOUS, typename Element>
+__device__ __forceinline__ void stage_pixels(const Element* map, const int* offsets, int c,
+                                             int channels, char* to, SharedAddress address,
+                                             int thread) {
+  constexpr int bytes = static_cast<int>(sizeof(Element)), pitch = CHANNELS + 16 / bytes;
+  constexpr int unit = ASYNCHRONOUS ? 16 / bytes : 2;
+  constexpr int units = CHANNELS / unit, at_once = THREADS / units;
+  static_assert(THREADS % units == 0, "a thread has the same channels of all of its pixels");
+  const int k = thread % units * unit, first = thread / units;
+  const bool in_map = c + k < channels;
+#pragma unroll 4
+  for (int n = 0; n < ceil_div(PIXELS, at_once); ++n) {
+    const int i = first + n * at_once;
+    if (PIXELS % at_once != 0 && i >= PIXELS) continue;
+    const int offset = offsets[i];
+    const int at = (i * pitch + k) * bytes;
+    const bool exists = in_map && offset >= 0;
+    const Element* const from = map + (exists ? offset + c + k : 0);
+    if constexpr (ASYNCHRONOUS) {
+      copy_async_or_zero(address + at, from, exists);
+    } else {
+      Pack<Element, unit> pack = {};
+      if (exists) pack.values[0] = from[0];
+      if (exists && c + k + 1 < channels) pack.values[1] = from[1];
+      *reinterpret_cast<Pack<Element, unit>*>(to + at) = pack;
+    }
+  }
 }

@@ -108,29 +108,6 @@ static_assert(slices >= 1 && buffers * buffer_bytes + 4 * (pixels1 + pixels2) <=
               "shared memory is too small");
 static_assert(phases == phases_x || result_vector == 1, "results of some phases lie apart");
 
-// Copy channels c to c + chunk of some pixels to shared memory; zeros for those that do not exist.
-// Offsets are those of pixels in a map, or -1.
-__device__ __forceinline__ void stage(const element* map, const int* offsets, int pixels, int c,
-                                      int channels, char* to, SharedAddress address, int thread) {
-  constexpr int at_once = asynchronous ? unit : 2, units = chunk / at_once;
-  const int k = thread % units * at_once;
-#pragma unroll 4
-  for (int i = thread / units; i < pixels; i += threads / units) {
-    const int offset = offsets[i], at = (i * pitch + k) * element_bytes;
-    const bool exists = offset >= 0 && c + k < channels;
-    const element* const from =
-        map + (exists ? static_cast<long long>(offset) * channels + c + k : 0);
-    if constexpr (asynchronous) {
-      copy_async_or_zero(address + at, from, exists);
-    } else {
-      Pack<element, at_once> pack = {};
-      if (exists) pack.values[0] = from[0];
-      if (exists && c + k + 1 < channels) pack.values[1] = from[1];
-      *reinterpret_cast<Pack<element, at_once>*>(to + at) = pack;
-    }
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
     const element* __restrict__ fmap1, const element* __restrict__ fmap2,
     result* __restrict__ cost, const Sizes s, const accumulator scale) {
@@ -165,7 +142,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
     const int y = first ? y1 + spacing_y * advance_y * at : y2 + spacing_y * at;
     const int x = step_x * of_phase +
                   (first ? x1 + spacing_x * advance_x * column : x2 + spacing_x * column);
-    offsets[i] = inside(y, s.height) && inside(x, s.width) ? y * s.width + x : -1;
+    const bool exists = inside(y, s.height) && inside(x, s.width);
+    offsets[i] = exists ? (y * s.width + x) * s.channels : -1;
   }
   __syncthreads();
 
@@ -174,9 +152,11 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
   const auto fetch = [&](int c) {
     constexpr int begin2 = pixels1 * pitch * element_bytes;
     const int begin = buffer(c);
-    stage(fmap1 + sample, offsets, pixels1, c, s.channels, bytes + begin, address + begin, thread);
-    stage(fmap2 + sample, offsets + pixels1, pixels2, c, s.channels, bytes + begin + begin2,
-          address + begin + begin2, thread);
+    stage_pixels<threads, chunk, pixels1, asynchronous>(
+        fmap1 + sample, offsets, c, s.channels, bytes + begin, address + begin, thread);
+    stage_pixels<threads, chunk, pixels2, asynchronous>(
+        fmap2 + sample, offsets + pixels1, c, s.channels, bytes + begin + begin2,
+        address + begin + begin2, thread);
   };
 
   // Rows of fmap2 of this warp that exist and that its tiles meet: bit r is row r.

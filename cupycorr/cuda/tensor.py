@@ -92,6 +92,12 @@ class Tile(NamedTuple):
     """Of the multiprocessor that has most to do, by the model."""
 
 
+def applies(layer: Layer, dtype: str, device: Device, *, tf32: bool = False) -> bool:
+    """Whether a device has tensor cores for a layer's products."""
+    multiplied = ("float16", "bfloat16", *(["float32"] if tf32 else []))
+    return not layer.l1 and dtype in multiplied and device.capability >= OLDEST
+
+
 def cost(
     layer: Layer,
     shape: Shape,
@@ -119,8 +125,7 @@ def cost(
         tensor cores do not compute the layer, where no tile fits, or where turning the maps would
         cost more than it gains.
     """
-    multiplied = ("float16", "bfloat16", *(["float32"] if tf32 else []))
-    if layer.l1 or dtype not in multiplied or device.capability < OLDEST:
+    if not applies(layer, dtype, device, tf32=tf32):
         return None
     geometry, channels = layer.geometry, shape[1]
     lattice_height, lattice_width = volume_shape(geometry, shape)[3:]
@@ -145,7 +150,7 @@ def cost(
         device,
     )
     if tile is None or not (
-        channels_last or _turning_pays(tile.cycles, scalar_cycles, shape, dtype, device)
+        channels_last or turning_pays(tile.cycles, scalar_cycles, shape, dtype, device)
     ):
         return None
     blocks_y = -(-rows // tile.rows)
@@ -189,7 +194,7 @@ def cost(
 def turning(
     shape: Shape, dtype: str, given: str, turned: str, *, aligned: bool, back: bool
 ) -> Launch:
-    """Plan the exchange of a map's channels and pixels.
+    """Plan the exchange of the channels and pixels of a map or its gradient.
 
     Parameters
     ----------
@@ -198,11 +203,11 @@ def turning(
     dtype : {"float16", "bfloat16", "float32", "float64"}
         Its dtype.
     given, turned : str
-        Names of the map, and of the array that is written, which is aligned.
+        Names of the array that is read, and of that which is written.
     aligned : bool
-        Whether the map begins at a multiple of 16 bytes.
+        Whether both begin at multiples of 16 bytes.
     back : bool
-        Whether channels lie side by side in the map, or in what is written.
+        Whether channels lie side by side in what is read, or in what is written.
     """
     samples, channels, height, width = shape
     size_a, size_b = (height * width, channels) if back else (channels, height * width)
@@ -213,7 +218,7 @@ def turning(
         (
             *types(dtype),
             ("whole_reads", aligned and size_b % 2 == 0),
-            ("whole_writes", size_a % 2 == 0),
+            ("whole_writes", aligned and size_a % 2 == 0),
             ("threads", TURNING_THREADS),
         ),
         samples * blocks_a * blocks_b,
@@ -228,10 +233,10 @@ def turning(
     )
 
 
-def _turning_pays(
+def turning_pays(
     tensor_cycles: float, scalar_cycles: float, shape: Shape, dtype: str, device: Device
 ) -> bool:
-    """Whether both maps are turned and multiplied in less time than product.cu takes."""
+    """Whether two arrays are turned and the rest is done in less time than without tensor cores."""
     moved = 2 * 2 * prod(shape) * DTYPES[dtype].itemsize  # each is read and written
     turning = moved / multiprocessor_bytes(device) + 2 * LAUNCH_CYCLES
     return tensor_cycles + turning < scalar_cycles
@@ -370,11 +375,11 @@ def _tiles_of_rows(
         }  # fmt: skip
         yield Tile(
             tuple(constants.items()), rows1, own.columns1, shares, own.phases, 32 * warps,
-            shared_bytes, _cycles(block, blocks, device),
+            shared_bytes, cycles_of_rounds(block, blocks, device),
         )  # fmt: skip
 
 
-def _cycles(block: Block, blocks: int, device: Device) -> float:
+def cycles_of_rounds(block: Block, blocks: int, device: Device) -> float:
     """Return the cycles of a multiprocessor, with what its blocks wait for at every chunk.
 
     A chunk is on its way while the one before it is multiplied: by this block and by those that

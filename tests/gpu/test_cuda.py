@@ -108,7 +108,7 @@ def test_maps_that_are_turned_first_are_computed_right(monkeypatch, dtype, shape
     from cupycorr.cuda import engine as cuda_engine
     from cupycorr.cuda import tensor
 
-    monkeypatch.setattr(tensor, "_turning_pays", lambda *_: True)
+    monkeypatch.setattr(tensor, "turning_pays", lambda *_: True)
     cuda_engine._prepared.cache_clear()
     for name in ("FlowNetC", "window at the border"):
         assert_integers_are_exact(verify.cupy_engine().cost, shape, CASES[name][1], dtype)

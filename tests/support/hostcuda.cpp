@@ -365,7 +365,7 @@ void host_wait_for_copies() {
   current->copies.clear();
 }
 
-void host_load_matrices(unsigned* fragments, int count, const void* row) {
+void host_load_matrices(unsigned* fragments, int count, const void* row, bool transposed) {
   constexpr int rows = 8, row_bytes = 16;
   const int lane = threadIdx.x % lanes_of_warp;
   const char* const at = static_cast<const char*>(row);
@@ -379,7 +379,11 @@ void host_load_matrices(unsigned* fragments, int count, const void* row) {
   const int which = current->operations % 2;
   const Fiber* const lanes = show("a load of matrices", {at, {}, {}});
   for (int i = 0; i < count; ++i) {
-    memcpy(&fragments[i], lanes[rows * i + lane / 4].shown[which].row + lane % 4 * 4, 4);
+    for (int k = 0; k < 2; ++k) {
+      const int down = lane / 4, across = lane % 4 * 2 + k, of_row = transposed ? across : down;
+      memcpy(reinterpret_cast<char*>(&fragments[i]) + 2 * k,
+             lanes[rows * i + of_row].shown[which].row + 2 * (transposed ? down : across), 2);
+    }
   }
 }
 

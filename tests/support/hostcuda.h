@@ -36,7 +36,7 @@ void host_barrier(const char* file, int line);
 void host_copy_async(void* to, const void* from, int bytes, bool exists = true);
 void host_wait_for_copies();
 // Operations of a warp: every lane calls them (fragments as in kernels/matrices.cuh).
-void host_load_matrices(unsigned* fragments, int count, const void* row);
+void host_load_matrices(unsigned* fragments, int count, const void* row, bool transposed);
 void host_multiply_matrices(float* sums, const unsigned* one, const unsigned* two,
                             float (*added)(float sum, unsigned, unsigned));
 unsigned host_round_to_tf32(unsigned bits);
