@@ -168,7 +168,8 @@ def correlation_vjp(
     Returns
     -------
     (array (N, C, H, W) or None, array (N, C, H, W) or None)
-        The gradients with respect to fmap1 and fmap2; None where not needed.
+        The gradients with respect to fmap1 and fmap2; None where not needed. They are contiguous,
+        but if CuPy arrays lie in memory as (N, H, W, C), both of them, so do their gradients.
 
     Raises
     ------
@@ -290,12 +291,19 @@ def _on_device(
     if fmap1.device.id != cuda.current_device():
         with fmap1.device:
             return _on_device(what, inputs, shapes, layer, allow_tf32)
-    results = {name: cupy.ndarray(shape, fmap1.dtype) for name, shape in shapes.items()}
-    arrays = inputs | results
     maps = [array for name, array in inputs.items() if name in cuda.MAPS]
     channels_last = not fmap1.flags.c_contiguous and all(
         array.transpose(0, 2, 3, 1).flags.c_contiguous for array in maps
     )
+    results = {}
+    for name, shape in shapes.items():
+        if channels_last and name in cuda.GRADIENTS:
+            samples, channels, *size = shape
+            result = cupy.ndarray((samples, *size, channels), fmap1.dtype).transpose(0, 3, 1, 2)
+        else:
+            result = cupy.ndarray(shape, fmap1.dtype)
+        results[name] = result
+    arrays = inputs | results
     for name, array in inputs.items():
         if not (array.flags.c_contiguous or (channels_last and name in cuda.MAPS)):
             arrays[name] = cupy.ascontiguousarray(array)

@@ -30,6 +30,7 @@ except ImportError:  # Windows
 
 from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda.cost import Device
+from cupycorr.cuda.launch import GRADIENTS as GRADIENTS
 from cupycorr.cuda.launch import MAPS as MAPS
 from cupycorr.cuda.launch import Launch, Shape
 from cupycorr.cuda.sources import source
@@ -117,7 +118,8 @@ def run(
     plain : bool, default False
         Use only the kernels that compute one output per thread.
     channels_last : bool, default False
-        Whether the maps and tangents, of shape (N, C, H, W), lie in memory as (N, H, W, C).
+        Whether the maps, tangents and gradients, of shape (N, C, H, W), lie in memory as
+        (N, H, W, C).
     tf32 : bool, default False
         Whether the tensor cores may round float32 maps to TF32, for "cost".
 

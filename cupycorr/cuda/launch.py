@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from cupycorr.cuda.cost import Constants
-from cupycorr.geometry import Geometry
+from cupycorr.geometry import Axis, Geometry
 from cupycorr.layer import DTYPES
 
 Shape = tuple[int, ...]
 MAPS = frozenset({"fmap1", "fmap2", "tangent1", "tangent2"})
 """The arrays that have a map's shape (N, C, H, W) and are read."""
+GRADIENTS = frozenset({"grad_fmap1", "grad_fmap2"})
+"""The arrays that have a map's shape and are written."""
 
 
 class Launch(NamedTuple):
@@ -56,6 +58,39 @@ def volume_shape(geometry: Geometry, shape: Shape) -> Shape:
     """Return the shape of the products on the lattice: that of the cost if there is one tap."""
     samples, *patch, height, width = geometry.cost_shape(shape)
     return (samples, *patch, geometry.y.lattice_size(height), geometry.x.lattice_size(width))
+
+
+class Targets(NamedTuple):
+    """The positions along one axis of a map that a gradient is computed for."""
+
+    step: int
+    """Pixels between them."""
+    target: int
+    """Pixel of the first."""
+    number: int
+    phases: int
+    advance: int
+    first: int
+    """Pixels from a target to its first source."""
+    shift: int
+    """Lattice index of the first target (map 1), or of its first source (map 2)."""
+
+
+def targets(axis: Axis, size: int, which: int) -> Targets:
+    """Return the targets that cover an axis of ``size`` pixels of map ``which``."""
+    step, spacing = axis.lattice_step, axis.dilation_patch
+    last = axis.first_displacement + (axis.patch_size - 1) * spacing
+    origin, first = -axis.padding, axis.first_displacement
+    phases, advance = axis.phases
+    if which == 2:  # all positions that the patch reaches
+        origin, first = origin + axis.first_displacement, -last
+        step, advance = step // advance, 1
+    target = origin % step
+    number = max(1, -(-(size - target) // step))
+    # Where sources of map 2 lie between lattice rows, the kernel looks each of them up.
+    source = target if which == 1 else target + first
+    shift = (source + axis.padding) // axis.lattice_step
+    return Targets(step, target, number, phases, advance, first, shift)
 
 
 def types(dtype: str, **more: str) -> Constants:

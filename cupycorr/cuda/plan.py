@@ -8,12 +8,12 @@ means. Every launch is checked against the limits of the device that it is plann
 from __future__ import annotations
 
 from math import inf, prod
-from typing import NamedTuple
 
 from cupycorr.cuda import tensor
 from cupycorr.cuda import tiles as cuda_tiles
 from cupycorr.cuda.cost import Constants, Device, elements_per_load, size_class
 from cupycorr.cuda.launch import (
+    GRADIENTS,
     MAPS,
     Launch,
     Plan,
@@ -21,13 +21,15 @@ from cupycorr.cuda.launch import (
     Workspace,
     pair,
     pairs,
+    targets,
     types,
     volume_shape,
 )
-from cupycorr.geometry import Axis, Geometry
+from cupycorr.geometry import Geometry
 from cupycorr.layer import DTYPES, Layer
 
 THREADS = 256  # per block of the plain and the taps kernels
+MATRICES = ("tensor.cu",)  # kernels of maps whose channels lie side by side
 MOST_ELEMENTS = 2**31 - 1  # within reach of a 32-bit offset
 WORKSPACE_BYTES = 256 << 20  # of the product volume, unless one sample needs more; of turned maps
 
@@ -80,7 +82,8 @@ def plan(
         Take the tiles that the model finds faster than all but so many; the plain kernels where no
         more fit. To measure how good the model's choice is.
     channels_last : bool, default False
-        Whether the maps, and the tangents, lie in memory as (N, H, W, C). Results never do.
+        Whether the maps, and the tangents, lie in memory as (N, H, W, C). Gradients with respect to
+        them then do, too.
     tf32 : bool, default False
         Whether float32 maps may be rounded to TF32 for the tensor cores. Gradients never are.
 
@@ -119,20 +122,38 @@ def plan(
 def _turned(
     launches: list[Launch], shape: Shape, dtype: str, aligned: bool, channels_last: bool
 ) -> tuple[list[Launch], list[Workspace]]:
-    """Turn the maps first where launches read them in the other order of axes."""
+    """Turn maps first, and gradients last, where a launch has them in the other order of axes."""
+    first: dict[str, Launch] = {}
     found: list[Launch] = []
-    names: dict[str, str] = {}
+    last: list[Launch] = []
     for launch in launches:
-        if (launch.source == "tensor.cu") != channels_last:
-            for name in MAPS.intersection(launch.arrays) - names.keys():
-                names[name] = f"{name}_turned"
+        if (launch.source in MATRICES) != channels_last:
+            names = {name: f"{name}_turned" for name in _of_maps(launch)}
+            for name, turned in sorted(names.items()):
+                to = turned if name in MAPS else name
+                turning = tensor.turning(
+                    shape, dtype, name if name in MAPS else turned, to, aligned=aligned,
+                    back=channels_last == (name in MAPS),
+                )  # fmt: skip
+                if name in MAPS:
+                    first.setdefault(name, turning)
+                else:
+                    last.append(turning)
             launch = launch._replace(arrays=tuple(names.get(name, name) for name in launch.arrays))
         found.append(launch)
-    turnings = [
-        tensor.turning(shape, dtype, name, turned, aligned=aligned, back=channels_last)
-        for name, turned in sorted(names.items())
-    ]
-    return turnings + found, [Workspace(name, shape, dtype) for _, name in sorted(names.items())]
+    workspaces = [first[name].arrays[1] for name in sorted(first)] + [one.arrays[0] for one in last]
+    return (
+        [*(first[name] for name in sorted(first)), *found, *last],
+        [Workspace(name, shape, dtype) for name in workspaces],
+    )
+
+
+def _of_maps(launch: Launch) -> set[str]:
+    """Return the names of a launch's maps and gradients, but for a map that it does not read."""
+    result = launch.arrays[-1]
+    # A gradient of products does not depend on its own map.
+    own = "" if dict(launch.constants).get("l1") else result.removeprefix("grad_")
+    return set((MAPS | GRADIENTS).intersection(launch.arrays) - {own})
 
 
 def _tiles_apply(geometry: Geometry, shape: Shape) -> bool:
@@ -338,11 +359,10 @@ def _gradient(
     geometry = layer.geometry
     samples, channels, height, width = shape
     lattice = volume_shape(geometry, shape)[3:]
-    targets = [
-        _targets(axis, size, which)
+    y, x = (
+        targets(axis, size, which)
         for axis, size in zip((geometry.y, geometry.x), (height, width), strict=True)
-    ]
-    y, x = targets
+    )
     if which == 2 and x.step != geometry.x.lattice_step:
         return None  # sources would lie between the lattice's columns
     upstream = dtype if geometry.taps == 1 else DTYPES[dtype].accumulator
@@ -417,39 +437,6 @@ def _gradient(
         ),
         cycles=cycles,
     )
-
-
-class _Targets(NamedTuple):
-    """The positions along one axis of a map that a gradient is computed for."""
-
-    step: int
-    """Pixels between them."""
-    target: int
-    """Pixel of the first."""
-    number: int
-    phases: int
-    advance: int
-    first: int
-    """Pixels from a target to its first source."""
-    shift: int
-    """Lattice index of the first target (map 1), or of its first source (map 2)."""
-
-
-def _targets(axis: Axis, size: int, which: int) -> _Targets:
-    """Return the targets that cover an axis of ``size`` pixels of map ``which``."""
-    step, spacing = axis.lattice_step, axis.dilation_patch
-    last = axis.first_displacement + (axis.patch_size - 1) * spacing
-    origin, first = -axis.padding, axis.first_displacement
-    phases, advance = axis.phases
-    if which == 2:  # all positions that the patch reaches
-        origin, first = origin + axis.first_displacement, -last
-        step, advance = step // advance, 1
-    target = origin % step
-    number = max(1, -(-(size - target) // step))
-    # Where sources of map 2 lie between lattice rows, the kernel looks each of them up.
-    source = target if which == 1 else target + first
-    shift = (source + axis.padding) // axis.lattice_step
-    return _Targets(step, target, number, phases, advance, first, shift)
 
 
 def _checked(plan: Plan, device: Device) -> Plan:

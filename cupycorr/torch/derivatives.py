@@ -49,7 +49,7 @@ forward mode are silently zero.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -263,7 +263,7 @@ def compute(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor
     """Compute what an operator returns for dense tensors, on their own memory."""
     fmap = operands[0]
     names, shapes = _described(operator, layer, fmap.shape)
-    results = tuple(map(fmap.new_empty, shapes))
+    results = allocate(operator, operands, shapes)
     tensors = dict(zip(names, (*operands, *results), strict=True))
     # Engines read the shape of a map that no wanted gradient depends on: either map's.
     tensors.setdefault("fmap1", fmap)
@@ -274,6 +274,25 @@ def compute(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor
         views = {name: _array(tensor) for name, tensor in tensors.items()}
         engine.run(operator.what, views, layer, threads=torch.get_num_threads())
     return results
+
+
+def allocate(
+    operator: Operator, operands: tuple[Tensor, ...], shapes: Iterable[Sequence[Any]]
+) -> tuple[Tensor, ...]:
+    """Return tensors of some shapes for an operator's results; sizes may be symbols.
+
+    On CUDA devices gradients lie in memory as their maps do.
+    """
+    fmap = operands[0]
+    maps = [t for slot, t in zip(operator.operands, operands, strict=True) if slot != COST]
+    if not fmap.is_cuda or not memory.are_channels_last(*maps):
+        return tuple(map(fmap.new_empty, shapes))
+    return tuple(
+        fmap.new_empty(shape)
+        if slot == COST
+        else torch.empty_like(fmap, memory_format=torch.channels_last)
+        for slot, shape in zip(operator.results, shapes, strict=True)
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -45,18 +45,26 @@ _exchanged: set[tuple[int, torch.dtype]] = set()
 """Of which devices and dtypes memory was exchanged by DLPack."""
 
 
+def are_channels_last(fmap: Tensor, *others: Tensor) -> bool:
+    """Whether maps all lie in memory as (N, H, W, C), and the first not as (N, C, H, W) as well."""
+    return not fmap.is_contiguous() and all(
+        tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (fmap, *others)
+    )
+
+
 def lend(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
     """Lend tensors' memory to the CUDA engine, which computes a layer's result into it.
 
-    Maps may all be contiguous in the order (N, H, W, C) as well (torch.channels_last). Any other
-    input that is not contiguous is copied.
+    Maps and their gradients may all be contiguous in the order (N, H, W, C) as well
+    (torch.channels_last). Any other input that is not contiguous is copied.
 
     Parameters
     ----------
     what, layer
         As for `cuda.engine.run`.
     tensors : mapping of name to Tensor, float16|bfloat16|float32|float64, on one CUDA device
-        The names are those of `cuda.engine.run`. Inputs have any strides, results are contiguous.
+        The names are those of `cuda.engine.run`. Inputs have any strides. Results are contiguous,
+        but gradients are channels_last where the maps `are_channels_last`.
 
     Raises
     ------
@@ -75,14 +83,11 @@ def lend(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
             if name in tensors:
                 tensors[name].zero_()
         return
-    channels_last = not like.is_contiguous() and all(
-        tensors[name].is_contiguous(memory_format=torch.channels_last)
-        for name in engine.MAPS
-        if name in tensors
-    )
+    of_maps = engine.MAPS | engine.GRADIENTS
+    channels_last = are_channels_last(like, *(tensors[name] for name in of_maps & tensors.keys()))
     # Copies of what is not contiguous are held until all is launched.
     dense = [
-        tensor if tensor.is_contiguous() or (channels_last and name in engine.MAPS)
+        tensor if tensor.is_contiguous() or (channels_last and name in of_maps)
         else tensor.contiguous()
         for name, tensor in tensors.items()
     ]  # fmt: skip

@@ -116,12 +116,14 @@ def _kernel(operator: Operator, *arguments: Any) -> Any:
 
 def _fake_kernel(operator: Operator, *arguments: Any) -> Any:
     """Return results without values; sizes may be symbols, of which nothing may be asked."""
-    (fmap, *_), layer = _parse(operator, arguments)
-    geometry = layer.geometry
+    operands, layer = _parse(operator, arguments)
+    fmap, geometry = operands[0], layer.geometry
     batch, _, height, width = fmap.shape
     sizes = geometry.y.output_size(height), geometry.x.output_size(width)
     shapes = {FMAP1: fmap.shape, FMAP2: fmap.shape, COST: (batch, *geometry.patch_size, *sizes)}
-    return _returned(tuple(fmap.new_empty(shapes[slot]) for slot in operator.results))
+    return _returned(
+        derivatives.allocate(operator, operands, [shapes[slot] for slot in operator.results])
+    )
 
 
 def _warn_of_onnx() -> None:

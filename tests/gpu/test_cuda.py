@@ -82,6 +82,33 @@ def cost_of_channels_last(fmap1, fmap2, layer, dtype):
     return cost.get().astype(np.float64)
 
 
+def grads_of_channels_last(grad, fmap1, fmap2, layer, dtype):
+    """Return the gradients of such maps, which lie in memory as the maps do."""
+    cp = pytest.importorskip("cupy")
+    kind = host.storage(dtype)
+    there = [
+        cp.moveaxis(cp.asarray(np.moveaxis(fmap, 1, 3).astype(kind, order="C")), 3, 1)
+        for fmap in (fmap1, fmap2)
+    ]
+    grads = cupycorr.correlation_vjp(
+        cp.asarray(grad.astype(kind)), *there, layer.geometry, normalize=layer.normalize
+    )
+    assert all(cp.moveaxis(one, 1, 3).flags.c_contiguous for one in grads)
+    return [one.get().astype(np.float64) for one in grads]
+
+
+def assert_gradients_are_exact(shape, layer, dtype, special=()):
+    """Compare gradients of small integers, and of some special values, with an oracle's."""
+    rng = np.random.default_rng(0)
+    sizes = layer.geometry.cost_shape(shape), shape, shape
+    given = [rng.integers(-2, 3, size).astype(np.float64) for size in sizes]
+    for array in given:
+        array.flat[rng.choice(array.size, len(special), replace=False)] = special
+    wanted = verify.numpy_engine().grads(*given, layer, "float64")
+    for got, want in zip(grads_of_channels_last(*given, layer, dtype), wanted, strict=True):
+        assert verify.difference(got, verify.round_to(want, dtype)) is None
+
+
 def assert_integers_are_exact(cost_of, shape, layer, dtype, special=()):
     """Compare a cost volume of small integers, and of some special values, with an oracle's."""
     rng = np.random.default_rng(0)
@@ -102,6 +129,15 @@ def test_maps_with_channels_last_are_computed_right(name, dtype, channels):
     assert_integers_are_exact(cost_of_channels_last, shape, layer, dtype)
 
 
+@pytest.mark.parametrize("channels", [None, 24], ids=["few channels", "24 channels"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", [name for name in CASES if 0 not in CASES[name][0]])
+def test_gradients_of_maps_with_channels_last_are_computed_right(name, dtype, channels):
+    (samples, given, *size), layer = CASES[name]
+    shape = (samples, given if channels is None else channels, *size)
+    assert_gradients_are_exact(shape, layer, dtype)
+
+
 @pytest.mark.parametrize("shape", [(2, 32, 16, 24), (1, 67, 9, 13)], ids=str)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_maps_that_are_turned_first_are_computed_right(monkeypatch, dtype, shape):
@@ -118,6 +154,7 @@ def test_maps_that_are_turned_first_are_computed_right(monkeypatch, dtype, shape
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_other_dtypes_with_channels_last_are_computed_right(dtype):
     assert_integers_are_exact(cost_of_channels_last, *CASES["FlowNetC"], dtype)
+    assert_gradients_are_exact(*CASES["FlowNetC"], dtype)
 
 
 @pytest.mark.parametrize("name", ["FlowNetC", "window", "negative padding", "stride"])
@@ -127,6 +164,7 @@ def test_what_is_not_finite_reaches_no_other_output_on_tensor_cores(name):
     for channels in (24, 19):
         shape = samples, channels, *size
         assert_integers_are_exact(cost_of_channels_last, shape, layer, "float16", special)
+        assert_gradients_are_exact(shape, layer, "float16", special)
 
 
 @pytest.mark.parametrize(("allow_tf32", "product"), [(False, 1 + 2.0**-12), (True, 1)])
@@ -463,6 +501,7 @@ def test_channels_last_maps_are_read_where_they_lie(cp, rng, monkeypatch, dtype)
     wanted = cupycorr.correlation_vjp(cost.get(), *maps_here, PATCH)
     for got, want in zip(grads, wanted, strict=True):
         assert_same(got, want)
+        assert cp.moveaxis(got, 1, 3).flags.c_contiguous
 
 
 STARTED_TOGETHER = """

@@ -142,8 +142,8 @@ def host_engine(
         256 bytes.
     mode : {"run", "trace", "sanitize"}
         What is watched, beside the results.
-    patch : (old, new), optional
-        A text of the sources, and what is put in its place where it occurs.
+    patch : (old, new, ...), optional
+        Texts of the sources, each followed by what is put in its place where it occurs.
     planned : function, optional
         From a plan to the one that is run.
     channels_last : bool
@@ -201,6 +201,8 @@ def compute(
     if channels_last:
         maps = cuda_plan.MAPS & inputs.keys()
         inputs = inputs | {name: inputs[name].transpose(0, 2, 3, 1) for name in maps}
+        lies = inputs["fmap1"].shape
+        outputs = {name: size if name == "cost" else lies for name, size in outputs.items()}
     for name, size in {**{n: a.shape for n, a in inputs.items()}, **outputs}.items():
         arrays[name] = _guarded(size, dtype, aligned, mode)
         if name in inputs:
@@ -222,7 +224,9 @@ def compute(
         whole.check(name)
         if name in inputs and not _same(whole.array, inputs[name].astype(whole.array.dtype)):
             raise HostError(f"a write to {name}, which is only read")
-    return {name: arrays[name].array.astype(np.float64) for name in outputs}
+    wide = {name: arrays[name].array.astype(np.float64) for name in outputs}
+    turned = cuda_plan.GRADIENTS & wide.keys() if channels_last else ()
+    return wide | {name: wide[name].transpose(0, 3, 1, 2) for name in turned}
 
 
 def launches(shape, layer, dtype, device, *, plain=False, aligned=True, channels_last=False):
@@ -334,8 +338,8 @@ _ahead = {}
 def translation_unit(launch, patch=None):
     """Return the C++ source of a launch: that of its kernel, and how each kernel is called."""
     text = cuda_sources.source(launch)
-    if patch is not None:
-        text = text.replace(*patch)
+    for old, new in zip(*[iter(patch or ())] * 2, strict=True):
+        text = text.replace(old, new)
     kernels = re.findall(r"__launch_bounds__\((\w+)[^)]*\)\s+(\w+)\(", text)
     exports = [f"HOST_KERNEL({kernel}, {most})" for most, kernel in kernels]
     return "\n".join(['#include "hostcuda.h"', text, '#line 1 "exports"', *exports, ""])

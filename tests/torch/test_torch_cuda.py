@@ -170,6 +170,20 @@ class TestTheBridge:
             assert_same(one, other)
 
     @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("geometry", [GEOMETRY, WINDOW], ids=["patch", "window"])
+    def test_gradients_have_the_memory_format_of_their_maps(self, tensors, geometry, dtype):
+        whole = maps("cpu", dtype=getattr(torch, dtype))
+        for order in (torch.channels_last, torch.contiguous_format):
+            there = [tensors.place(one.contiguous(memory_format=order)) for one in whole]
+            for inputs in (there, there[:1], there[1:]):
+                for fmap in there:
+                    fmap.requires_grad_(any(fmap is one for one in inputs))
+                cost = cupycorr.correlation(*there, geometry)
+                assert cost.is_contiguous()
+                for one in torch.autograd.grad(cost.sum(), inputs):
+                    assert one.is_contiguous(memory_format=order)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_an_array_has_the_memory_of_its_tensor_and_keeps_it(self, tensors, dtype):
         from cupycorr.torch import memory as torch_cuda
 
@@ -333,7 +347,7 @@ class Engine(types.SimpleNamespace):
 
     def __init__(self):
         self.RESULTS = {"cost": ("cost",), "grads": ("grad_fmap1", "grad_fmap2")}
-        self.MAPS = {"fmap1", "fmap2"}
+        self.MAPS, self.GRADIENTS = {"fmap1", "fmap2"}, {"grad_fmap1", "grad_fmap2"}
         self.now, self.notes, self.imported = [-1, -1], [], []
 
     def current_device(self):
@@ -352,7 +366,7 @@ class Engine(types.SimpleNamespace):
             size = layer.geometry.cost_shape(shape) if "cost" in name else shape
             memory = (ctypes.c_byte * (stored.itemsize * np.prod(size))).from_address(address)
             arrays[name] = np.frombuffer(memory, stored).reshape(size)
-            if channels_last and name in self.MAPS:
+            if channels_last and name in self.MAPS | self.GRADIENTS:
                 samples, channels, height, width = size
                 lies = arrays[name].reshape(samples, height, width, channels)
                 arrays[name] = lies.transpose(0, 3, 1, 2)
@@ -457,6 +471,20 @@ class TestTheBridgeWithoutADevice:
             assert_same(cost, want)
         places = [note[2]["fmap1"] == one.data_ptr() for note in engine.notes]
         assert places == [True, False]  # beside another layout it is copied
+
+    @pytest.mark.parametrize("which", [(1, 2), (1,), (2,)], ids=str)
+    def test_gradients_are_computed_where_they_lie(self, bridge, which):
+        torch_cuda, engine = bridge
+        one, two = (LAYOUTS["channels last"](fmap.requires_grad_()) for fmap in maps("cpu"))
+        cost = cupycorr.correlation(one, two, GEOMETRY)
+        want = torch.autograd.grad(cost.sum(), (one, two))
+        grads = {f"grad_fmap{i}": torch.empty_like(one) for i in which}
+        inputs = {"fmap1": one, "fmap2": two, "grad_cost": torch.ones_like(cost)}
+        torch_cuda.lend("grads", inputs | grads, Layer(GEOMETRY))
+        for i in which:
+            grad = grads[f"grad_fmap{i}"]
+            assert_same(grad, want[i - 1])
+            assert engine.notes[0][2][f"grad_fmap{i}"] == grad.data_ptr()
 
     @pytest.mark.parametrize("layout", ["strided", "differentiated"])
     def test_it_takes_any_tensor(self, bridge, layout):
