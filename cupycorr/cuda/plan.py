@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from math import inf, prod
 
-from cupycorr.cuda import tensor
+from cupycorr.cuda import tensor, tensor_adjoint
 from cupycorr.cuda import tiles as cuda_tiles
 from cupycorr.cuda.cost import Constants, Device, elements_per_load, size_class
 from cupycorr.cuda.launch import (
@@ -18,6 +18,7 @@ from cupycorr.cuda.launch import (
     Launch,
     Plan,
     Shape,
+    Targets,
     Workspace,
     pair,
     pairs,
@@ -29,7 +30,7 @@ from cupycorr.geometry import Geometry
 from cupycorr.layer import DTYPES, Layer
 
 THREADS = 256  # per block of the plain and the taps kernels
-MATRICES = ("tensor.cu",)  # kernels of maps whose channels lie side by side
+MATRICES = ("tensor.cu", "tensor_adjoint.cu")  # kernels of maps whose channels lie side by side
 MOST_ELEMENTS = 2**31 - 1  # within reach of a 32-bit offset
 WORKSPACE_BYTES = 256 << 20  # of the product volume, unless one sample needs more; of turned maps
 
@@ -99,7 +100,10 @@ def plan(
         if tiled and result == "cost":
             launch = _cost(layer, shape, dtype, device, aligned, channels_last, tf32, rank)
         elif tiled:
-            launch = _gradient(layer, shape, dtype, device, aligned, int(result[-1]), rank)
+            launch = _gradient(
+                layer, shape, dtype, device, aligned, channels_last, int(result[-1]), rank,
+                turned=0 if channels_last else 2 * len(results),
+            )  # fmt: skip
         if launch is None:
             kernel = "plain_tangent" if tangent else f"plain_{result}"
             upstream = () if result == "cost" else ("grad_cost",)
@@ -353,18 +357,53 @@ def _product(
 
 
 def _gradient(
-    layer: Layer, shape: Shape, dtype: str, device: Device, aligned: bool, which: int, rank: int
+    layer: Layer,
+    shape: Shape,
+    dtype: str,
+    device: Device,
+    aligned: bool,
+    channels_last: bool,
+    which: int,
+    rank: int,
+    *,
+    turned: int,
 ) -> Launch | None:
-    """Plan the tiled gradient with respect to one map; None where none applies."""
-    geometry = layer.geometry
-    samples, channels, height, width = shape
-    lattice = volume_shape(geometry, shape)[3:]
+    """Plan the tiled gradient with respect to one map, by whichever kernel is faster.
+
+    On tensor cores all gradients need ``turned`` turned arrays. None where no tile applies.
+    """
     y, x = (
         targets(axis, size, which)
-        for axis, size in zip((geometry.y, geometry.x), (height, width), strict=True)
+        for axis, size in zip((layer.geometry.y, layer.geometry.x), shape[2:], strict=True)
     )
-    if which == 2 and x.step != geometry.x.lattice_step:
+    if which == 2 and x.step != layer.geometry.x.lattice_step:
         return None  # sources would lie between the lattice's columns
+    scalar = _product_gradient(layer, shape, dtype, device, aligned, which, rank, y, x)
+    if rank > 0 or turned * prod(shape) * DTYPES[dtype].itemsize > WORKSPACE_BYTES:
+        return scalar
+    matrices = tensor_adjoint.gradient(
+        layer, shape, dtype, device, which, (y, x),
+        aligned=aligned, channels_last=channels_last,
+        scalar_cycles=inf if scalar is None or scalar.cycles is None else scalar.cycles,
+    )  # fmt: skip
+    return matrices or scalar
+
+
+def _product_gradient(
+    layer: Layer,
+    shape: Shape,
+    dtype: str,
+    device: Device,
+    aligned: bool,
+    which: int,
+    rank: int,
+    y: Targets,
+    x: Targets,
+) -> Launch | None:
+    """Plan the tiled gradient with respect to one map; None where no tile fits the device."""
+    geometry = layer.geometry
+    samples, channels, _, width = shape
+    lattice = volume_shape(geometry, shape)[3:]
     upstream = dtype if geometry.taps == 1 else DTYPES[dtype].accumulator
 
     widest = elements_per_load(dtype)

@@ -29,7 +29,9 @@ REGISTERS = 65536  # of a multiprocessor, on every GPU; a warp gets them by eigh
 MOST = 255  # registers of a thread
 # What a thread may use: in all, or beside its tile, which it must hold while it multiplies.
 IN_ALL = {"plain.cu": 96, "taps.cu": 32, "transpose.cu": 40}
-BESIDE_TILE = {"product.cu": 72, "product_adjoint.cu": 104, "tensor.cu": 48}
+BESIDE_TILE = {
+    "product.cu": 72, "product_adjoint.cu": 104, "tensor.cu": 48, "tensor_adjoint.cu": 60
+}  # fmt: skip
 
 DTYPES = ("float32", "float16", "float64", "bfloat16")
 SOME = ("FlowNetC", "PWC-Net 6", "default", "stride 3")  # together they reach every kernel
@@ -106,6 +108,9 @@ def budget(launch):
         operands = 4 * tile["x_tiles"] + 4 * ((tile["x_tiles"] - 1) * span // 8 + tiles)
         sums = 4 * tile["warp_rows"] * tile["x_tiles"] * tiles
         return min(MOST, sums + operands + BESIDE_TILE["tensor.cu"])
+    if launch.source == "tensor_adjoint.cu":
+        values = 4 * tile["row_tiles"] * tile["channel_tiles"] + 2 * tile["channel_tiles"] + 4
+        return min(MOST, values + BESIDE_TILE[launch.source])
     if not tile["asynchronous"]:
         return MOST  # it also holds what is on its way from global to shared memory
     positions = tile["positions"]
@@ -177,6 +182,43 @@ def multiplied(gpu, dtype, name):
     )
     launch = next(launch for launch in plan.launches if launch.kernel.endswith("_cost"))
     return launch, compiled(Case(launch, DEVICES[gpu].capability))
+
+
+def differentiated(gpu, dtype, name, compiler=None):
+    """Return the launches and the compiled kernels of the gradients of maps with channels last."""
+    shape, geometry = TENSOR_LAYERS[name]
+    plan = cuda_plan.plan(
+        ("grad_fmap1", "grad_fmap2"), Layer(geometry), shape, dtype, DEVICES[gpu],
+        channels_last=True,
+    )  # fmt: skip
+    found = [launch for launch in plan.launches if launch.kernel == "tensor_gradient"]
+    return [(one, compiled(Case(one, DEVICES[gpu].capability), compiler)) for one in found]
+
+
+@pytest.mark.parametrize("compiler", nvrtc.compilers())
+@pytest.mark.parametrize(
+    "case", [case for case in TENSOR_CASES if "default" not in case], ids=" ".join
+)
+def test_gradients_on_tensor_cores_keep_to_their_registers(case, compiler):
+    if DEVICES[case[0]].capability not in nvrtc.capabilities(compiler):
+        pytest.skip(f"{compiler} does not know {case[0]}")
+    found = differentiated(*case, compiler)
+    assert found
+    for launch, kernel in found:
+        assert not complaints(launch, kernel, budget(launch))
+
+
+@pytest.mark.skipif(
+    nvrtc.missing(nvrtc.DISASSEMBLER) is not None, reason=str(nvrtc.missing(nvrtc.DISASSEMBLER))
+)
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+@pytest.mark.parametrize("layer", ["FlowNetC", "PWC-Net 3", "DispNetC"])
+def test_gradients_multiply_no_matrix_twice(gpu, layer):
+    for launch, kernel in differentiated(gpu, "bfloat16", layer):
+        tile, found = dict(launch.constants), nvrtc.instructions(kernel)
+        columns = tile["advance_x"] * (16 // tile["tile_rows"] - 1) + tile["patch_x"]
+        tiles = tile["row_tiles"] * tile["channel_tiles"]
+        assert found["HMMA"] == tiles * -(-columns // 16)
 
 
 @pytest.mark.parametrize("case", TENSOR_CASES, ids=" ".join)
@@ -256,7 +298,7 @@ def test_too_many_registers_are_found(flownetc):
 @pytest.mark.parametrize(
     "name",
     ["device.cuh", "staging.cuh", "matrices.cuh", "product.cu", "product_adjoint.cu", "plain.cu",
-     "taps.cu", "tensor.cu", "transpose.cu"],
+     "taps.cu", "tensor.cu", "tensor_adjoint.cu", "transpose.cu"],
 )  # fmt: skip
 def test_an_error_is_reported_with_its_file_and_line(name, monkeypatch):
     launch = next(
@@ -283,6 +325,7 @@ FILES = {
     "plain.cu": "plain_cost",
     "taps.cu": "taps_sum",
     "tensor.cu": "tensor_cost",
+    "tensor_adjoint.cu": "tensor_gradient",
     "transpose.cu": "transpose",
 }
 

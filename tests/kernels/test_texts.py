@@ -12,7 +12,10 @@ from cupycorr.cuda.sources import _read
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [*(ROOT / "kernels").glob("*.cu*"), *(ROOT / "tests" / "support").glob("hostcuda.*")]
-KERNELS = ("plain.cu", "product.cu", "product_adjoint.cu", "taps.cu", "tensor.cu", "transpose.cu")
+KERNELS = (
+    "plain.cu", "product.cu", "product_adjoint.cu", "taps.cu", "tensor.cu", "tensor_adjoint.cu",
+    "transpose.cu",
+)  # fmt: skip
 
 
 def fields(text):

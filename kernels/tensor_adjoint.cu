@@ -1,0 +1,418 @@
+// The gradient of a cost volume of 16-bit maps with respect to one map, summed over displacements
+// on tensor cores: that of product_adjoint.cu, for products of one tap, of maps whose pixels have
+// their channels side by side.
+//
+//   grad[n, t, c] = scale * sum over p, q of
+//                                G[p, q, t] * source[n, t + first + spacing * (p, q), c]
+//
+// Targets t, displacements (p, q), G, phases and `advance` are those of product_adjoint.cu: inside
+// a phase target m meets the source column k = advance * m + q. Pixels that are no target get zeros
+// from the target before them.
+//
+// Tiles. Of 16 targets, a tile, and a row of the source all terms are one product of two matrices:
+// the band of G, which is 0 where k - advance * m is no displacement, and the source's pixels.
+//
+//   column k     0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15
+//   target 0    G0 G1 G2 G3 G4                                     patch of 5, advance 1
+//   target 1       G0 G1 G2 G3 G4
+//   ...
+//   target 7                         G0 G1 G2 G3 G4
+//
+// The 16 targets are 16 neighbours of a phase or, which wastes less of a small patch, 8 in each of
+// two rows: row j of a tile meets row e of the source at the displacement p = e - advance_y * j.
+//
+// Threads. A warp owns row_tiles tiles below each other in 8 * channel_tiles channels, a block
+// x_groups warps side by side, of each of `phases` column phases and one row phase, and
+// channel_groups times as many channels. It walks over the rows of the source that its targets
+// meet. Of each it stages the pixels and, for every target row, the displacement row of G that
+// leads there, as [q][target]. Rows of zeros before and behind stand for what lies beside the band.
+//
+// What is not finite stays where it belongs. Zeros of the band meet pixels that are no terms, and
+// 0 * infinity is NaN: a result that is not finite is summed anew, from its own terms only.
+//
+// Launch: samples * phases_y * phase_groups * blocks_y * blocks_x * blocks_c blocks of `threads`
+// threads, with `shared_words` words of dynamic shared memory; compute capability 8.0 or higher;
+// for which = 2 the lattice step along x divides spacing_x; fewer than 2^31 elements per sample.
+
+#include "device.cuh"
+
+#ifndef CUPYCORR_CONSTANTS
+using element = Half;       // of all arrays: Half or Bfloat16
+using accumulator = float;  // of sums
+// The layer.
+constexpr int which = 1;
+constexpr int patch_y = 21, patch_x = 21;
+constexpr int step_y = 1, step_x = 1;  // between targets
+constexpr int lattice_y = 1;           // between rows of lattice positions
+constexpr int spacing_y = 2, spacing_x = 2;
+constexpr int phases_y = 2, phases_x = 2;
+constexpr int advance_y = 1, advance_x = 1;
+// The tile.
+constexpr int tile_rows = 2;       // of 16 targets: 1 or 2
+constexpr int row_tiles = 4;       // tiles of a warp, below each other
+constexpr int channel_tiles = 8;   // of 8 channels, of a warp
+constexpr int x_groups = 2;        // warps side by side
+constexpr int phases = 2;          // column phases of a block
+constexpr int channel_groups = 2;  // warps that share the targets
+constexpr bool asynchronous = true;  // copy 16 bytes of a pixel straight to shared memory
+constexpr int unit = 8;              // elements of G per copy; 1: through registers
+constexpr int lead = 0;              // elements of G before the first, so that copies are aligned
+constexpr int result_vector = 8;     // elements per store to global memory
+constexpr int threads = 256;
+constexpr int shared_words = 22000;
+#endif
+
+#include "matrices.cuh"
+
+struct Sizes {
+  int channels, height, width;
+  int lattice_height, lattice_width;
+  int origin_y;              // pixel of the first lattice row
+  int target_y, target_x;    // pixel of the first target, below step
+  int targets_y, targets_x;  // number of targets
+  int shift_y, shift_x;      // lattice index of G[..., 0] at the first target
+  int first_y, first_x;      // pixels from a target to its first source
+  int blocks_y, blocks_x, blocks_c;
+};
+
+constexpr int tile_columns = 16 / tile_rows;
+constexpr int rows = row_tiles * tile_rows;       // of targets, in a block
+constexpr int columns = x_groups * tile_columns;  // of targets of a phase
+constexpr int before = advance_x * (tile_columns - 1);  // rows of zeros before those of G
+constexpr int depths = ceil_div(before + patch_x, 16);  // products in a row of the source
+constexpr int unrolled = depths <= 4 ? depths : 2;
+constexpr int meeting = patch_y + advance_y * (tile_rows - 1);  // rows that a tile meets
+constexpr int source_rows = patch_y + advance_y * (rows - 1);   // and a block
+constexpr int source_columns = advance_x * (columns - tile_columns) + 16 * depths;
+constexpr int met_columns = advance_x * (columns - 1) + patch_x;  // the others stay 0
+constexpr int pixels = phases * source_columns;
+constexpr int block_channels = 8 * channel_tiles * channel_groups;
+constexpr int phase_groups = ceil_div(phases_x, phases);
+constexpr int element_bytes = static_cast<int>(sizeof(element));
+
+// Odd numbers of 16-byte units: then neighbouring rows lie in different banks.
+constexpr int pitch = block_channels + 8;  // elements of a pixel
+constexpr int own_columns = phases * columns;  // of G, in a row of displacements
+constexpr int columns_g = lead + (which == 1 ? own_columns : pixels);  // as its rows lie
+constexpr int pitch_g = 8 * (ceil_div(columns_g, 8) | 1);
+constexpr int rows_g = 16 * depths;  // from target row to target row, with rows of zeros
+constexpr int g_elements = (before + rows * rows_g) * pitch_g;
+constexpr int source_bytes = pixels * pitch * element_bytes;
+constexpr int buffer_bytes = source_bytes + g_elements * element_bytes;
+// Elements of G from one column of the source to the next, and from one target to the next.
+constexpr int along = pitch_g + (which == 1 ? 0 : phases);
+constexpr int across = (which == 1 ? phases : 0) - advance_x * pitch_g;
+// A lane reads two columns at a time, neighbours or 4 apart: so that lanes use different banks.
+constexpr int apart = which == 2 && phases % 2 == 0 ? 4 : 1;
+
+static_assert(sizeof(element) == 2, "tensor cores multiply elements of 16 bits");
+static_assert(threads == 32 * x_groups * phases * channel_groups, "a warp for each share");
+static_assert(channel_tiles % 2 == 0, "channels are loaded 16 at a time");
+static_assert(2 * buffer_bytes + 4 * pixels <= 4 * shared_words, "shared memory is too small");
+static_assert(tile_rows * columns * phases * pitch * element_bytes <= 2 * buffer_bytes, "results");
+static_assert(which == 1 || (advance_x == 1 && advance_y == 1), "sources are on the lattice");
+static_assert(phases == phases_x || unit == 1, "targets of some phases lie apart");
+
+// Queue a copy of BYTES (4, 8 or 16) to shared memory or, where nothing exists, of zeros.
+template <int BYTES>
+__device__ __forceinline__ void copy_or_zero(SharedAddress to, const void* from, bool exists) {
+#if defined(CUPYCORR_HOST)
+  host_copy_async(to, from, BYTES, exists);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (BYTES == 16) {
+    copy_async_or_zero(to, from, exists);
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES),
+                 "r"(exists ? BYTES : 0)
+                 : "memory");
+  }
+#endif
+}
+
+__device__ __forceinline__ bool is_finite(Half value) { return (value.bits & 0x7c00u) != 0x7c00u; }
+__device__ __forceinline__ bool is_finite(Bfloat16 value) {
+  return (value.bits & 0x7f80u) != 0x7f80u;
+}
+
+// What a block owns, and where it lies.
+struct OfBlock {
+  const Sizes& s;
+  int c0, m0, row0, phase0, phase_y;
+  int source_y0, source_x0;  // pixel of the first source
+  int v0;                    // lattice column of G[., 0] at the first target
+  long long pixels_before;   // of other samples
+  long long costs;           // offset of grad_cost, elements
+
+  __device__ __forceinline__ explicit OfBlock(const Sizes& sizes) : s(sizes) {
+    int rest = blockIdx.x;
+    c0 = pop(rest, s.blocks_c) * block_channels;
+    m0 = pop(rest, s.blocks_x) * columns;
+    row0 = pop(rest, s.blocks_y) * rows;
+    phase0 = pop(rest, phase_groups) * phases;
+    phase_y = pop(rest, phases_y);
+    const long long n = rest;
+    source_y0 = target_y(0) + s.first_y;
+    source_x0 = s.target_x + step_x * (phases_x * m0 + phase0) + s.first_x;
+    v0 = s.shift_x + phases_x * m0 + phase0;
+    pixels_before = n * s.height * s.width;
+    costs = n * (patch_y * patch_x) * s.lattice_height * s.lattice_width;
+  }
+
+  __device__ __forceinline__ int target_y(int row) const {
+    return s.target_y + step_y * (phases_y * (row0 + row) + phase_y);
+  }
+  __device__ __forceinline__ int source_y(int e) const { return source_y0 + spacing_y * e; }
+  // The lattice row of G of a target row that meets row e of the source; -1 where there is none.
+  __device__ __forceinline__ int u(int row, int e) const {
+    if (which == 2) return lattice_index(source_y(e), s.origin_y, lattice_y, s.lattice_height);
+    const int index = s.shift_y + phases_y * (row0 + row) + phase_y;
+    return index < s.lattice_height ? index : -1;
+  }
+  // The row of displacements of grad_cost in which a target row meets row e; -1 where it does not.
+  static __device__ __forceinline__ int cost_p(int row, int e) {
+    const int p = e - advance_y * row;
+    if (!inside(p, patch_y)) return -1;
+    return which == 1 ? p : patch_y - 1 - p;
+  }
+  static __device__ __forceinline__ int cost_q(int q) { return which == 1 ? q : patch_x - 1 - q; }
+  static __device__ __forceinline__ bool tile_meets(int tile, int e) {
+    return inside(e - advance_y * tile_rows * tile, meeting);
+  }
+  // The first row of the source from e on that has terms.
+  __device__ __forceinline__ int next(int e) const {
+    while (e < source_rows && !(inside(source_y(e), s.height) && (which == 1 || u(0, e) >= 0))) ++e;
+    return e;
+  }
+};
+
+// Copy G of all target rows that meet row e of the source to shared memory. A thread has the same
+// columns of all of them.
+__device__ __forceinline__ void stage_g(const element* grad_cost, int e, element* to,
+                                        SharedAddress address, const OfBlock& block, int thread) {
+  const Sizes& s = block.s;
+  const int lattice = s.lattice_height * s.lattice_width;
+  int offsets[rows];  // of the displacement rows, or -1
+#pragma unroll
+  for (int row = 0; row < rows; ++row) {
+    const int p = OfBlock::cost_p(row, e), u = block.u(row, e);
+    offsets[row] = p >= 0 && u >= 0 ? p * patch_x * lattice + u * s.lattice_width : -1;
+  }
+  constexpr int moved = larger(unit, 2);
+  constexpr int units = ceil_div(own_columns + (which == 1 ? lead : moved - 1), moved);
+  constexpr int copies = patch_x * units;
+#pragma unroll 1
+  for (int n = 0; n < ceil_div(copies, threads); ++n) {
+    const int i = thread + n * threads, q = i / units, begin = lead + (which == 1 ? 0 : phases * q);
+    const int column = (begin / moved + i % units) * moved, k = column - lead;
+    if (i >= copies || column >= begin + own_columns) continue;
+    int offset[moved];  // in a displacement row
+    bool on_lattice[moved];
+#pragma unroll
+    for (int j = 0; j < moved; ++j) {
+      const int at = k + j;
+      const int v =
+          block.v0 + (phases == phases_x ? at : phases_x * (at / phases) + at % phases);
+      on_lattice[j] = inside(v, s.lattice_width);
+      offset[j] = OfBlock::cost_q(q) * lattice + v;
+    }
+#pragma unroll
+    for (int row = 0; row < rows; ++row) {
+      if (!OfBlock::tile_meets(row / tile_rows, e)) continue;
+      const bool row_exists = offsets[row] >= 0;
+      const int at = (before + row * rows_g + q) * pitch_g + column;
+      if constexpr (unit > 1) {
+        const bool exists = row_exists && on_lattice[0];
+        copy_or_zero<unit * element_bytes>(
+            address + at * element_bytes, grad_cost + (exists ? offsets[row] + offset[0] : 0),
+            exists);
+      } else {
+        Pack<element, moved> pack = {};
+#pragma unroll
+        for (int j = 0; j < moved; ++j) {
+          if (row_exists && on_lattice[j]) pack.values[j] = grad_cost[offsets[row] + offset[j]];
+        }
+        *reinterpret_cast<Pack<element, moved>*>(to + at) = pack;
+      }
+    }
+  }
+}
+
+// Sum a result from its own terms, of channel c of target (t_y, t_x).
+__device__ __forceinline__ accumulator sum_terms(const element* grad_cost, const element* source,
+                                                 int row, int t_x, int c, const OfBlock& block) {
+  const Sizes& s = block.s;
+  accumulator sum = 0;
+#pragma unroll 1
+  for (int e = advance_y * row; e < advance_y * row + patch_y; ++e) {
+    const int y = block.source_y(e), u = block.u(row, e), p = OfBlock::cost_p(row, e);
+    if (!inside(y, s.height) || u < 0) continue;
+#pragma unroll 1
+    for (int q = 0; q < patch_x; ++q) {
+      const int x = s.target_x + step_x * t_x + s.first_x + spacing_x * q;
+      const int v = s.shift_x + t_x + (which == 1 ? 0 : phases_x * q);
+      if (!inside(x, s.width) || !inside(v, s.lattice_width)) continue;
+      const int displacement = p * patch_x + OfBlock::cost_q(q);
+      const element g = grad_cost[(displacement * s.lattice_height + u) * s.lattice_width + v];
+      sum += widen(g) * widen(source[(y * s.width + x) * s.channels + c]);
+    }
+  }
+  return sum;
+}
+
+extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
+    const element* __restrict__ grad_cost, const element* __restrict__ source,
+    element* __restrict__ grad, const Sizes s, const accumulator scale) {
+  DYNAMIC_SHARED(accumulator, shared);
+  char* const bytes = reinterpret_cast<char*>(shared);
+  int* const offsets = reinterpret_cast<int*>(bytes + 2 * buffer_bytes);
+  const SharedAddress address = shared_address(shared);
+  const int thread = threadIdx.x, lane = thread % 32;
+  const OfBlock block(s);
+  grad_cost += block.costs;
+  source += block.pixels_before * s.channels;
+  grad += block.pixels_before * s.channels;
+
+  // What this warp owns.
+  int warp = thread / 32;
+  const int x_group = pop(warp, x_groups), phase = pop(warp, phases);
+  const int channel0 = warp * 8 * channel_tiles;
+  const bool owns = block.c0 + channel0 < s.channels;
+
+  // Columns of the source; G's rows of zeros, which no copy writes.
+  for (int i = thread; i < pixels; i += threads) {
+    const int column = i % source_columns, of_phase = i / source_columns;
+    const int x = block.source_x0 + step_x * of_phase + spacing_x * column;
+    offsets[i] = column < met_columns && inside(x, s.width) ? x * s.channels : -1;
+  }
+  for (int buffer = 0; buffer < 2; ++buffer) {
+    clear<threads>(shared + (buffer * buffer_bytes + source_bytes) / 4,
+                   g_elements * element_bytes / 4, thread);
+  }
+  __syncthreads();
+
+  const auto fetch = [&](int e, int begin) {
+    const long long row = static_cast<long long>(block.source_y(e)) * s.width * s.channels;
+    stage_pixels<threads, block_channels, pixels, asynchronous>(
+        source + row, offsets, block.c0, s.channels, bytes + begin, address + begin, thread);
+    const int begin_g = begin + source_bytes;
+    stage_g(grad_cost, e, reinterpret_cast<element*>(bytes + begin_g), address + begin_g, block,
+            thread);
+  };
+
+  // The pixel that this lane points to: that of row `slot` of a matrix of 8 columns, of which the
+  // lane also reads 2 * (lane % 4) and the next of G, for target lane / 4 of its tile.
+  const auto column_of = [](int slot) { return apart == 1 ? slot : slot / 2 + slot % 2 * apart; };
+  const int pixel = phase * source_columns + advance_x * x_group * tile_columns +
+                    column_of(lane % 8) + lane / 8 % 2 * 8;
+  const SharedAddress at_source =
+      address + (pixel * pitch + channel0 + lane / 16 * 8) * element_bytes;
+  const int at_g = lead + phase + phases * x_group * tile_columns + before * pitch_g +
+                   lane / 4 * across + column_of(lane % 4 * 2) * along;
+
+  accumulator sums[row_tiles][channel_tiles][4] = {};
+  const auto multiply = [&](int e, int begin) {
+    const element* const g = reinterpret_cast<const element*>(bytes + begin + source_bytes) + at_g;
+#pragma unroll unrolled
+    for (int d = 0; d < depths; ++d) {
+      unsigned two[channel_tiles][2];
+#pragma unroll
+      for (int n = 0; n < channel_tiles; n += 2) {
+        constexpr int of_depth = 16 * pitch;
+        load_matrices<4, true>(two[n],
+                               at_source + begin + (d * of_depth + 8 * n) * element_bytes);
+      }
+#pragma unroll
+      for (int i = 0; i < row_tiles; ++i) {
+        if (!OfBlock::tile_meets(i, e)) continue;
+        unsigned one[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          constexpr int lower = tile_rows == 2 ? rows_g * pitch_g : 8 * across;
+          const element* const from = g + i * tile_rows * rows_g * pitch_g + k % 2 * lower +
+                                      (16 * d + k / 2 * 8) * along;
+          one[k] = bits_of(from[0]) | bits_of(from[apart * along]) << 16;
+        }
+#pragma unroll
+        for (int n = 0; n < channel_tiles; ++n) multiply_matrices<element>(sums[i][n], one, two[n]);
+      }
+    }
+  };
+
+  // A thread that passes the barrier of a row knows that all have finished with the row before,
+  // whose buffer is the one that the next fetch fills.
+  int begin = 0, e = block.next(0);
+  if (e < source_rows) fetch(e, begin);
+#pragma unroll 1
+  while (e < source_rows) {
+    const int next = block.next(e + 1), other = buffer_bytes - begin;
+    wait_for_copies();
+    __syncthreads();
+    if (next < source_rows) fetch(next, other);
+    if (owns) multiply(e, begin);
+    begin = other;
+    e = next;
+  }
+
+  // Results leave through shared memory, so that neighbouring threads write neighbouring channels.
+  element* const rounded = reinterpret_cast<element*>(shared);
+#pragma unroll 1
+  for (int tile = 0; tile < row_tiles; ++tile) {
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < row_tiles; ++i) {
+      if (i != tile) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int own = lane / 4 + 8 * half;  // target in its tile
+        const int column = x_group * tile_columns + own % tile_columns;
+        const int target = (own / tile_columns * columns + column) * phases + phase;
+#pragma unroll
+        for (int n = 0; n < channel_tiles; ++n) {
+          Pack<element, 2> pack;
+          pack.values[0] = narrow<element>(sums[i][n][2 * half] * scale);
+          pack.values[1] = narrow<element>(sums[i][n][2 * half + 1] * scale);
+          *reinterpret_cast<Pack<element, 2>*>(rounded + target * pitch + channel0 + 8 * n +
+                                               lane % 4 * 2) = pack;
+        }
+      }
+    }
+    __syncthreads();
+    constexpr int units = block_channels / result_vector;
+#pragma unroll 1
+    for (int at = thread; at < tile_rows * columns * phases * units; at += threads) {
+      int rest = at / units;
+      const int channel = at % units * result_vector, c = block.c0 + channel;
+      element* const from = rounded + rest * pitch + channel;
+      const int f = pop(rest, phases), m = pop(rest, columns), row = tile * tile_rows + rest;
+      const int t_y = phases_y * (block.row0 + row) + block.phase_y;
+      const int t_x = phases_x * (block.m0 + m) + block.phase0 + f;
+      if (c >= s.channels || t_y >= s.targets_y || t_x >= s.targets_x) continue;
+      if (phases < phases_x && block.phase0 + f >= phases_x) continue;
+      bool finite = true;
+#pragma unroll
+      for (int k = 0; k < result_vector; ++k) finite = finite && is_finite(from[k]);
+      if (!finite) {
+#pragma unroll 1
+        for (int k = 0; k < result_vector; ++k) {
+          if (is_finite(from[k])) continue;
+          from[k] = narrow<element>(sum_terms(grad_cost, source, row, t_x, c + k, block) * scale);
+        }
+      }
+      const auto pack = *reinterpret_cast<const Pack<element, result_vector>*>(from);
+      // The first target of an axis brings the pixels before it along.
+      const int y = block.target_y(row), x = s.target_x + step_x * t_x;
+      const int bottom = smaller(s.height, y + step_y), right = smaller(s.width, x + step_x);
+      for (int to_y = t_y == 0 ? 0 : y; to_y < bottom; ++to_y) {
+        for (int to_x = t_x == 0 ? 0 : x; to_x < right; ++to_x) {
+          element values[result_vector];
+#pragma unroll
+          for (int k = 0; k < result_vector; ++k) {
+            values[k] = to_y == y && to_x == x ? pack.values[k] : element{0};
+          }
+          store_neighbours(
+              grad + static_cast<long long>(to_y * s.width + to_x) * s.channels + c, values);
+        }
+      }
+    }
+  }
+}
