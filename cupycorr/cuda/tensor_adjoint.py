@@ -26,24 +26,24 @@ from cupycorr.cuda.cost import (
 from cupycorr.cuda.launch import Launch, Shape, Targets, pairs, types, volume_shape
 from cupycorr.cuda.tensor import (
     COPY,
-    DEPTH,
-    ELEMENT_BYTES,
     MOST_PHASES,
     MOST_REGISTERS,
     MOST_SUMS,
     MOST_WARPS,
     MULTIPLY,
+    MULTIPLY_ADDS,
     OFFSETS,
     POSITIONS,
-    STORE,
-    UNIT,
     applies,
     cycles_of_rounds,
     turning_pays,
 )
 from cupycorr.layer import Layer
 
-CHANNELS = 8  # of one product of matrices
+ELEMENT_BYTES = 2
+UNIT = 8  # elements of a 16-byte copy
+CHANNELS, DEPTH = 8, 16  # of one product of matrices
+STORE = 3  # instructions of a warp per 8 results
 BAND = 12  # instructions of a warp for the band of a tile: 8 loads, 4 of pairs
 
 
@@ -140,7 +140,7 @@ def gradient(
         device,
     )
     if tile is None or not (
-        channels_last or turning_pays(tile.cycles, scalar_cycles, shape, device)
+        channels_last or turning_pays(tile.cycles, scalar_cycles, shape, dtype, device)
     ):
         return None
     blocks_y, blocks_x = -(-rows // tile.rows), -(-columns // tile.columns)
@@ -274,7 +274,7 @@ def _tile_of(
         words=0,
         bytes=(met + copies_g * patch_y // meeting * moved + results) * ELEMENT_BYTES,
         ahead=source_rows > 1,
-        matrix_cycles=multiplied * POSITIONS * CHANNELS * DEPTH / matrix_rate(device),
+        matrix_cycles=multiplied * MULTIPLY_ADDS / matrix_rate(device),
     )
     phase_groups = -(-problem.phases_x // phases)
     blocks = problem.samples * phase_groups * -(-problem.rows // rows)

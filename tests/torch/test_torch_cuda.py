@@ -354,7 +354,7 @@ class Engine(types.SimpleNamespace):
         return self.now[1]
 
     def launch(
-        self, what, shape, addresses, layer, dtype, allocate, *, stream, channels_last=False
+        self, what, shape, addresses, layer, dtype, allocate, *, stream, channels_last, tf32
     ):
         from cupycorr.cpu import engine as numpy_engine
 
