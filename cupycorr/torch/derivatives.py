@@ -284,7 +284,7 @@ def allocate(
     On CUDA devices gradients lie in memory as their maps do.
     """
     fmap = operands[0]
-    maps = [t for slot, t in zip(operator.operands, operands, strict=True) if slot != COST]
+    maps = operands[:-1] if COST in operator.operands else operands
     if not fmap.is_cuda or not memory.are_channels_last(*maps):
         return tuple(map(fmap.new_empty, shapes))
     return tuple(

@@ -41,6 +41,8 @@ _DTYPES = {getattr(torch, name): name for name in DTYPES}
 _LOADED = "cupycorr.cuda.engine"
 current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """Return the address of torch's current stream on a device; None in a torch without CUDA."""
+_precision: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
+_VOLUMES = {"cost", "grad_cost"}  # not maps, nor their gradients
 _exchanged: set[tuple[int, torch.dtype]] = set()
 """Of which devices and dtypes memory was exchanged by DLPack."""
 
@@ -83,11 +85,12 @@ def lend(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
             if name in tensors:
                 tensors[name].zero_()
         return
-    of_maps = engine.MAPS | engine.GRADIENTS
-    channels_last = are_channels_last(like, *(tensors[name] for name in of_maps & tensors.keys()))
+    channels_last = not like.is_contiguous() and are_channels_last(
+        *(tensor for name, tensor in tensors.items() if name not in _VOLUMES)
+    )
     # Copies of what is not contiguous are held until all is launched.
     dense = [
-        tensor if tensor.is_contiguous() or (channels_last and name in of_maps)
+        tensor if tensor.is_contiguous() or (channels_last and name not in _VOLUMES)
         else tensor.contiguous()
         for name, tensor in tensors.items()
     ]  # fmt: skip
@@ -103,7 +106,7 @@ def lend(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
         return workspace.data_ptr(), workspace
 
     stream = _stream_at(current_stream(index))
-    tf32 = like.dtype is torch.float32 and what == "cost" and _allows_tf32()
+    tf32 = what == "cost" and like.dtype is torch.float32 and _allows_tf32()
     engine.launch(
         what, shape, addresses, layer, _DTYPES[like.dtype], allocate,
         stream=stream, channels_last=channels_last, tf32=tf32,
@@ -112,9 +115,9 @@ def lend(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
 
 def _allows_tf32() -> bool:
     """Tell whether torch's matrix products of float32 may use TF32."""
-    if hasattr(torch._C, "_get_fp32_precision_getter"):
-        return bool(torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32")
-    return torch._C._get_cublas_allow_tf32()  # torch < 2.9
+    if _precision is None:  # torch < 2.9
+        return torch._C._get_cublas_allow_tf32()
+    return bool(_precision("cuda", "matmul") == "tf32")
 
 
 def _engine() -> Any:

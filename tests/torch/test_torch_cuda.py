@@ -347,7 +347,6 @@ class Engine(types.SimpleNamespace):
 
     def __init__(self):
         self.RESULTS = {"cost": ("cost",), "grads": ("grad_fmap1", "grad_fmap2")}
-        self.MAPS, self.GRADIENTS = {"fmap1", "fmap2"}, {"grad_fmap1", "grad_fmap2"}
         self.now, self.notes, self.imported = [-1, -1], [], []
 
     def current_device(self):
@@ -366,7 +365,7 @@ class Engine(types.SimpleNamespace):
             size = layer.geometry.cost_shape(shape) if "cost" in name else shape
             memory = (ctypes.c_byte * (stored.itemsize * np.prod(size))).from_address(address)
             arrays[name] = np.frombuffer(memory, stored).reshape(size)
-            if channels_last and name in self.MAPS | self.GRADIENTS:
+            if channels_last and "cost" not in name:
                 samples, channels, height, width = size
                 lies = arrays[name].reshape(samples, height, width, channels)
                 arrays[name] = lies.transpose(0, 3, 1, 2)
