@@ -127,7 +127,7 @@ def prepare(launch: Launch, arrays: dict[str, cupy.ndarray], dtype: str) -> Prep
     device, predicted = cuda.device(), None
     if launch.cycles is not None and device["clock_hz"]:
         predicted = launch.cycles / device["clock_hz"]
-    elif launch.source == "taps.cu" and device["peaks"]["memory"]:
+    elif launch.source in ("taps.cu", "transpose.cu") and device["peaks"]["memory"]:
         predicted = moved / device["peaks"]["memory"] / MEMORY_SHARE
 
     def call() -> None:
