@@ -92,8 +92,9 @@ def correlation(
     fmap2: Any,
     geometry: Geometry,
     *,
-    normalize: bool = False,
+    normalize: bool | str = False,
     similarity: str = "product",
+    groups: int | None = None,
     allow_tf32: bool = False,
 ) -> Any:
     """Compute the cost volume of two feature maps for a geometry.
@@ -104,10 +105,13 @@ def correlation(
         The feature maps: NumPy or CuPy arrays or torch tensors, of any strides.
     geometry : Geometry
         Which positions and displacements are compared.
-    normalize : bool, default False
-        Divide by the number of terms of all taps, C * KH * KW.
+    normalize : bool or "cosine", default False
+        Divide by the number of terms of all taps, C * KH * KW; or scale every pixel of both maps,
+        the C channels of a position, to length 1 (but divide by no less than 1e-12).
     similarity : {"product", "l1"}, default "product"
         Sum products, or absolute differences: small where the maps are alike.
+    groups : int, optional
+        Compare so many groups of neighbouring channels apart. C is then the channels of a group.
     allow_tf32 : bool, default False
         Whether products of CuPy arrays of float32 may be computed by tensor cores, which round the
         maps to TF32, of 11 binary digits in place of 24. torch tensors follow
@@ -115,14 +119,14 @@ def correlation(
 
     Returns
     -------
-    array (N, PH, PW, OH, OW)
+    array (N, PH, PW, OH, OW), or (N, groups, PH, PW, OH, OW) given groups
         Of the maps' library, dtype and device, contiguous.
 
     Raises
     ------
     TypeError, ValueError
-        As `spatial_correlation_sample`; ValueError also for another similarity, TypeError for
-        torch tensors with allow_tf32.
+        As `spatial_correlation_sample`; ValueError also for another similarity or normalize, and
+        for groups that do not divide the channels; TypeError for torch tensors with allow_tf32.
 
     Notes
     -----
@@ -134,7 +138,12 @@ def correlation(
     the SUBTRACT correlation of FlowNet2's Caffe layer (E. Ilg et al., "FlowNet 2.0", CVPR 2017),
     which divides like ``normalize``.
     """
-    layer = _layer_of(geometry, similarity, normalize)
+    cosine = normalize == "cosine"
+    layer = _layer_of(geometry, similarity, False if cosine else normalize)
+    if cosine or groups is not None:
+        from cupycorr import grouped
+
+        return grouped.correlate(fmap1, fmap2, layer, groups, cosine, allow_tf32)
     return correlate(fmap1, fmap2, layer, allow_tf32=allow_tf32)
 
 
@@ -144,8 +153,9 @@ def correlation_vjp(
     fmap2: Any,
     geometry: Geometry,
     *,
-    normalize: bool = False,
+    normalize: bool | str = False,
     similarity: str = "product",
+    groups: int | None = None,
     needs: tuple[bool, bool] = (True, True),
 ) -> tuple[Any, Any]:
     """Compute the gradients of a cost volume with respect to its maps (vector-Jacobian products).
@@ -154,13 +164,13 @@ def correlation_vjp(
 
     Parameters
     ----------
-    grad_cost : array (N, PH, PW, OH, OW)
+    grad_cost : array (N, PH, PW, OH, OW), or (N, groups, PH, PW, OH, OW) given groups
         The gradient of a scalar with respect to the cost volume, of the maps' dtype.
     fmap1, fmap2 : array (N, C, H, W), float16|bfloat16|float32|float64
         The feature maps that the cost volume was computed from.
     geometry : Geometry
         The geometry that it was computed with.
-    normalize, similarity
+    normalize, similarity, groups
         As in `correlation`.
     needs : (bool, bool), default (True, True)
         Which of the two gradients to compute.
@@ -190,7 +200,12 @@ def correlation_vjp(
     other map's value in grad_fmap1, and the opposite sign in grad_fmap2. As in torch, it is 0 where
     values are equal, or NaN.
     """
-    layer = _layer_of(geometry, similarity, normalize)
+    cosine = normalize == "cosine"
+    layer = _layer_of(geometry, similarity, False if cosine else normalize)
+    if cosine or groups is not None:
+        from cupycorr import grouped
+
+        return grouped.differentiate(grad_cost, fmap1, fmap2, layer, needs, groups, cosine)
     return differentiate(grad_cost, fmap1, fmap2, layer, needs)
 
 
@@ -393,6 +408,15 @@ def _dtype_name(dtype: Any) -> str:
     # numpy.dtype.name would take ten times as long.
     name = dtype.type.__name__ if isinstance(dtype, np.dtype) else str(dtype)
     return str(name).removeprefix("torch.")
+
+
+def is_traced(library: str, fmap: Any) -> bool:
+    """Tell whether sizes of a map may be symbols."""
+    if library != "torch":
+        return False
+    from cupycorr.torch import operators
+
+    return operators.traces(fmap)
 
 
 def _all(values: Sequence[object], word: str = "and") -> str:

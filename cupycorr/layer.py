@@ -42,6 +42,8 @@ class Layer:
             raise TypeError(f"geometry must be a Geometry, got {kind}")
         if self.similarity not in SIMILARITIES:
             raise ValueError(f"similarity must be 'product' or 'l1', got {self.similarity!r}")
+        if isinstance(self.normalize, str):
+            raise ValueError(f"normalize must be a bool or 'cosine', got {self.normalize!r}")
 
     def __hash__(self) -> int:
         return self._hash

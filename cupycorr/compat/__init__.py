@@ -1,7 +1,7 @@
 """Other systems' correlation layers, under their own names, with cupycorr's results.
 
-`nvidia`, `caffe`, `taichi`, `mmcv` and `sniklaus` hold what the systems of these names offer: the
-same classes and functions, with the same arguments, defaults, shapes and divisors.
+`nvidia`, `caffe`, `taichi`, `mmcv`, `sniklaus` and `gwc` hold what the systems of these names
+offer: the same classes and functions, with the same arguments, defaults, shapes and divisors.
 `stand_in_for` lets the ``import`` statements of a program that cannot be edited find them.
 """
 
@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 from cupycorr.compat.stand_in import StandIn, stand_in_for
 
 if TYPE_CHECKING:
-    from cupycorr.compat import caffe, mmcv, nvidia, sniklaus, taichi
+    from cupycorr.compat import caffe, gwc, mmcv, nvidia, sniklaus, taichi
 
 __all__ = ["StandIn", "stand_in_for", "taichi"]
 if find_spec("torch") is not None:
-    __all__ += ["caffe", "mmcv", "nvidia", "sniklaus"]
+    __all__ += ["caffe", "gwc", "mmcv", "nvidia", "sniklaus"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
         return import_module(f"{__name__}.{name}")
-    if name in ("caffe", "mmcv", "nvidia", "sniklaus"):
+    if name in ("caffe", "gwc", "mmcv", "nvidia", "sniklaus"):
         raise AttributeError(f"{name} needs torch: pip install 'cupycorr[torch]'")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

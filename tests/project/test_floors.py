@@ -34,12 +34,14 @@ ROOMS = {
     "cupycorr.cuda.launch": Room(2.15),
     "cupycorr.cuda.tiles": Room(2.2),
     "cupycorr.cuda.tensor": Room(2.25),
+    "cupycorr.cuda.tensor_adjoint": Room(2.27),
     "cupycorr.cuda.plan": Room(2.3),
     "cupycorr.cuda.sources": Room(2.4),
     "cupycorr.cuda.engine": Room(2.5, NUMPY | {"cupy"}),
     "cupycorr.torch": Room(3, NUMPY | TORCH),
     "cupycorr.torch.memory": Room(3, NUMPY | TORCH, frozenset({"cupy"})),
     "cupycorr.api": Room(4, NUMPY, TORCH | {"cupy"}),
+    "cupycorr.grouped": Room(4, NUMPY, TORCH),
     "cupycorr.onnx": Room(4, NUMPY | TORCH | {"onnxscript"}),
     # The torch module enters by the public door, where its tensors are checked.
     "cupycorr.modules": Room(5, TORCH),
@@ -51,6 +53,7 @@ ROOMS = {
         for module in (
             "caffe",
             "correlation_cuda",
+            "gwc",
             "mmcv",
             "nvidia",
             "sniklaus",

@@ -83,9 +83,9 @@ def calls(monkeypatch):
 
     recorded, launch = [], cuda_engine.launch
 
-    def record(*arguments, stream, channels_last):
+    def record(*arguments, stream, **how):
         recorded.append((cupy.cuda.Device().id, stream.ptr, arguments[-1]))
-        launch(*arguments, stream=stream, channels_last=channels_last)
+        launch(*arguments, stream=stream, **how)
 
     monkeypatch.setattr(cuda_engine, "launch", record)
     return recorded
