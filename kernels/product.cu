@@ -222,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
       }
       const int y = s.origin_y + step_y * u, y_other = y + s.first_y + spacing_y * out_p;
       const bool row_counts = inside(y, s.height) && inside(y_other, s.height);
-      Pack<result, result_vector> pack;
+      result rounded[result_vector];
 #pragma unroll
       for (int k = 0; k < result_vector; ++k) {
         const int x = s.origin_x + step_x * (v + k), x_other = x + s.first_x + spacing_x * out_q;
@@ -235,13 +235,13 @@ extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
         // Outside, even 0 * infinity counts for nothing.
         const bool counts =
             l1 || (row_counts && inside(x, s.width) && inside(x_other, s.width));
-        pack.values[k] = narrow<result>(counts ? sum * scale : accumulator(0));
+        rounded[k] = narrow<result>(counts ? sum * scale : accumulator(0));
       }
       const int displacement = out_p * patch_x + out_q;
       const long long output =
           static_cast<long long>(n) * (patch_y * patch_x) * s.lattice_height * s.lattice_width +
           (displacement * s.lattice_height + u) * s.lattice_width + v;
-      *reinterpret_cast<Pack<result, result_vector>*>(cost + output) = pack;
+      store_neighbours(cost + output, rounded);
     }
   }
 }

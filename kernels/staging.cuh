@@ -26,23 +26,30 @@ __device__ __forceinline__ unsigned bits_of(float value) { return __float_as_uin
 __device__ __forceinline__ unsigned bits_of(Half value) { return value.bits; }
 __device__ __forceinline__ unsigned bits_of(Bfloat16 value) { return value.bits; }
 
-// Write COUNT neighbouring elements of 2 or 4 bytes to global memory by one instruction. The
-// compiler would tear the copy of a pack apart.
+// Write COUNT neighbouring elements, of up to 16 bytes together, to global memory by one
+// instruction. The compiler would tear the copy of a pack apart.
 template <typename T, int COUNT>
 __device__ __forceinline__ void store_neighbours(T* to, const T (&from)[COUNT]) {
   constexpr int words = COUNT * static_cast<int>(sizeof(T)) / 4;
-  if constexpr (words == 0) {
+  if constexpr (COUNT == 1) {
     to[0] = from[0];
+  } else if constexpr (sizeof(T) == 8) {
+#ifdef __CUDA_ARCH__
+    asm volatile("st.global.v2.f64 [%0], {%1, %2};" ::"l"(to), "d"(from[0]), "d"(from[1])
+                 : "memory");
+#else
+    *reinterpret_cast<Pack<T, 2>*>(to) = {from[0], from[1]};
+#endif
   } else {
     constexpr int of_word = COUNT / words;
     Pack<unsigned, words> pack;
+    unsigned(&v)[words] = pack.values;
 #pragma unroll
     for (int k = 0; k < words; ++k) {
-      pack.values[k] = bits_of(from[of_word * k]);
-      if (of_word == 2) pack.values[k] |= bits_of(from[2 * k + of_word - 1]) << 16;
+      v[k] = bits_of(from[of_word * k]);
+      if (of_word == 2) v[k] |= bits_of(from[2 * k + of_word - 1]) << 16;
     }
 #ifdef __CUDA_ARCH__
-    const unsigned* const v = pack.values;
     if constexpr (words == 4) {
       asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v[0]), "r"(v[1]),
                    "r"(v[2]), "r"(v[3])

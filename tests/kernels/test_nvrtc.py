@@ -245,6 +245,70 @@ def test_tensor_cores_multiply_halves_and_nothing_else(gpu, dtype):
     assert found["HMMA"] == tile["warp_rows"] * tile["x_tiles"] * -(-columns // 8)
 
 
+# ---- accesses to memory: as wide as the plan says
+
+ACCESS_LAYER = ((2, 32, 24, 32), Geometry(patch_size=3))
+ACCESS_CASES = [
+    *((gpu, dtype, True) for gpu in ("2070S", "A100", "3090", "4090", "H100") for dtype in DTYPES),
+    *(("A100", dtype, False) for dtype in DTYPES),
+]
+disassembles = pytest.mark.skipif(
+    nvrtc.missing(nvrtc.DISASSEMBLER) is not None, reason=str(nvrtc.missing(nvrtc.DISASSEMBLER))
+)
+
+
+def untensored(gpu, dtype, aligned=True):
+    """Return the launches of a cost volume and of a gradient without tensor cores."""
+    shape, geometry = ACCESS_LAYER
+    for results in (("cost",), ("grad_fmap1",)):
+        plan = cuda_plan.plan(
+            results, Layer(geometry), shape, dtype, DEVICES[gpu], aligned=aligned, rank=1
+        )
+        yield plan.launches[0]
+
+
+def narrow(launch, kernel):
+    """Return, by name, the widths of accesses that a tiled kernel should not have."""
+    tile = dict(launch.constants)
+    bytes_of = {"float": 4, "double": 8, "Half": 2, "Bfloat16": 2}
+    element = bytes_of[tile["element"]]
+    copies = {"LDG": set(), "LDGSTS": set()}
+    copies["LDGSTS" if tile["asynchronous"] else "LDG"].add(element * tile["vector"])
+    if launch.source == "product_adjoint.cu":
+        copies["LDGSTS" if tile["upstream_asynchronous"] else "LDG"].add(bytes_of[tile["upstream"]])
+        result = element
+    else:
+        result = bytes_of[tile["result"]]
+    copies["STG"] = {result * tile["result_vector"]}
+    return {
+        name: found
+        for name, wanted in copies.items()
+        if (found := nvrtc.widths(kernel, name)) != wanted
+    }
+
+
+@disassembles
+@pytest.mark.parametrize("compiler", nvrtc.compilers())
+@pytest.mark.parametrize("case", ACCESS_CASES, ids=lambda case: " ".join(map(str, case)))
+def test_one_instruction_moves_what_lies_side_by_side(case, compiler):
+    *_, aligned = case
+    for launch in untensored(*case):
+        kernel = compiled(Case(launch, DEVICES[case[0]].capability), compiler)
+        assert (dict(launch.constants)["result_vector"] > 1) == aligned
+        assert not narrow(launch, kernel), launch.kernel
+
+
+@disassembles
+def test_a_store_that_is_torn_apart_is_found():
+    launch = next(untensored("A100", "float32"))
+    source, wide = cuda_sources.source(launch), "store_neighbours(cost + output, rounded);"
+    assert wide in source
+    torn = source.replace(
+        wide, "for (int k = 0; k < result_vector; ++k) cost[output + k] = rounded[k];"
+    )
+    assert narrow(launch, nvrtc.compile_kernel(torn, launch.kernel, 80)) == {"STG": {4}}
+
+
 def test_the_chosen_layers_reach_every_kernel():
     planned = {
         launch.kernel

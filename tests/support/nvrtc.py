@@ -109,6 +109,17 @@ def instructions(kernel: Kernel) -> Counter[str]:
     return Counter(_operation(instruction) for instruction, _ in _disassemble(kernel))
 
 
+def widths(kernel: Kernel, *names: str) -> set[int]:
+    """Return how many bytes a thread moves by a kernel's instructions of some names."""
+    bytes_of = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    found = set()
+    for instruction, _ in _disassemble(kernel):
+        name, *options = _parts(instruction)
+        if name in names:
+            found.add(next((bytes_of[option] for option in options if option in bytes_of), 4))
+    return found
+
+
 def loops(
     kernel: Kernel, work: Callable[[Counter[str]], int] = multiply_adds
 ) -> tuple[Counter[str], Counter[str]]:
@@ -215,8 +226,13 @@ def _longest_path(code, start, end):
 
 def _operation(instruction):
     """Return an instruction's name: without predicate and, but for the width of loads, options."""
-    name, *options = re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")
+    name, *options = _parts(instruction)
     return f"{name}.128" if name == "LDS" and "128" in options else name
+
+
+def _parts(instruction):
+    """Return an instruction's name and its options, without predicate and operands."""
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")
 
 
 @cache
