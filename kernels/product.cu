@@ -80,11 +80,13 @@ constexpr int channel_words = words1 + rows2 * phases_x * pitch2;
 constexpr int buffer_words = chunk * channel_words;
 constexpr int load = words_per_load<accumulator>;  // words of a 16-byte access
 constexpr int line = lanes * positions + load;     // words of a strip of results, padded
-// Results leave through shared memory, of so many displacements of a thread at a time.
-constexpr int slices = smaller(displacements, shared_words / (channel_groups * strips * line));
+// Results leave through shared memory, of so many displacements of a thread at a time: in equal
+// parts of as many as fit.
+constexpr int fitting = smaller(displacements, shared_words / (channel_groups * strips * line));
+constexpr int slices = ceil_div(displacements, ceil_div(displacements, larger(1, fitting)));
 
 static_assert(channel_groups * strips * lanes <= threads, "every thread has its own outputs");
-static_assert(buffers * buffer_words <= shared_words && slices >= 1, "shared memory is too small");
+static_assert(buffers * buffer_words <= shared_words && fitting >= 1, "shared memory is too small");
 static_assert(!asynchronous || (buffers == 2 && ahead), "a copy must not meet what is in use");
 static_assert(pitch1 % load == 0 && pitch2 % load == 0 && positions % load == 0, "alignment");
 static_assert(q_groups == 1 || displacements % load == 0, "alignment of a thread's columns");
@@ -199,7 +201,11 @@ extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
     if (active) multiply(c);
   }
 
-  // Lines leave through shared memory, so that neighbouring threads write neighbouring words.
+  // Lines leave through shared memory, so that neighbouring threads write neighbouring words. One
+  // store fills a place of a strip, at one displacement; a thread serves a place at many of them.
+  constexpr int units = lanes * positions / result_vector, places = strips * units;
+  constexpr int sharers = larger(1, threads / places);  // threads that serve a place
+  const int cost_plane = s.lattice_height * s.lattice_width;
 #pragma unroll
   for (int q0 = 0; q0 < displacements; q0 += slices) {
     __syncthreads();
@@ -209,39 +215,50 @@ extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
                          strips * line, sums, q0);
     }
     __syncthreads();
-    constexpr int units = lanes * positions / result_vector;
-    for (int i = thread; i < slices * strips * units; i += threads) {
-      const int column = i % units * result_vector, at = i / units;  // at: (slice, strip)
-      const int out = strip0 + at % strips, out_row = out / row_strips;
-      const int out_p = out % row_strips / q_groups;
-      const int out_q = out % q_groups * displacements + q0 + at / strips;
+#pragma unroll 1
+    for (int i = thread; i < places * sharers; i += threads) {
+      const int at = i % places / units, column = i % units * result_vector;
+      const int out = strip0 + at, out_row = out / row_strips;
+      const int out_p = out % row_strips / q_groups, out_q = out % q_groups * displacements + q0;
       const int u = phases_y * out_row + phase_y, v = phases_x * m0 + column;
-      if (q0 + at / strips >= displacements || out_q >= patch_x || u >= s.lattice_height ||
-          v >= s.lattice_width) {
-        continue;
-      }
+      if (u >= s.lattice_height || v >= s.lattice_width) continue;
       const int y = s.origin_y + step_y * u, y_other = y + s.first_y + spacing_y * out_p;
+      const int x = s.origin_x + step_x * v, x_other = x + s.first_x + spacing_x * out_q;
       const bool row_counts = inside(y, s.height) && inside(y_other, s.height);
-      result rounded[result_vector];
+      const accumulator* const source = shared + at * line;
+      result* const to = cost + static_cast<long long>(n) * (patch_y * patch_x) * cost_plane +
+                         (out_p * patch_x + out_q) * cost_plane + u * s.lattice_width + v;
+      const int first = sharers == 1 ? 0 : i / places;
+      const int count = smaller(slices, smaller(displacements - q0, patch_x - out_q));
+      accumulator not_finite = 0;  // NaN if some sum is not finite
+      const auto store = [&](int k, result* target, bool anywhere) {
+        accumulator values[result_vector], more[result_vector];
+        load_columns<phases_x, columns>(values, source + k * strips * line, column);
 #pragma unroll
-      for (int k = 0; k < result_vector; ++k) {
-        const int x = s.origin_x + step_x * (v + k), x_other = x + s.first_x + spacing_x * out_q;
-        const accumulator* const source = shared + at * line +
-                                          (column + k) % phases_x * columns +
-                                          (column + k) / phases_x;
-        accumulator sum = 0;
+        for (int g = 1; g < channel_groups; ++g) {
+          load_columns<phases_x, columns>(more, source + (g * slices + k) * strips * line, column);
 #pragma unroll
-        for (int g = 0; g < channel_groups; ++g) sum += source[g * slices * strips * line];
-        // Outside, even 0 * infinity counts for nothing.
-        const bool counts =
-            l1 || (row_counts && inside(x, s.width) && inside(x_other, s.width));
-        rounded[k] = narrow<result>(counts ? sum * scale : accumulator(0));
+          for (int m = 0; m < result_vector; ++m) values[m] += more[m];
+        }
+        result rounded[result_vector];
+#pragma unroll
+        for (int m = 0; m < result_vector; ++m) {
+          const bool counts = anywhere || (row_counts && inside(x + step_x * m, s.width) &&
+                                           inside(x_other + step_x * m + spacing_x * k, s.width));
+          not_finite += values[m] * accumulator(0);
+          rounded[m] = narrow<result>(counts ? values[m] * scale : accumulator(0));
+        }
+        store_neighbours(target, rounded);
+      };
+      result* next = to + first * cost_plane;
+#pragma unroll
+      for (int k = first; k < count; k += sharers, next += sharers * cost_plane) {
+        store(k, next, true);
       }
-      const int displacement = out_p * patch_x + out_q;
-      const long long output =
-          static_cast<long long>(n) * (patch_y * patch_x) * s.lattice_height * s.lattice_width +
-          (displacement * s.lattice_height + u) * s.lattice_width + v;
-      store_neighbours(cost + output, rounded);
+      // Outside, even 0 * infinity counts for nothing. What is finite is 0 there already.
+      if (l1 || not_finite == 0) continue;
+#pragma unroll 1
+      for (int k = first; k < count; k += sharers) store(k, to + k * cost_plane, false);
     }
   }
 }

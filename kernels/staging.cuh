@@ -85,6 +85,28 @@ __device__ __forceinline__ void store_words(Accumulator* to, const Accumulator* 
   *reinterpret_cast<Pack<Accumulator, words>*>(to) = pack;
 }
 
+// Read COUNT neighbouring columns of a row in shared memory whose phases lie PHASE_PITCH words
+// apart; the first column is a multiple of COUNT, and words of a phase are aligned.
+template <int PHASES, int PHASE_PITCH, int COUNT, typename Accumulator>
+__device__ __forceinline__ void load_columns(Accumulator (&to)[COUNT], const Accumulator* row,
+                                             int column) {
+  if constexpr (COUNT % PHASES == 0) {
+    constexpr int of_phase = COUNT / PHASES;
+#pragma unroll
+    for (int phase = 0; phase < PHASES; ++phase) {
+      const auto pack = *reinterpret_cast<const Pack<Accumulator, of_phase>*>(
+          row + phase * PHASE_PITCH + column / PHASES);
+#pragma unroll
+      for (int m = 0; m < of_phase; ++m) to[m * PHASES + phase] = pack.values[m];
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) {
+      to[k] = row[(column + k) % PHASES * PHASE_PITCH + (column + k) / PHASES];
+    }
+  }
+}
+
 // Write up to COUNT rows of a thread's values, from row `first` on, `pitch` words apart.
 template <int COUNT, int ROWS, int COLUMNS, typename Accumulator>
 __device__ __forceinline__ void store_rows(Accumulator* to, int pitch,

@@ -70,19 +70,19 @@ class Block(NamedTuple):
     registers: int
     """Registers per thread; an estimate, fitted to compiled kernels."""
     shared_bytes: int
-    rounds: int
+    rounds: int = 1
     """How many times the block fills its buffers."""
-    multiply_adds: float
+    multiply_adds: float = 0
     """Multiply-adds (l1: additions) of the whole block, all rounds. The counts below likewise."""
-    wavefronts: float
+    wavefronts: float = 0
     """128-byte accesses of shared memory."""
-    instructions: float
+    instructions: float = 0
     """Instructions of threads, beside the multiply-adds."""
-    words: float
+    words: float = 0
     """Words that are staged in shared memory."""
-    bytes: float
+    bytes: float = 0
     """Bytes that are read from global memory and written to it, in whole sectors."""
-    ahead: bool
+    ahead: bool = True
     """Whether the block fetches while it computes."""
     matrix_cycles: float = 0
     """Cycles that the tensor cores are busy."""
@@ -127,6 +127,13 @@ def resident(block: Block, device: Device) -> int:
         device.shared_bytes_of_multiprocessor // (block.shared_bytes + RESERVED_BYTES),
         THREADS // block.threads,
     )
+
+
+def room(block: Block, device: Device) -> int:
+    """Return the bytes of shared memory that a block may ask for, and as many blocks still fit."""
+    at_once = max(1, resident(block, device))
+    of_block = device.shared_bytes_of_multiprocessor // at_once - RESERVED_BYTES
+    return min(device.shared_bytes, of_block)
 
 
 def matrix_rate(device: Device) -> int:

@@ -300,6 +300,7 @@ def _product(
             vector, lead = widest, first[1] % widest
         elif not asynchronous and widest % phases_x == 0 and first[1] % widest == 0:
             vector = widest
+    result_vector = widest if aligned and lattice_width % widest == 0 else 1
     found = cuda_tiles.product_tile(
         cuda_tiles.Product(
             samples=size_class(samples * phases_y),
@@ -313,6 +314,7 @@ def _product(
             accumulator=DTYPES[dtype].accumulator,
             vector=max(1, vector),
             lead=lead,
+            result_vector=result_vector,
             asynchronous=asynchronous,
             l1=layer.l1,
         ),
@@ -325,7 +327,6 @@ def _product(
     blocks_x = -(-lattice_width // (phases_x * tile.groups * tile.positions))
     strips = -(-lattice_height // phases_y) * tile.strips_per_row
     blocks_y = -(-strips // tile.strips)
-    full_lines = aligned and lattice_width % widest == 0
     return Launch(
         "product.cu",
         "product_cost",
@@ -340,7 +341,7 @@ def _product(
                 advance=(advance_y, advance_x),
             ),
             *tile.constants,
-            ("result_vector", widest if full_lines else 1),
+            ("result_vector", result_vector),
         ),
         samples * phases_y * blocks_y * blocks_x,
         tile.threads,

@@ -26,6 +26,7 @@ from cupycorr.cuda.cost import (
     odd_units,
     powers_of_two,
     resident,
+    room,
     round_up,
 )
 
@@ -33,7 +34,7 @@ MOST_THREADS = 256  # per block: with more, too many threads wait at a barrier
 MOST_REGISTERS = 255  # per thread
 MOST_SLOTS = 8  # for source rows of a gradient
 LEAST_BUSY = 0.8  # share of a block's threads that have outputs
-STORE = 10  # instructions per result, from a register to global memory
+GRADIENT_STORE = 10  # instructions per result, from a register to global memory
 
 # For l1, instructions in place of a multiply-add: two additions, and two comparisons in gradients.
 ADDITIONS, COMPARISONS = 2, 2
@@ -45,6 +46,9 @@ DIFFERENCES = 8  # that a thread holds until they are added
 OFFSETS, COPY_OFFSETS, CHANNEL_OFFSETS = 12, 3, 2
 # instructions of a round beside its copies, of a copy, and of a channel beside its loads,
 FETCH, COPY, CHANNEL = 35, 4, 10
+# of a result beside the stores', of a store, and of the places that a thread serves between two
+# barriers,
+RESULT, STORE, PLACE = 2, 3, 60
 # and wavefronts per 16-byte load of a warp: of map 1, whose words neighbouring strips share, and of
 # map 2.
 WAVEFRONTS_1, WAVEFRONTS_2 = 2, 5
@@ -78,6 +82,7 @@ class Product(NamedTuple):
     accumulator: str
     vector: int
     lead: int
+    result_vector: int
     asynchronous: bool
     l1: bool
     """Whether absolute differences are summed, not products."""
@@ -248,6 +253,9 @@ def _tiles_of_strips(
             continue
         fetching = FETCH + chunk * copies * (COPY + (not problem.asynchronous) * problem.vector)
         rounds = -(-problem.channels // chunk)
+        at_once = room(Block(threads, registers, shared_bytes), device) // (line * word_bytes)
+        slices, storing = _storing(problem, own, strips, channel_groups, threads, at_once)
+        shared_bytes = max(shared_bytes, slices * line * word_bytes)
         block = Block(
             threads,
             registers,
@@ -259,7 +267,7 @@ def _tiles_of_strips(
             * (WAVEFRONTS_1 * own.positions + WAVEFRONTS_2 * own.source) / load,
             instructions=problem.channels * own.lanes * strips * (operands // load + CHANNEL)
             + threads * rounds * fetching
-            + sums * busy * STORE,
+            + storing,
             words=problem.channels * copies * threads * problem.vector,
             bytes=bytes_moved,
             ahead=ahead,
@@ -278,6 +286,29 @@ def _tiles_of_strips(
             threads, shared_bytes, cycles(block, blocks, problem.accumulator, device),
         )  # fmt: skip
         yield tile.cycles, tile
+
+
+def _storing(
+    problem: Product, own: _Columns, strips: int, channel_groups: int, threads: int, at_once: int
+) -> tuple[int, float]:
+    """Return how results leave a block of product.cu.
+
+    Returns
+    -------
+    int
+        The displacements of a thread that leave together: equal parts, of up to ``at_once``.
+    float
+        Instructions of threads.
+    """
+    passes = -(-own.displacements // max(1, at_once))
+    slices = -(-own.displacements // passes)
+    words = own.lanes * strips * own.positions
+    places = words // problem.result_vector
+    served = -(-places * max(1, threads // places) // threads)  # by a thread, between two barriers
+    of_word = RESULT + channel_groups - 1 + (STORE + channel_groups) / problem.result_vector
+    to_shared = words * channel_groups / elements_per_load(problem.accumulator)
+    of_results = own.displacements * (words * of_word + to_shared)
+    return slices, of_results + passes * threads * served * PLACE
 
 
 def _staged_rows(
@@ -378,7 +409,7 @@ def _gradient_of(
         instructions=patch_y
         * (busy * (g_loads + source_loads) + threads * (STEP + STEP_ROW * rows))
         + threads * copies * GRADIENT_COPY
-        + busy * channels * positions * STORE
+        + busy * channels * positions * GRADIENT_STORE
         + terms * (COMPARISONS if problem.l1 else 0),
         words=threads * (patch_y * g_copies + source_rows * source_copies * problem.vector),
         bytes=bytes_moved,

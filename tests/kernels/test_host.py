@@ -257,7 +257,7 @@ PRODUCT_TILES = {
     "vectors": (SM_80, VECTORS, lambda t: t["vector"] == 4 and t["strips"] == 4),
     "vectors through registers": (SM_75, VECTORS, lambda t: t["vector"] == 4 and t["chunk"]),
     "results in slices": (
-        SM_80, PHASES, lambda t: t["chunk"] == 1 and in_slices(t, 7, t["strips"])),
+        SM_75, PHASES, lambda t: in_slices(t, 7, t["strips"])),
     "groups of displacements": (SM_75, WIDE_PATCH, lambda t: t["strips"] == 3),
     "groups of displacements, one row": (SM_80, WIDE_PATCH, lambda t: t["strips"] == 2),
 }  # fmt: skip

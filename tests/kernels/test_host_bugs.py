@@ -43,6 +43,7 @@ SEVERAL_GROUPS = ((1, 3, 9, 40), Layer(Geometry(patch_size=(3, 5), dilation_patc
 ADVANCE_ROWS = ((1, 40, 30, 40), Layer(Geometry(patch_size=(9, 9), stride=2)))
 MANY_ROWS = ((1, 40, 20, 16), Layer(Geometry(patch_size=9)))
 MANY_CHANNELS = ((1, 64, 12, 40), Layer(Geometry(patch_size=3)))
+SHARED_CHANNELS = ((1, 64, 4, 8), Layer(Geometry(patch_size=(3, 21))))
 # Steps whose source rows lie in the map, and others, below it and above, whose do not.
 OUTSIDE = ((1, 40, 6, 10), Layer(Geometry(patch_size=(15, 3))))
 
@@ -81,18 +82,30 @@ BUGS = {
     "no barrier between use and results": Bug(
         "q0 += slices) {\n    __syncthreads();", "q0 += slices) {"),
     "no barrier between results and stores": Bug(
-        "__syncthreads();\n    constexpr int units", "constexpr int units"),
+        "__syncthreads();\n#pragma unroll 1\n    for (int i", "for (int i"),
     "positions of the wrong lane": Bug(
         "+ phase) * pitch1 + group * positions", "+ group) * pitch1 + phase * positions",
         SEVERAL_GROUPS),
     "a partial last chunk left out": Bug(
         "c < s.channels; c += chunk", "c + chunk <= s.channels; c += chunk", "33 channels"),
     "results of the wrong strip": Bug(
-        "out = strip0 + at % strips", "out = strip0 + (at + 1) % strips", MANY_ROWS),
+        "out = strip0 + at,", "out = strip0 + (at + 1) % strips,", MANY_ROWS),
     "columns advance by one": Bug("two[lead + advance_x * m + q]", "two[lead + m + q]", "stride"),
     "a result behind the row": Bug("v >= s.lattice_width", "v > s.lattice_width"),
     "products with what is outside": Bug(
-        "counts ? sum * scale : accumulator(0)", "sum * scale", "odd patch", check="finite"),
+        "counts ? values[m] * scale : accumulator(0)", "values[m] * scale", "odd patch",
+        check="finite"),
+    "sums that are not finite taken for finite": Bug(
+        "not_finite += values[m]", "not_finite = values[m]", "FlowNetC", check="finite"),
+    "the sums of one group of channels": Bug(
+        "values[m] += more[m]", "values[m] = more[m]", SHARED_CHANNELS),
+    "only some displacements stored": Bug(
+        "sharers == 1 ? 0 : i / places", "0", SHARED_CHANNELS),
+    "displacements stored over others": Bug(
+        "next += sharers * cost_plane", "next += cost_plane", SHARED_CHANNELS, SM_80),
+    "results of phases exchanged": Bug(
+        "to[m * PHASES + phase] = pack", "to[m + of_phase * phase] = pack",
+        ((1, 20, 9, 16), Layer(Geometry(patch_size=(3, 5), dilation_patch=(1, 2))))),
     # product_adjoint.cu
     "no barrier between stores and use of gradients": Bug(
         "__syncthreads();\n    if (ahead && next < patch_y)", "if (ahead && next < patch_y)"),
@@ -139,7 +152,7 @@ BUGS = {
         "own = which == 1 ? fmap1 : fmap2", "own = fmap1", plain=True, similarity="l1"),
     "differences with a sign": Bug("magnitude(one - two)", "one - two", similarity="l1"),
     "sums with a position outside left out": Bug(
-        "l1 || (row_counts", "(row_counts", similarity="l1"),
+        "l1 || not_finite == 0", "not_finite == 0", check="finite", similarity="l1"),
     "a row outside is not zeroed": Bug(
         "share_source.erase(words);", "", OUTSIDE, SM_80, similarity="l1"),
     "a row outside is not zeroed, through registers": Bug(

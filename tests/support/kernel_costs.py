@@ -105,6 +105,27 @@ class Tile:
         self.source_columns = self.lead + self.advance_x * (self.columns - 1) + self.patch_x
         self.thread_columns = self.lead + self.advance_x * (self.positions - 1) + self.displacements
         self.q_groups = ceil(self.patch_x / self.displacements)
+        self.trips, self.served = self._stores()
+
+    def _stores(self):
+        """Return how results leave, between two barriers.
+
+        How often a thread goes through the loop over places, and how often it stores at each.
+        """
+        line = self.lanes * self.positions + LOAD
+        if self.is_product:
+            at_once, of_thread = self.channel_groups * self.strips * line, self.displacements
+            rows, lines, pixels = self.strips, 1, self.lanes * self.positions
+        else:
+            at_once, of_thread = self.channel_groups * self.rows * line, self.channels
+            rows, lines = self.rows * self.channel_groups * self.channels, 1
+            pixels = self.lanes * self.positions * self.step_x
+        slices = min(of_thread, self.shared_words // at_once)
+        if self.is_product:
+            slices = ceil(of_thread / ceil(of_thread / slices))
+        places = rows * ceil(pixels / self.result_vector)
+        sharers = max(1, self.threads // places)
+        return ceil(places * sharers / self.threads), ceil(slices * lines / sharers)
 
     def warps(self, address):
         """Return, for every warp, the address of each lane."""
@@ -309,22 +330,39 @@ class Machine(NamedTuple):
     share: float
     """Of multiply-adds, or additions, among the instructions of the innermost loop."""
     instructions: int
-    """That a thread issues in all rounds, in which all that the block needs is inside the image."""
+    """That a thread issues, if all that its block needs is inside the image."""
 
 
 def machine(launch: Launch, channels: int, capability: int) -> Machine:
     """Compile a tiled launch and read its loops."""
-    kernel = nvrtc.compile_kernel(cuda_sources.source(launch), launch.kernel, capability)
+    registers = nvrtc.compile_kernel(
+        cuda_sources.source(launch), launch.kernel, capability
+    ).registers
+    kernel = nvrtc.compile_kernel(_inside(launch), launch.kernel, capability)
     tile = Tile(launch)
     work = _work(tile)
     inner, outer = nvrtc.loops(kernel, work)
-    instructions = outer.total() * counts(launch, channels).rounds
+    instructions = nvrtc.straight(kernel) + outer.total() * (counts(launch, channels).rounds - 1)
+    for outer_stores, inner_stores in nvrtc.store_loops(kernel):
+        instructions += (tile.trips - 1) * outer_stores.total()
+        if inner_stores is not None:  # over the stores at a place, some of them at once
+            repeated = ceil(tile.served / inner_stores["STG"]) - 1
+            instructions += tile.trips * repeated * inner_stores.total()
     if tile.is_product and inner is not outer:  # the inner loop is over channels
         rounds = ceil(channels / tile.chunk)
         instructions += inner.total() * (ceil(channels / tile.channel_groups) - rounds)
     if not tile.is_product:
         instructions -= _unused_slots(launch, capability, outer.total())
-    return Machine(kernel.registers, work(inner) / inner.total(), instructions)
+    return Machine(registers, work(inner) / inner.total(), instructions)
+
+
+def _inside(launch: Launch) -> str:
+    """Return a launch's source without what only sums that are not finite need."""
+    source, test = cuda_sources.source(launch), "if (l1 || not_finite == 0) continue;"
+    if launch.source == "product.cu":
+        assert source.count(test) == 1, "product.cu stores again what is not finite"
+        source = source.replace(test, 'if (!l1) asm volatile("" ::"f"(not_finite)); continue;')
+    return source
 
 
 def _work(tile):
@@ -343,7 +381,7 @@ def _unused_slots(launch: Launch, capability: int, longest: int) -> int:
     unused = slots * patch - source_rows
     if not unused:
         return 0
-    source, loop = cuda_sources.source(launch), "slot < slots; ++slot) {"
+    source, loop = _inside(launch), "slot < slots; ++slot) {"
     assert source.count(loop) == 2, "fetch and land go through the slots"
     shorter = source.replace(loop, "slot < slots - 1; ++slot) {")
     kernel = nvrtc.compile_kernel(shorter, launch.kernel, capability)
@@ -378,7 +416,7 @@ def predict(launch: Launch, count: Counts, code: Machine, gpu: str, memory: floa
         "shared memory": (count.merged + count.staged / 32 + 2 * written)
         * 128
         / device.shared_rate,
-        "issue": (code.instructions * launch.threads / 32 + 10 * written) / 4,
+        "issue": code.instructions * launch.threads / 32 / 4,
     }
     bound = max(busy, key=busy.__getitem__)
     waiting = LATENCY * (1 if Tile(launch).ahead else count.rounds) / min(resident, most)

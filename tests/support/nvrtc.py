@@ -144,6 +144,40 @@ def loops(
     return found[0], next((loop for loop in found if loop["BAR"]), whole)
 
 
+def straight(kernel: Kernel) -> int:
+    """Return the instructions of the longest way through a kernel, each loop once."""
+    code = _disassemble(kernel)
+    last = max(at for at, (instruction, _) in enumerate(code) if "EXIT" in instruction)
+    return _longest_path(code, 0, last).total()
+
+
+def store_loops(kernel: Kernel) -> list[tuple[Counter[str], Counter[str] | None]]:
+    """Return how often each instruction stands in the loops that store to global memory.
+
+    Of each loop without a barrier that is in no other such loop, and of the longest of those inside
+    of it that store, or None. Loops inside count once.
+    """
+    code = _disassemble(kernel)
+    spans = [
+        (target, end) for end, (_, target) in enumerate(code) if target is not None and target < end
+    ]
+    storing = []
+    for start, end in sorted(spans, key=lambda span: (span[0], -span[1])):
+        within = Counter(_operation(instruction) for instruction, _ in code[start : end + 1])
+        if within["STG"] and not within["BAR"]:
+            storing.append((start, end))
+    found, last = [], -1
+    for start, end in storing:
+        if start > last:
+            inner = [
+                _longest_path(code, *span) for span in storing if start < span[0] and span[1] < end
+            ]
+            longest = max(inner, key=Counter.total, default=None)
+            found.append((_longest_path(code, start, end), longest))
+            last = end
+    return found
+
+
 def _compile(source, options, library):
     """Return the compiler's log and the machine code."""
     program = ctypes.c_void_p()
