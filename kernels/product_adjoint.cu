@@ -58,6 +58,7 @@ constexpr int groups = 2;                   // of positions, per column phase
 constexpr int rows = 8;
 constexpr int channel_groups = 4;
 constexpr int vector = 1;           // elements per load from the source
+constexpr int upstream_vector = 1;  // and from grad_cost
 constexpr int result_vector = 1;    // elements per store to global memory
 constexpr int pitch_g = 12, pitch_rows = 508;  // words per displacement and phase; per row
 constexpr int pitch_s = 36;                    // words per channel and phase of the source
@@ -102,7 +103,9 @@ static_assert(channel_groups * rows * lanes <= threads, "every thread has its ow
 static_assert(buffers * buffer_words <= shared_words && slices >= 1, "shared memory is too small");
 static_assert(!(asynchronous || upstream_asynchronous) || (buffers == 2 && ahead),
               "a copy must not meet what is in use");
-static_assert(rows + slots <= 32, "a bit for each row that is fetched");
+static_assert(slots <= 32, "a bit for each source row that is fetched");
+static_assert(threads % rows == 0, "as many threads fetch each row of G");
+static_assert(upstream_vector == 1 || (which == 1 && phases_x == 1), "neighbours load together");
 static_assert(which == 1 || (advance_x == 1 && step_x == lattice_x), "sources are on the lattice");
 static_assert(pitch_g % load == 0 && pitch_rows % load == 0 && pitch_s % load == 0 &&
                   positions % load == 0, "alignment");
@@ -114,7 +117,8 @@ static_assert(pitch_s >= round_up(advance_x * (columns - 1) + round_up(patch_x, 
 
 using Source = Share<element, accumulator, threads, asynchronous, vector, block_channels,
                      source_columns * phases_x, phases_x, phases_x * pitch_s, pitch_s, 1>;
-using Upstream = Share<upstream, accumulator, threads, upstream_asynchronous, 1,
+constexpr int row_threads = threads / rows;  // that fetch a target row's G
+using Upstream = Share<upstream, accumulator, row_threads, upstream_asynchronous, upstream_vector,
                        patch_x, columns * phases_x, phases_x, phases_x * pitch_g, pitch_g, 1>;
 
 // What a block owns.
@@ -187,83 +191,91 @@ struct Columns {
   }
 };
 
-// The rows of a block: target row r at step j, and the source rows of step j in their slots.
+// The rows of a block. Source row i lies in slot i / patch_y of step i % patch_y, and target row r
+// meets it at displacement i - advance_y * r.
 struct Rows {
   const Sizes& s;
-  int row0, phase_y, source_y0;  // source_y0: pixel of source row 0
+  int source_y0, u0;  // pixel of source row 0; lattice row of target row 0, for which = 1
 
   __device__ __forceinline__ Rows(const Sizes& sizes, const OfBlock& block)
       : s(sizes),
-        row0(block.row0),
-        phase_y(block.phase_y),
-        source_y0(s.target_y + step_y * phase_y + spacing_y * advance_y * row0 + s.first_y) {}
+        source_y0(s.target_y + step_y * block.phase_y + spacing_y * advance_y * block.row0 +
+                  s.first_y),
+        u0(s.shift_y + phases_y * block.row0 + block.phase_y) {}
 
-  static __device__ __forceinline__ int displacement(int j, int r) {
-    int p = j - advance_y * r;
-    if (slots > 2) p %= patch_y;  // else it is not below -patch_y
-    return p < 0 ? p + patch_y : p;
+  // The slot of the source row that target row r meets at step j: how often p wrapped around.
+  static __device__ __forceinline__ int slot(int j, int r) {
+    const int behind = advance_y * r - j;
+    if (behind <= 0) return 0;
+    return slots > 2 ? ceil_div(behind, patch_y) : 1;
   }
-  // The displacement row of grad_cost.
-  static __device__ __forceinline__ int cost_p(int p) { return which == 1 ? p : patch_y - 1 - p; }
-  __device__ __forceinline__ int source_pixel(int j, int r) const {
-    return source_y0 + spacing_y * (advance_y * r + displacement(j, r));
+  __device__ __forceinline__ int pixel(int i) const { return source_y0 + spacing_y * i; }
+  // The lattice row of source row i; -1 where there is none.
+  __device__ __forceinline__ int lattice_row(int i) const {
+    return lattice_index(pixel(i), s.origin_y, lattice_y, s.lattice_height);
   }
-  // The lattice row of G; -1 where there is none.
-  __device__ __forceinline__ int u(int j, int r) const {
-    if (which == 2) {
-      return lattice_index(source_pixel(j, r), s.origin_y, lattice_y, s.lattice_height);
-    }
-    const int row = s.shift_y + phases_y * (row0 + r) + phase_y;
-    return inside(row, s.lattice_height) ? row : -1;
+  __device__ __forceinline__ bool source_exists(int i) const {
+    return i < source_rows && inside(pixel(i), s.height);
   }
-  __device__ __forceinline__ bool exists(int j, int r) const {
-    return (l1 || inside(source_pixel(j, r), s.height)) && u(j, r) >= 0;
+  // Whether source row i has terms. For l1 it has some, with zeros, where it lies outside.
+  __device__ __forceinline__ bool source_counts(int i) const {
+    return i < source_rows && (l1 || inside(pixel(i), s.height)) &&
+           (which == 1 || lattice_row(i) >= 0);
   }
-  __device__ __forceinline__ int slot_pixel(int j, int slot) const {
-    return source_y0 + spacing_y * (j + slot * patch_y);
+  __device__ __forceinline__ bool target_counts(int r) const {
+    return which == 2 || inside(u0 + phases_y * r, s.lattice_height);
   }
-  static __device__ __forceinline__ bool slot_needed(int j, int slot) {
-    return j + slot * patch_y < source_rows;
+  // The displacement row of grad_cost, and its lattice row, that target row r needs at step j.
+  __device__ __forceinline__ int cost_p(int j, int r) const {
+    const int p = j + slot(j, r) * patch_y - advance_y * r;
+    return which == 1 ? p : patch_y - 1 - p;
   }
-  __device__ __forceinline__ bool slot_exists(int j, int slot) const {
-    return slot_needed(j, slot) && inside(slot_pixel(j, slot), s.height);
+  __device__ __forceinline__ int cost_u(int j, int r) const {
+    return which == 1 ? u0 + phases_y * r : lattice_row(j + slot(j, r) * patch_y);
   }
-  // Whether a slot has terms: for l1 and which = 1 a target's G has terms without a source.
-  __device__ __forceinline__ bool slot_counts(int j, int slot) const {
-    if (!l1) return slot_exists(j, slot);
-    return slot_needed(j, slot) &&
-           (which == 1 || lattice_index(slot_pixel(j, slot), s.origin_y, lattice_y,
-                                        s.lattice_height) >= 0);
+  // Whether target row r has terms at step j.
+  __device__ __forceinline__ bool counts(int j, int r) const {
+    return target_counts(r) && source_counts(j + slot(j, r) * patch_y);
   }
   // The first step from j on that has terms.
   __device__ __forceinline__ int next_step(int j) const {
     for (; j < patch_y; ++j) {
-      bool counts = false;
+      bool some = false;
 #pragma unroll
-      for (int slot = 0; slot < slots; ++slot) counts = counts || slot_counts(j, slot);
-      if (counts) break;
+      for (int i = 0; i < slots; ++i) some = some || source_counts(j + i * patch_y);
+      if (some) break;
     }
     return j;
   }
 };
 
-// The copies of one step to shared memory: G of every target row, and the source rows.
+// The copies of one step to shared memory: G of every target row, by as many threads each, and the
+// source rows.
 struct Staging {
   Upstream share_g;
   Source share_source;
-  Upstream::Fetched fetched_g[rows];
+  Upstream::Fetched fetched_g;
   Source::Fetched fetched_source[slots];
-  unsigned fetched = 0;  // bit r: row r of G; bit rows + slot: a source row
+  int row;               // whose G this thread fetches
+  bool ragged = false;   // some words of its copies of G do not exist
+  bool g_fetched = false;
+  unsigned fetched = 0;  // bit of a slot: its source row
 
   __device__ __forceinline__ void find(int thread, accumulator* shared, const Columns& columns,
                                        int plane, int lattice, int channels_left) {
+    row = thread / row_threads;
     share_source.find(
         thread, shared, g_words, [&](int c, int k) { return c * plane + columns.pixel(k); },
         [&](int c, int k) { return c < channels_left && columns.source_exists(k); });
     share_g.find(
-        thread, shared, 0,
+        thread % row_threads, shared, row * pitch_rows,
         [&](int q, int k) { return Columns::cost_q(q) * lattice + columns.v(q, k); },
-        [&](int q, int k) { return columns.g_exists(q, k); });
+        [&](int q, int k) {
+          const bool first = columns.g_exists(q, k);
+          const bool last = columns.g_exists(q, k + upstream_vector - 1);
+          ragged = ragged || first != last;
+          return first || last;
+        });
   }
 
   // Fetch step j to the buffer that begins at word `buffer`. Rows that do not exist are neither
@@ -272,41 +284,38 @@ struct Staging {
                                         const upstream* grad_cost, const element* source) {
     const int plane = s.height * s.width, lattice = s.lattice_height * s.lattice_width;
     const int next_q = which == 1 ? lattice : phases_x - lattice;  // from G[., q] to G[., q + 1]
+    g_fetched = r.counts(j, row);
+    share_g.fetch(grad_cost + (r.cost_p(j, row) * patch_x * lattice +
+                               r.cost_u(j, row) * s.lattice_width),
+                  0, next_q, fetched_g, buffer, 0, g_fetched);
     fetched = 0;
 #pragma unroll
-    for (int row = 0; row < rows; ++row) {
-      if (!r.exists(j, row)) continue;
-      fetched |= 1u << row;
-      const int p = Rows::cost_p(Rows::displacement(j, row));
-      const upstream* const base =
-          grad_cost + p * patch_x * lattice + r.u(j, row) * s.lattice_width;
-      share_g.fetch(base, 0, next_q, fetched_g[row], buffer + row * pitch_rows, 0);
-    }
-#pragma unroll
     for (int slot = 0; slot < slots; ++slot) {
-      if (!r.slot_exists(j, slot)) continue;
-      fetched |= 1u << (rows + slot);
-      share_source.fetch(source + r.slot_pixel(j, slot) * s.width, 0, plane, fetched_source[slot],
+      const int i = j + slot * patch_y;
+      if (!r.source_exists(i)) continue;
+      fetched |= 1u << slot;
+      share_source.fetch(source + r.pixel(i) * s.width, 0, plane, fetched_source[slot],
                          buffer + slot * source_words, 0);
     }
   }
 
   // Store what was fetched last.
-  __device__ __forceinline__ void land(int j, accumulator* buffer) {
-#pragma unroll
-    for (int row = 0; row < rows; ++row) {
-      if (fetched >> row & 1) share_g.land(fetched_g[row], buffer + row * pitch_rows, 0);
-    }
+  __device__ __forceinline__ void land(int j, accumulator* buffer, int thread,
+                                       const Columns& columns) {
+    if (g_fetched) share_g.land(fetched_g, buffer, 0);
 #pragma unroll
     for (int slot = 0; slot < slots; ++slot) {
       accumulator* const words = buffer + slot * source_words;
-      if (fetched >> (rows + slot) & 1) {
+      if (fetched >> slot & 1) {
         share_source.land(fetched_source[slot], words, 0);
-      } else if (l1 && Rows::slot_needed(j, slot)) {
+      } else if (l1 && j + slot * patch_y < source_rows) {
         share_source.erase(words);
       }
     }
     if (asynchronous || upstream_asynchronous) wait_for_copies();
+    if (upstream_vector == 1 || !ragged || !g_fetched) return;
+    share_g.trim(thread % row_threads, buffer,
+                 [&](int q, int k) { return columns.g_exists(q, k); });
   }
 };
 
@@ -333,9 +342,9 @@ __device__ __forceinline__ void load_own(Tile& own, const element* map, const Of
 // Add the terms of step j to a thread's sums; `buffer` holds what the step needs.
 __device__ __forceinline__ void add_terms(Tile& sums, const Tile& own, int j,
                                           const accumulator* buffer, const OfThread& thread) {
-  const int slot = (advance_y * thread.row + Rows::displacement(j, thread.row) - j) / patch_y;
   const accumulator* const g = buffer + thread.at_g;
-  const accumulator* const source = buffer + thread.at_source + slot * source_words;
+  const accumulator* const source =
+      buffer + thread.at_source + Rows::slot(j, thread.row) * source_words;
 #pragma unroll
   for (int q0 = 0; q0 < patch_x; q0 += displacements) {
     accumulator held[displacements][positions];  // G
@@ -374,10 +383,13 @@ __device__ __forceinline__ void store_sums(const Tile& sums, accumulator* shared
                                            const OfBlock& block, const OfThread& own, int thread,
                                            const Columns& columns_of, const Sizes& s,
                                            accumulator scale) {
+  constexpr int before = step_x - 1;  // pixels before the first target, at most
+  constexpr int units = ceil_div(lanes * positions * step_x + before, result_vector);
+  constexpr int places = rows * units;                  // a store of a row, in each channel
+  constexpr int sharers = larger(1, threads / places);  // threads that serve a place
   const int plane = s.height * s.width, m0 = block.m0;
-  const int left = m0 == 0 ? 0 : s.target_x + step_x * phases_x * m0;
-  const int right = smaller(s.width, s.target_x + step_x * phases_x * (m0 + columns));
-  const int units = ceil_div(larger(0, right - left), result_vector);
+  const int first_x = s.target_x + step_x * phases_x * m0, left = m0 == 0 ? 0 : first_x;
+  const int right = smaller(s.width, first_x + step_x * phases_x * columns);
 #pragma unroll
   for (int k0 = 0; k0 < channels; k0 += slices) {
     __syncthreads();
@@ -387,29 +399,41 @@ __device__ __forceinline__ void store_sums(const Tile& sums, accumulator* shared
                          channel_groups * rows * line, sums, k0);
     }
     __syncthreads();
-    for (int i = thread; i < slices * channel_groups * rows * units; i += threads) {
-      const int x = left + i % units * result_vector, at = i / units;  // at: (channel, row)
-      const int channel = k0 * channel_groups + at / rows, c = block.c0 + channel;
-      const int t = phases_y * (block.row0 + at % rows) + block.phase_y;
-      const int y = s.target_y + step_y * t;
-      if (channel >= block_channels || c >= s.channels || t >= s.targets_y) continue;
-      Pack<element, result_vector> pack, zeros;
+    const int first = k0 * channel_groups;
+    const int count = smaller(smaller(slices * channel_groups, block_channels - first),
+                              s.channels - block.c0 - first);
+#pragma unroll 1
+    for (int i = thread; i < places * sharers; i += threads) {
+      const int row = i % places / units, x = first_x - before + i % units * result_vector;
+      const int t = phases_y * (block.row0 + row) + block.phase_y, y = s.target_y + step_y * t;
+      if (x < left || x >= right || t >= s.targets_y) continue;
+      const int column = larger(0, (x - first_x) / step_x);
+      bool is_target[result_vector];
 #pragma unroll
       for (int k = 0; k < result_vector; ++k) {
-        const int distance = x + k - s.target_x, column = distance / step_x - phases_x * m0;
         // Off the lattice of fmap1 there are no terms, though 0 * infinity may have been added.
-        const bool is_target = distance >= 0 && distance % step_x == 0 &&
-                               (which == 2 || columns_of.on_lattice(columns_of.v0 + column));
-        const accumulator sum =
-            is_target ? shared[at * line + column % phases_x * columns + column / phases_x]
-                      : accumulator(0);
-        pack.values[k] = narrow<element>(sum * scale);
-        zeros.values[k] = narrow<element>(accumulator(0));
+        is_target[k] = x >= first_x && (x - first_x) % step_x == 0 &&
+                       (which == 2 || columns_of.on_lattice(columns_of.v0 + column + k));
       }
-      const int bottom = smaller(s.height, y + step_y);
-      for (int to = t == 0 ? 0 : y; to < bottom; ++to) {
-        *reinterpret_cast<Pack<element, result_vector>*>(
-            grad + channel * plane + to * s.width + x) = to == y ? pack : zeros;
+      element* to = grad + (first + i / places) * plane + x;
+#pragma unroll 4
+      for (int c = i / places; c < count; c += sharers, to += sharers * plane) {
+        accumulator values[result_vector];
+        load_columns<phases_x, columns>(values, shared + (c * rows + row) * line, column);
+        element rounded[result_vector], zeros[result_vector];
+#pragma unroll
+        for (int k = 0; k < result_vector; ++k) {
+          rounded[k] = narrow<element>(is_target[k] ? values[k] * scale : accumulator(0));
+          zeros[k] = narrow<element>(accumulator(0));
+        }
+        store_neighbours(to + y * s.width, rounded);
+#pragma unroll
+        for (int below = y + 1; below < y + step_y; ++below) {
+          if (below < s.height) store_neighbours(to + below * s.width, zeros);
+        }
+        if (step_y == 1 || t > 0) continue;
+#pragma unroll 1
+        for (int above = 0; above < y; ++above) store_neighbours(to + above * s.width, zeros);
       }
     }
   }
@@ -449,10 +473,10 @@ extern "C" __global__ void __launch_bounds__(threads, 1) product_gradient(
     const int next = rows_of.next_step(j + 1), other = (buffers - 1) * buffer_words - buffer;
     if (!ahead) fetch(j, buffer);
     if (buffers == 1) __syncthreads();
-    staging.land(j, shared + buffer);
+    staging.land(j, shared + buffer, thread, columns_of);
     __syncthreads();
     if (ahead && next < patch_y) fetch(next, other);
-    if (own_part.active && rows_of.exists(j, own_part.row)) {
+    if (own_part.active && rows_of.counts(j, own_part.row)) {
       add_terms(sums, own, j, shared + buffer, own_part);
     }
     buffer = other;

@@ -143,17 +143,25 @@ __device__ __forceinline__ SharedAddress shared_address(void* pointer) {
 #endif
 }
 
-// Queue a copy of BYTES (4, 8 or 16) from global to shared memory; both addresses are multiples.
+// Queue a copy of BYTES (4, 8 or 16) from global to shared memory, if it `exists`; both addresses
+// are multiples. A branch in C would cost more: the compiler guards every block with copies.
 template <int BYTES>
-__device__ __forceinline__ void copy_async(SharedAddress to, const void* from) {
+__device__ __forceinline__ void copy_async(SharedAddress to, const void* from, bool exists) {
 #if defined(CUPYCORR_HOST)
-  host_copy_async(to, from, BYTES);
+  if (exists) host_copy_async(to, from, BYTES);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   if constexpr (BYTES == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+    asm volatile(
+        "{ .reg .pred exists; setp.ne.b32 exists, %2, 0;\n"
+        "@exists cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(to),
+        "l"(from), "r"(static_cast<int>(exists))
+        : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES)
-                 : "memory");
+    asm volatile(
+        "{ .reg .pred exists; setp.ne.b32 exists, %2, 0;\n"
+        "@exists cp.async.ca.shared.global [%0], [%1], %3; }" ::"r"(to),
+        "l"(from), "r"(static_cast<int>(exists)), "n"(BYTES)
+        : "memory");
   }
 #endif
 }
@@ -225,10 +233,11 @@ struct Share {
     }
   }
 
-  // Read SLABS rectangles that lie `slab` elements apart, their rows `row` elements. In shared
-  // memory the first lies `shift` words behind that of `find`, the others every `slab_words` words.
+  // Read SLABS rectangles that lie `slab` elements apart, their rows `row` elements, if they are
+  // `present`. In shared memory the first lies `shift` words behind that of `find`, the others
+  // every `slab_words` words.
   __device__ __forceinline__ void fetch(const Element* base, int slab, int row, Fetched& fetched,
-                                        int shift, int slab_words) const {
+                                        int shift, int slab_words, bool present = true) const {
     constexpr int word = static_cast<int>(sizeof(Accumulator));
 #pragma unroll
     for (int i = 0; i < across; ++i) {
@@ -236,16 +245,36 @@ struct Share {
       const SharedAddress target = address[i] + shift * word;
 #pragma unroll
       for (int k = 0; k < rows; ++k, source += at_once * row) {
-        if (!(exists[i][k / 32] >> k % 32 & 1)) continue;
+        const bool copied = present && (exists[i][k / 32] >> k % 32 & 1);
 #pragma unroll
         for (int s = 0; s < SLABS; ++s) {
           if constexpr (ASYNCHRONOUS) {
             copy_async<sizeof(Element) * VECTOR>(
-                target + (s * slab_words + k * at_once * ROW_PITCH) * word, source + s * slab);
-          } else {
+                target + (s * slab_words + k * at_once * ROW_PITCH) * word, source + s * slab,
+                copied);
+          } else if (copied) {
             fetched.packs[s][i][k] =
                 *reinterpret_cast<const Pack<Element, VECTOR>*>(source + s * slab);
           }
+        }
+      }
+    }
+  }
+
+  // Zero the words of copies, with PHASES = 1, that do not exist though the copies do.
+  template <typename Exists>
+  __device__ __forceinline__ void trim(int thread, Accumulator* shared, Exists exists_at) const {
+    const int first = across > 1 ? 0 : thread / units;
+#pragma unroll
+    for (int i = 0; i < across; ++i) {
+      const int column = (across > 1 ? thread + i * THREADS : thread % units) * VECTOR;
+#pragma unroll
+      for (int k = 0; k < rows; ++k) {
+        if (!(exists[i][k / 32] >> k % 32 & 1)) continue;
+#pragma unroll
+        for (int v = 0; v < VECTOR; ++v) {
+          if (exists_at(first + k * at_once, column + v)) continue;
+          shared[to[i] + k * at_once * ROW_PITCH + v] = 0;
         }
       }
     }

@@ -415,6 +415,9 @@ def _product_gradient(
     vector = 1
     if neighbours and whole and (x.target + x.first) % widest == 0:
         vector = widest if x.phases == 1 or (not asynchronous and widest % x.phases == 0) else 1
+    upstream_vector = 1
+    if aligned and which == 1 and x.phases == 1 and (x.shift | lattice[1]) % widest == 0:
+        upstream_vector = widest
     found = cuda_tiles.gradient_tile(
         cuda_tiles.Gradient(
             samples=size_class(samples * y.phases),
@@ -427,6 +430,7 @@ def _product_gradient(
             advance=(y.advance, x.advance),
             accumulator=DTYPES[dtype].accumulator,
             vector=vector,
+            upstream_vector=upstream_vector,
             asynchronous=asynchronous,
             upstream_asynchronous=upstream_asynchronous,
             l1=layer.l1,

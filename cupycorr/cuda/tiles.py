@@ -34,7 +34,6 @@ MOST_THREADS = 256  # per block: with more, too many threads wait at a barrier
 MOST_REGISTERS = 255  # per thread
 MOST_SLOTS = 8  # for source rows of a gradient
 LEAST_BUSY = 0.8  # share of a block's threads that have outputs
-GRADIENT_STORE = 10  # instructions per result, from a register to global memory
 
 # For l1, instructions in place of a multiply-add: two additions, and two comparisons in gradients.
 ADDITIONS, COMPARISONS = 2, 2
@@ -55,8 +54,9 @@ WAVEFRONTS_1, WAVEFRONTS_2 = 2, 5
 # product_adjoint.cu: registers beside sums, per thread, per copy of G and per copy of the source,
 GRADIENT_OFFSETS, G_OFFSETS, SOURCE_OFFSETS = 90, 2, 1.3
 HELD_OPERANDS = 60  # registers of operands, free while words are on their way
-# instructions of a step beside loads, per thread and per row, and of a copy,
-STEP, STEP_ROW, GRADIENT_COPY = 100, 30, 5
+# instructions of a step beside loads, and of a copy; those before the first step and behind the
+# last beside the stores', and of a result,
+STEP, GRADIENT_COPY, GRADIENT_ONCE, GRADIENT_RESULT = 115, 3.5, 450, 5
 # and wavefronts per 16-byte load of a warp: of G where a block has many rows or few, and of the
 # source, whose words threads of several rows share.
 MANY_ROWS = 4
@@ -102,6 +102,7 @@ class Gradient(NamedTuple):
     advance: tuple[int, int]
     accumulator: str
     vector: int
+    upstream_vector: int
     asynchronous: bool
     upstream_asynchronous: bool
     l1: bool
@@ -366,9 +367,11 @@ def _gradient_of(
     # Registers; the compiler holds no more operands than there is room for.
     source_columns = problem.phases_x * (advance_x * (columns - 1) + patch_x)
     source_copies = copies_of_thread(block_channels, source_columns, problem.vector, threads)
-    g_copies = rows * copies_of_thread(patch_x, problem.phases_x * columns, 1, threads)
+    g_copies = copies_of_thread(
+        patch_x, problem.phases_x * columns, problem.upstream_vector, threads // rows
+    )
     staged = 0 if problem.asynchronous else slots * source_copies * problem.vector
-    staged += 0 if problem.upstream_asynchronous else g_copies
+    staged += 0 if problem.upstream_asynchronous else g_copies * problem.upstream_vector
     staged = staged * word_bytes // 4
     registers = channels * positions * word_bytes // 4 * (2 if problem.l1 else 1)
     registers += GRADIENT_OFFSETS + G_OFFSETS * g_copies
@@ -406,12 +409,15 @@ def _gradient_of(
             (WAVEFRONTS_G_MANY_ROWS if rows > MANY_ROWS else WAVEFRONTS_G) * g_loads
             + (WAVEFRONTS_SOURCE_SHARED if rows > 1 else WAVEFRONTS_SOURCE) * source_loads
         ),
-        instructions=patch_y
-        * (busy * (g_loads + source_loads) + threads * (STEP + STEP_ROW * rows))
-        + threads * copies * GRADIENT_COPY
-        + busy * channels * positions * GRADIENT_STORE
+        instructions=patch_y * (busy * (g_loads + source_loads) + threads * STEP)
+        + threads * (copies * GRADIENT_COPY + GRADIENT_ONCE)
+        + busy * channels * positions * problem.step[0] * problem.step[1] * GRADIENT_RESULT
         + terms * (COMPARISONS if problem.l1 else 0),
-        words=threads * (patch_y * g_copies + source_rows * source_copies * problem.vector),
+        words=threads
+        * (
+            patch_y * g_copies * problem.upstream_vector
+            + source_rows * source_copies * problem.vector
+        ),
         bytes=bytes_moved,
         ahead=ahead,
     )
@@ -420,7 +426,7 @@ def _gradient_of(
     constants = {
         "positions": positions, "channels": channels, "displacements": displacements,
         "groups": groups, "rows": rows, "channel_groups": channel_groups,
-        "vector": problem.vector,
+        "vector": problem.vector, "upstream_vector": problem.upstream_vector,
         "pitch_g": pitch_g, "pitch_rows": pitch_rows, "pitch_s": pitch_s,
         "asynchronous": problem.asynchronous,
         "upstream_asynchronous": problem.upstream_asynchronous,

@@ -45,7 +45,7 @@ MANY_ROWS = ((1, 40, 20, 16), Layer(Geometry(patch_size=9)))
 MANY_CHANNELS = ((1, 64, 12, 40), Layer(Geometry(patch_size=3)))
 SHARED_CHANNELS = ((1, 64, 4, 8), Layer(Geometry(patch_size=(3, 21))))
 # Steps whose source rows lie in the map, and others, below it and above, whose do not.
-OUTSIDE = ((1, 40, 6, 10), Layer(Geometry(patch_size=(15, 3))))
+OUTSIDE = ((1, 40, 6, 10), Layer(Geometry(patch_size=(15, 9))))
 
 BUGS = {
     # device.cuh
@@ -112,21 +112,34 @@ BUGS = {
     "no barrier between use and results of gradients": Bug(
         "k0 += slices) {\n    __syncthreads();", "k0 += slices) {"),
     "the wrong row after wrapping around": Bug(
-        "p < 0 ? p + patch_y : p", "p < 0 ? p + patch_y - 1 : p", MANY_ROWS),
+        "p = j + slot(j, r) * patch_y", "p = j + slot(j, r) * (patch_y - 1)", MANY_ROWS),
     "the last source row left out": Bug(
-        "j + slot * patch_y < source_rows", "j + slot * patch_y < source_rows - 1",
-        MANY_ROWS),
+        "i < source_rows && (l1", "i < source_rows - 1 && (l1", MANY_ROWS),
     "rows skewed by one, not by the advance": Bug(
-        "int p = j - advance_y * r;", "int p = j - r;", ADVANCE_ROWS),
+        "behind = advance_y * r - j;", "behind = r - j;", ADVANCE_ROWS),
     "the source row that has not wrapped around": Bug(
-        "thread.at_source + slot * source_words", "thread.at_source", MANY_ROWS),
+        "Rows::slot(j, thread.row) * source_words", "0", MANY_ROWS),
+    "words of G copied where only the first exists": Bug(
+        "return first || last;", "return first;", MANY_ROWS),
+    "words of G beside the map": Bug(
+        "ragged = ragged || first != last;", "", MANY_ROWS, check="finite"),
+    "words of G beside the map, copied asynchronously": Bug(
+        "ragged = ragged || first != last;", "", MANY_ROWS, SM_80, check="finite"),
+    "words of G zeroed before they land": Bug(
+        "if (asynchronous || upstream_asynchronous) wait_for_copies();\n    if (upstream",
+        "if (upstream", MANY_ROWS, SM_80),
     "the second map's displacements counted forwards": Bug(
         "which == 1 ? q : patch_x - 1 - q", "q", "even patch"),
-    "rows between the targets": Bug("= to == y ? pack : zeros", "= pack", "stride"),
+    "rows between the targets": Bug("below * s.width, zeros", "below * s.width, rounded", "stride"),
+    "rows before the first target": Bug("above = 0; above < y", "above = 0; above < 0", DEFAULTS),
+    "pixels before the first target": Bug("m0 == 0 ? 0 : first_x", "first_x", DEFAULTS),
+    "channels stored over others": Bug(
+        "to += sharers * plane", "to += plane", ((1, 64, 12, 40), Layer(Geometry(patch_size=9)))),
     "columns between the targets": Bug(
-        "distance >= 0 && distance % step_x == 0", "distance >= 0", "stride"),
+        "x >= first_x && (x - first_x) % step_x == 0", "x >= first_x", "stride"),
     "sums of targets off the lattice": Bug(
-        "(which == 2 || columns_of.on_lattice(columns_of.v0 + column))", "true", check="finite"),
+        "(which == 2 || columns_of.on_lattice(columns_of.v0 + column + k))", "true",
+        check="finite"),
     # absolute differences
     "terms with one position outside left out": Bug(
         "l1 ? !row1 && !row2 : !row1 || !row2", "!row1 || !row2",
@@ -164,12 +177,10 @@ BUGS = {
         "(l1 || source_exists(source_of(q, k)))", "source_exists(source_of(q, k))",
         similarity="l1"),
     "rows left out whose source is outside": Bug(
-        "(l1 || inside(source_pixel(j, r), s.height))", "inside(source_pixel(j, r), s.height)",
+        "(l1 || inside(pixel(i), s.height))", "inside(pixel(i), s.height)",
         OUTSIDE, similarity="l1"),
-    "steps left out whose sources are outside": Bug(
-        "if (!l1) return slot_exists", "return slot_exists", OUTSIDE, similarity="l1"),
     "steps left out whose sources are on the lattice": Bug(
-        "(which == 1 || lattice_index(slot_pixel", "(which == 1 && lattice_index(slot_pixel",
+        "(which == 1 || lattice_row(i) >= 0)", "(which == 1 && lattice_row(i) >= 0)",
         "window at the border", similarity="l1"),
     "targets of the wrong channel": Bug(
         "c * channel_groups + thread.channel_group;", "thread.channel_group * channels + c;",

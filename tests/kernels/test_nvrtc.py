@@ -275,7 +275,8 @@ def narrow(launch, kernel):
     copies = {"LDG": set(), "LDGSTS": set()}
     copies["LDGSTS" if tile["asynchronous"] else "LDG"].add(element * tile["vector"])
     if launch.source == "product_adjoint.cu":
-        copies["LDGSTS" if tile["upstream_asynchronous"] else "LDG"].add(bytes_of[tile["upstream"]])
+        upstream = bytes_of[tile["upstream"]] * tile["upstream_vector"]
+        copies["LDGSTS" if tile["upstream_asynchronous"] else "LDG"].add(upstream)
         result = element
     else:
         result = bytes_of[tile["result"]]

@@ -118,8 +118,8 @@ class Tile:
             rows, lines, pixels = self.strips, 1, self.lanes * self.positions
         else:
             at_once, of_thread = self.channel_groups * self.rows * line, self.channels
-            rows, lines = self.rows * self.channel_groups * self.channels, 1
-            pixels = self.lanes * self.positions * self.step_x
+            rows, lines = self.rows, self.channel_groups
+            pixels = self.lanes * self.positions * self.step_x + self.step_x - 1
         slices = min(of_thread, self.shared_words // at_once)
         if self.is_product:
             slices = ceil(of_thread / ceil(of_thread / slices))
@@ -346,7 +346,8 @@ def machine(launch: Launch, channels: int, capability: int) -> Machine:
     for outer_stores, inner_stores in nvrtc.store_loops(kernel):
         instructions += (tile.trips - 1) * outer_stores.total()
         if inner_stores is not None:  # over the stores at a place, some of them at once
-            repeated = ceil(tile.served / inner_stores["STG"]) - 1
+            each = 1 if tile.is_product or tile.step_y == 1 else tile.step_y + 1
+            repeated = ceil(tile.served * each / inner_stores["STG"]) - 1
             instructions += tile.trips * repeated * inner_stores.total()
     if tile.is_product and inner is not outer:  # the inner loop is over channels
         rounds = ceil(channels / tile.chunk)
@@ -357,12 +358,17 @@ def machine(launch: Launch, channels: int, capability: int) -> Machine:
 
 
 def _inside(launch: Launch) -> str:
-    """Return a launch's source without what only sums that are not finite need."""
-    source, test = cuda_sources.source(launch), "if (l1 || not_finite == 0) continue;"
-    if launch.source == "product.cu":
-        assert source.count(test) == 1, "product.cu stores again what is not finite"
-        source = source.replace(test, 'if (!l1) asm volatile("" ::"f"(not_finite)); continue;')
-    return source
+    """Return a launch's source without what only borders and sums that are not finite need."""
+    old, new = {
+        "product.cu": (
+            "if (l1 || not_finite == 0) continue;",
+            'if (!l1) asm volatile("" ::"f"(not_finite)); continue;',
+        ),
+        "product_adjoint.cu": ("|| !ragged || !g_fetched) return;", "|| true) return;"),
+    }[launch.source]
+    source = cuda_sources.source(launch)
+    assert source.count(old) == 1, "the kernel tests whether it needs that"
+    return source.replace(old, new)
 
 
 def _work(tile):

@@ -232,7 +232,9 @@ def _disassemble(kernel):
             labels[label[1]] = len(code)
         elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*);", line):
             code.append(instruction[1])
-    branches = [re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction) for instruction in code]
+    # A call with a predicate that nothing returns from is a branch, too.
+    jump = re.compile(r"(?:\bBRA\b|^@.*\bCALL\.REL\.NOINC\b).*`\((\.L_\w+)\)")
+    branches = [jump.search(instruction) for instruction in code]
     return [
         (instruction, labels[branch[1]] if branch else None)
         for instruction, branch in zip(code, branches, strict=True)
