@@ -25,12 +25,17 @@ LANES = {
 MATRIX_RATES = {80: 1024, 90: 1280, 100: 1024, 103: 1024}
 LEAST_MATRIX_RATE = 256
 REGISTERS = 65536  # per multiprocessor
-THREADS = 1024  # per multiprocessor; newer ones hold more, which no tile needs
+# Threads per multiprocessor, by compute capability; of what is newer, a guess.
+THREADS = {75: 1024, 86: 1536, 87: 1536, 89: 1536, 120: 1536, 121: 1536}
+MOST_THREADS = 2048  # of all others
 RESERVED_BYTES = 1024  # shared memory per block that the driver takes
 ISSUE = 128  # instructions of threads per cycle: 4 schedulers, 32 lanes
 WAVEFRONT_BYTES = 128
+BARRIER = 60  # cycles that a block loses at a barrier; a guess
 LATENCY = 700  # cycles from a load of global memory to its use; an estimate
-LEVEL2_BYTES = 24  # per cycle and multiprocessor; an estimate
+# Bytes of level 2 per cycle and multiprocessor, by compute capability, and of others: estimates.
+LEVEL2_RATES = {75: 21, 86: 14, 87: 14, 89: 14, 120: 15, 121: 15}
+LEVEL2_RATE = 24
 SECTOR_BYTES = 32  # the least that global memory moves
 # Share of its peak that a multiprocessor reaches: it grows with the warps per scheduler, up to a
 # limit. A guess from experience with such loops, not fitted to measurements.
@@ -56,6 +61,16 @@ class Device(NamedTuple):
     def multiply_adds(self) -> int:
         """Multiply-adds in float32 per cycle and multiprocessor; of what is newer, a guess."""
         return LANES.get(self.capability, 128)
+
+    @property
+    def threads(self) -> int:
+        """Threads that a multiprocessor holds."""
+        return THREADS.get(self.capability, MOST_THREADS)
+
+    @property
+    def level2_rate(self) -> int:
+        """Bytes of level 2 per cycle and multiprocessor."""
+        return LEVEL2_RATES.get(self.capability, LEVEL2_RATE)
 
     @property
     def shared_rate(self) -> int:
@@ -108,6 +123,25 @@ def cycles(block: Block, blocks: int, accumulator: str, device: Device) -> float
     return most * (busy / efficiency + waiting)
 
 
+def cycles_in_rounds(block: Block, blocks: int, accumulator: str, device: Device) -> float:
+    """Return what `cycles` does, with what blocks wait for at every round.
+
+    A round's words are on their way while those of the one before it are multiplied: by this block
+    and by those that share the multiprocessor with it. What that does not fill is waited for.
+    """
+    at_once = resident(block, device)
+    if at_once < 1:
+        return inf
+    most = -(-blocks // device.multiprocessors)
+    together = min(at_once, most)
+    waiting: float = BARRIER
+    if block.ahead:  # else `cycles` waits
+        round_cycles = busy_cycles(block, accumulator, device) / block.rounds
+        waiting += max(0, LATENCY - together * round_cycles)
+    waits = most / together * (block.rounds - 1) * waiting
+    return cycles(block, blocks, accumulator, device) + waits
+
+
 def busy_cycles(block: Block, accumulator: str, device: Device) -> float:
     """Return how long the unit of a multiprocessor is busy that a block needs longest."""
     doubled = 2 if accumulator == "float64" else 1
@@ -116,7 +150,7 @@ def busy_cycles(block: Block, accumulator: str, device: Device) -> float:
         block.matrix_cycles,
         (block.wavefronts + block.words * doubled / 32) * WAVEFRONT_BYTES / device.shared_rate,
         (block.multiply_adds + block.instructions) / ISSUE,
-        block.bytes / LEVEL2_BYTES,
+        block.bytes / device.level2_rate,
     )
 
 
@@ -125,7 +159,7 @@ def resident(block: Block, device: Device) -> int:
     return min(
         REGISTERS // (round_up(block.registers, 8) * block.threads),
         device.shared_bytes_of_multiprocessor // (block.shared_bytes + RESERVED_BYTES),
-        THREADS // block.threads,
+        device.threads // block.threads,
     )
 
 
@@ -136,6 +170,29 @@ def room(block: Block, device: Device) -> int:
     return min(device.shared_bytes, of_block)
 
 
+def wavefronts(units: list[int | None]) -> int:
+    """Return the wavefronts of a warp's 16-byte load of shared memory.
+
+    ``units`` are the lanes' addresses in 16 bytes, or None. A quarter of the warp takes as many as
+    some bank is asked for different words; halves of it take turns only where neighbouring lanes,
+    or those at distance 2, ask for different words.
+    """
+    found = 0
+    for half in (units[:16], units[16:]):
+        together = any(
+            all(
+                half[i] == half[i + d] or None in (half[i], half[i + d])
+                for i in range(16)
+                if not i & d
+            )
+            for d in (1, 2)
+        )
+        for part in (half,) if together else (half[:8], half[8:]):
+            banks = [word % 8 for word in set(part) if word is not None]
+            found += max(map(banks.count, banks), default=0)
+    return found
+
+
 def matrix_rate(device: Device) -> int:
     """Return the multiply-adds of 16-bit matrices per cycle and multiprocessor."""
     return MATRIX_RATES.get(device.capability, LEAST_MATRIX_RATE)
@@ -143,7 +200,7 @@ def matrix_rate(device: Device) -> int:
 
 def multiprocessor_bytes(device: Device) -> int:
     """Return the bytes that all multiprocessors together read or write per cycle."""
-    return LEVEL2_BYTES * device.multiprocessors
+    return device.level2_rate * device.multiprocessors
 
 
 def size_class(size: int) -> int:

@@ -20,7 +20,7 @@ from cupycorr.cuda.cost import (
     Device,
     bytes_of_rows,
     copies_of_thread,
-    cycles,
+    cycles_in_rounds,
     displacements_of_thread,
     elements_per_load,
     odd_units,
@@ -28,40 +28,36 @@ from cupycorr.cuda.cost import (
     resident,
     room,
     round_up,
+    wavefronts,
 )
 
 MOST_THREADS = 256  # per block: with more, too many threads wait at a barrier
 MOST_REGISTERS = 255  # per thread
 MOST_SLOTS = 8  # for source rows of a gradient
+LIKELY_CHUNK = 2  # channels that a block stages at least, if they fit
 LEAST_BUSY = 0.8  # share of a block's threads that have outputs
 
 # For l1, instructions in place of a multiply-add: two additions, and two comparisons in gradients.
 ADDITIONS, COMPARISONS = 2, 2
+FAR = 1 << 20  # 16-byte units, beyond all shared memory
 DIFFERENCES = 8  # that a thread holds until they are added
 
 # The counts below are read off NVRTC's machine code of product.cu and product_adjoint.cu, for the
 # layers of tests/support/devices.py; tests/kernels/test_nvrtc.py holds the registers to budgets.
 # product.cu: registers beside sums and operands, per thread, per copy and per staged channel,
 OFFSETS, COPY_OFFSETS, CHANNEL_OFFSETS = 12, 3, 2
-# instructions of a round beside its copies, of a copy, and of a channel beside its loads,
-FETCH, COPY, CHANNEL = 35, 4, 10
-# of a result beside the stores', of a store, and of the places that a thread serves between two
-# barriers,
+# instructions before the first round and behind the last, of a round beside its copies, of a copy,
+# and of a channel beside its loads,
+ONCE, FETCH, COPY, CHANNEL = 350, 35, 4, 8
+# and of a result beside the stores', of a store, and of the places that a thread serves between two
+# barriers.
 RESULT, STORE, PLACE = 2, 3, 60
-# and wavefronts per 16-byte load of a warp: of map 1, whose words neighbouring strips share, and of
-# map 2.
-WAVEFRONTS_1, WAVEFRONTS_2 = 2, 5
-# product_adjoint.cu: registers beside sums, per thread, per copy of G and per copy of the source,
-GRADIENT_OFFSETS, G_OFFSETS, SOURCE_OFFSETS = 90, 2, 1.3
+# product_adjoint.cu: registers per thread, per sum, per copy of G and per copy of the source,
+GRADIENT_OFFSETS, SUM_OFFSETS, G_OFFSETS, SOURCE_OFFSETS = 70, 1.8, 0.3, 0.2
 HELD_OPERANDS = 60  # registers of operands, free while words are on their way
-# instructions of a step beside loads, and of a copy; those before the first step and behind the
-# last beside the stores', and of a result,
+# and instructions of a step beside loads, and of a copy; those before the first step and behind the
+# last beside the stores', and of a result.
 STEP, GRADIENT_COPY, GRADIENT_ONCE, GRADIENT_RESULT = 115, 3.5, 450, 5
-# and wavefronts per 16-byte load of a warp: of G where a block has many rows or few, and of the
-# source, whose words threads of several rows share.
-MANY_ROWS = 4
-WAVEFRONTS_G, WAVEFRONTS_G_MANY_ROWS = 4, 6
-WAVEFRONTS_SOURCE, WAVEFRONTS_SOURCE_SHARED = 4, 2
 
 
 class Product(NamedTuple):
@@ -146,7 +142,7 @@ def product_tile(
 
     With a rank, the one that is faster than all but so many; None where no more fit.
     """
-    return _ranked(_product_tiles(problem, device), rank)
+    return _ranked(_product_tiles(problem, device, likely=True), rank)
 
 
 @lru_cache(maxsize=512)
@@ -182,16 +178,42 @@ class _Columns(NamedTuple):
     pitch2: int
 
 
-def _product_tiles(problem: Product, device: Device) -> Iterator[tuple[float, ProductTile]]:
-    """Yield the tiles that fit, each with the cycles that the model gives it."""
+def _product_tiles(
+    problem: Product, device: Device, *, likely: bool = False
+) -> Iterator[tuple[float, ProductTile]]:
+    """Yield the tiles that fit, each with the cycles that the model gives it.
+
+    All of them, or only those among which the best is likely to be.
+    """
     load = elements_per_load(problem.accumulator)
     for positions, channel_groups in product((8, 4, 2), (1, 2, 4, 8)):
         if positions % load:
             continue
         for groups in powers_of_two(-(-problem.columns // positions)):
             columns = _columns(problem, positions, groups, load)
-            for strips in range(1, MOST_THREADS // (columns.lanes * channel_groups) + 1):
-                yield from _tiles_of_strips(problem, device, columns, strips, channel_groups)
+            lanes = columns.lanes * channel_groups
+            every = range(1, MOST_THREADS // lanes + 1)
+            for strips in _likely_strips(problem, columns, lanes, device) if likely else every:
+                yield from _tiles_of_strips(
+                    problem, device, columns, strips, channel_groups, LIKELY_CHUNK if likely else 1
+                )
+
+
+def _likely_strips(problem: Product, own: _Columns, lanes: int, device: Device) -> list[int]:
+    """Return numbers of strips that fill warps, or share rows, or share blocks out evenly."""
+    row_strips = problem.patch[0] * -(-problem.patch[1] // own.displacements)
+    others = problem.samples * -(-problem.columns // own.staged1)
+    all_strips = problem.rows * row_strips
+    found = set()
+    for threads in (32, 64, 96, 128, 192, MOST_THREADS):
+        most = threads // lanes
+        if most == 0:
+            continue
+        blocks = -(-others * -(-all_strips // most) // device.multiprocessors)
+        even = -(-all_strips // max(1, blocks * device.multiprocessors // others))
+        found |= {most, even, most - most % row_strips}
+        found.add(next(strips for strips in range(most, 0, -1) if row_strips % strips == 0))
+    return sorted(strips for strips in found if 0 < strips * lanes <= MOST_THREADS)
 
 
 def _columns(problem: Product, positions: int, groups: int, load: int) -> _Columns:
@@ -208,9 +230,17 @@ def _columns(problem: Product, positions: int, groups: int, load: int) -> _Colum
 
 
 def _tiles_of_strips(
-    problem: Product, device: Device, own: _Columns, strips: int, channel_groups: int
+    problem: Product,
+    device: Device,
+    own: _Columns,
+    strips: int,
+    channel_groups: int,
+    fewest: int,
 ) -> Iterator[tuple[float, ProductTile]]:
-    """Yield the tiles of so many strips and channel groups; they differ in the channels staged."""
+    """Yield the tiles of so many strips and channel groups; they differ in the channels staged.
+
+    Fewer than ``fewest`` channels only where no more fit.
+    """
     load = elements_per_load(problem.accumulator)
     word_bytes = 16 // load
     busy = own.lanes * strips * channel_groups
@@ -221,6 +251,7 @@ def _tiles_of_strips(
     row_strips = problem.patch[0] * q_groups
     rows1, rows2 = _staged_rows(strips, row_strips, q_groups, problem.patch[0], problem.advance[0])
     words = problem.phases_x * (rows1 * own.pitch1 + rows2 * own.pitch2)
+    staged_words = problem.phases_x * (rows1 * own.staged1 + rows2 * own.staged2)
     copies = sum(
         copies_of_thread(rows, problem.phases_x * columns, problem.vector, threads)
         for rows, columns in ((rows1, own.staged1), (rows2, own.staged2))
@@ -236,9 +267,18 @@ def _tiles_of_strips(
         for rows, columns in ((rows1, own.staged1), (rows2, own.staged2))
     )
     buffers = 2 if problem.asynchronous else 1
-    for chunk in (8, 4, 2, 1):
+    several = channel_groups > 1 and own.lanes * strips < 32  # of a warp
+    wavefronts1, wavefronts2 = _product_wavefronts(
+        own, problem.phases_x, problem.advance, row_strips, q_groups,
+        strips * several, _bank(words, load) * several, load,
+    )  # fmt: skip
+    channels = -(-problem.channels // channel_groups)  # of a thread
+    fits = False
+    for chunk in (16, 8, 4, 2, 1):
         if chunk % channel_groups or chunk > problem.channels:
             continue
+        if fits and chunk < fewest:
+            return
         shared_bytes = max(buffers * chunk * words, line) * word_bytes
         registers = (sums + operands) * word_bytes // 4 + OFFSETS
         registers += COPY_OFFSETS * copies + CHANNEL_OFFSETS * chunk
@@ -252,6 +292,7 @@ def _tiles_of_strips(
             registers = max(registers, registers - shared + staged)
         if registers > MOST_REGISTERS or shared_bytes > device.shared_bytes:
             continue
+        fits = True
         fetching = FETCH + chunk * copies * (COPY + (not problem.asynchronous) * problem.vector)
         rounds = -(-problem.channels // chunk)
         at_once = room(Block(threads, registers, shared_bytes), device) // (line * word_bytes)
@@ -262,14 +303,13 @@ def _tiles_of_strips(
             registers,
             shared_bytes,
             rounds,
-            multiply_adds=problem.channels * sums * own.lanes * strips
-            * (ADDITIONS if problem.l1 else 1),
-            wavefronts=problem.channels * own.lanes * strips / 32
-            * (WAVEFRONTS_1 * own.positions + WAVEFRONTS_2 * own.source) / load,
-            instructions=problem.channels * own.lanes * strips * (operands // load + CHANNEL)
-            + threads * rounds * fetching
-            + storing,
-            words=problem.channels * copies * threads * problem.vector,
+            multiply_adds=channels * sums * threads * (ADDITIONS if problem.l1 else 1),
+            wavefronts=channels * threads / 32
+            * (wavefronts1 * own.positions + wavefronts2 * own.source) / load
+            + 2 * sums * threads * word_bytes / 128,
+            instructions=threads * (channels * (operands // load + CHANNEL) + rounds * fetching)
+            + threads * ONCE + storing,
+            words=problem.channels * staged_words,
             bytes=bytes_moved,
             ahead=ahead,
         )  # fmt: skip
@@ -284,9 +324,91 @@ def _tiles_of_strips(
         }  # fmt: skip
         tile = ProductTile(
             tuple(constants.items()), own.positions, own.groups, strips, row_strips,
-            threads, shared_bytes, cycles(block, blocks, problem.accumulator, device),
+            threads, shared_bytes,
+            cycles_in_rounds(block, blocks, problem.accumulator, device),
         )  # fmt: skip
         yield tile.cycles, tile
+
+
+@lru_cache(maxsize=1024)
+def _product_wavefronts(
+    own: _Columns,
+    phases: int,
+    advance: tuple[int, int],
+    row_strips: int,
+    q_groups: int,
+    strips: int,
+    channel_words: int,
+    load: int,
+) -> tuple[float, float]:
+    """Return the wavefronts of a warp's 16-byte loads of product.cu, of each map.
+
+    The mean of a warp that begins with a row and of one amid it. Strips, and words of a channel,
+    matter only where a warp has several channel groups; else they are 0.
+    """
+    found = [0, 0]
+    for start in (0, row_strips // 2):
+        units1: list[int | None] = []
+        units2: list[int | None] = []
+        for thread in range(32):
+            phase, group = divmod(thread % own.lanes, own.groups)
+            channel_group, strip = 0, thread // own.lanes
+            if strips:
+                channel_group, strip = divmod(strip, strips)
+            row, rest = divmod(start + strip, row_strips)
+            p, q_group = divmod(rest, q_groups)
+            begin, column = channel_group * channel_words, own.positions * group
+            at1 = (row * phases + phase) * own.pitch1 + column
+            at2 = ((advance[0] * row + p) * phases + phase) * own.pitch2
+            at2 += advance[1] * column + own.displacements * q_group
+            units1.append((begin + at1) // load)
+            units2.append((begin + at2) // load)
+        found[0] += wavefronts(units1)
+        found[1] += wavefronts(units2)
+    return found[0] / 2, found[1] / 2
+
+
+def _bank(words: int, load: int) -> int:
+    """Return a distance to the same bank as ``words``, that is to no word nearby.
+
+    Fewer distances that differ are met more often.
+    """
+    return words % (8 * load) + FAR * load
+
+
+@lru_cache(maxsize=1024)
+def _gradient_wavefronts(
+    groups: int,
+    rows: int,
+    channel_groups: int,
+    phases: int,
+    advance: tuple[int, int],
+    patch_y: int,
+    pitches: tuple[int, int, int],
+    slot_words: int,
+    load: int,
+) -> tuple[float, float]:
+    """Return the wavefronts of a warp's 16-byte loads of product_adjoint.cu.
+
+    Of G, and of the source in the mean over the steps: in the first, some rows read another slot.
+    """
+    pitch_g, pitch_rows, pitch_s = pitches
+    wraps = min(advance[0] * (rows - 1), patch_y - 1)  # from this step on all are alike
+    of_g, of_source = 0, 0
+    for step in range(wraps + 1):
+        g: list[int | None] = []
+        source: list[int | None] = []
+        for thread in range(32):
+            rest, row = divmod(thread, rows)
+            lane, channel_group = divmod(rest, channel_groups)
+            phase, group = divmod(lane % (phases * groups), groups)
+            slot = max(0, -(-(advance[0] * row - step) // patch_y))
+            g.append((row * pitch_rows + phase * pitch_g + group * load) // load)
+            at = (channel_group * phases + phase) * pitch_s + advance[1] * load * group
+            source.append((at + slot * slot_words) // load)
+        of_g = wavefronts(g)
+        of_source += wavefronts(source) * (patch_y - wraps if step == wraps else 1)
+    return of_g, of_source / patch_y
 
 
 def _storing(
@@ -374,8 +496,8 @@ def _gradient_of(
     staged += 0 if problem.upstream_asynchronous else g_copies * problem.upstream_vector
     staged = staged * word_bytes // 4
     registers = channels * positions * word_bytes // 4 * (2 if problem.l1 else 1)
-    registers += GRADIENT_OFFSETS + G_OFFSETS * g_copies
-    registers += ceil(SOURCE_OFFSETS * slots * source_copies)
+    offsets = GRADIENT_OFFSETS + G_OFFSETS * g_copies + SOURCE_OFFSETS * slots * source_copies
+    registers = ceil(SUM_OFFSETS * registers + offsets)
     ahead = some_asynchronous or registers + staged <= MOST_REGISTERS
     registers = max(registers, registers - (0 if ahead else HELD_OPERANDS) + staged)
     if registers > MOST_REGISTERS or shared_bytes > device.shared_bytes or slots > MOST_SLOTS:
@@ -395,29 +517,30 @@ def _gradient_of(
             word_bytes,
         )
     )
-    terms = patch_y * busy * channels * positions * patch_x
+    terms = patch_y * threads * channels * positions * patch_x
+    wavefronts_g, wavefronts_source = _gradient_wavefronts(
+        groups, rows, min(channel_groups, 32 // rows), problem.phases_x, problem.advance, patch_y,
+        (pitch_g, pitch_rows, pitch_s), _bank(block_channels * problem.phases_x * pitch_s, load),
+        load,
+    )  # fmt: skip
     block = Block(
         threads,
         registers,
         shared_bytes,
         rounds=patch_y,
         multiply_adds=terms * (ADDITIONS if problem.l1 else 1),
-        wavefronts=patch_y
-        * busy
+        wavefronts=threads
         / 32
         * (
-            (WAVEFRONTS_G_MANY_ROWS if rows > MANY_ROWS else WAVEFRONTS_G) * g_loads
-            + (WAVEFRONTS_SOURCE_SHARED if rows > 1 else WAVEFRONTS_SOURCE) * source_loads
+            patch_y * (wavefronts_g * g_loads + wavefronts_source * source_loads)
+            + 2 * channels * positions * word_bytes / 4
         ),
-        instructions=patch_y * (busy * (g_loads + source_loads) + threads * STEP)
+        instructions=patch_y * threads * (g_loads + source_loads + STEP)
         + threads * (copies * GRADIENT_COPY + GRADIENT_ONCE)
         + busy * channels * positions * problem.step[0] * problem.step[1] * GRADIENT_RESULT
         + terms * (COMPARISONS if problem.l1 else 0),
-        words=threads
-        * (
-            patch_y * g_copies * problem.upstream_vector
-            + source_rows * source_copies * problem.vector
-        ),
+        words=patch_y * rows * patch_x * problem.phases_x * columns
+        + source_rows * block_channels * source_columns,
         bytes=bytes_moved,
         ahead=ahead,
     )
@@ -437,4 +560,4 @@ def _gradient_of(
         tuple(constants.items()), positions, groups, rows, channels, channel_groups, threads,
         shared_bytes,
     )  # fmt: skip
-    return cycles(block, blocks, problem.accumulator, device), tile
+    return cycles_in_rounds(block, blocks, problem.accumulator, device), tile

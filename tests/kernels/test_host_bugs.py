@@ -134,7 +134,7 @@ BUGS = {
     "rows before the first target": Bug("above = 0; above < y", "above = 0; above < 0", DEFAULTS),
     "pixels before the first target": Bug("m0 == 0 ? 0 : first_x", "first_x", DEFAULTS),
     "channels stored over others": Bug(
-        "to += sharers * plane", "to += plane", ((1, 64, 12, 40), Layer(Geometry(patch_size=9)))),
+        "to += sharers * plane", "to += plane", ((1, 64, 30, 60), Layer(Geometry(patch_size=9)))),
     "columns between the targets": Bug(
         "x >= first_x && (x - first_x) % step_x == 0", "x >= first_x", "stride"),
     "sums of targets off the lattice": Bug(

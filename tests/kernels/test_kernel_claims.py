@@ -16,7 +16,7 @@ from cupycorr.layer import Layer
 pytestmark = test_host.pytestmark
 
 SECTOR_BYTES = 32  # that global memory moves at least
-CHANNELS = 24  # a multiple of every chunk: the channels of a partial one may be read again
+CHANNELS = 48  # a multiple of every chunk: the channels of a partial one may be read again
 TRACED = {
     **{case: TILED[case] for case in [*test_host.MIXED, "displacement beyond the map"]},
     "advance": ((1, 1, 21, 30), Layer(Geometry(patch_size=5, stride=2))),

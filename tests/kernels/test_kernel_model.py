@@ -7,7 +7,11 @@ import kernel_costs
 import nvrtc
 import pytest
 from devices import DEVICES, LAYERS
-from kernel_costs import FIGURES, PASSES, counts, floor, is_tiled, microseconds, moved, wavefronts
+from kernel_costs import FIGURES, PASSES, counts, floor, is_tiled, microseconds, moved
+
+from cupycorr.cuda import plan as cuda_plan
+from cupycorr.cuda.cost import wavefronts
+from cupycorr.layer import Layer
 
 README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
 PAGE = README.read_text(encoding="utf-8")
@@ -40,10 +44,42 @@ class TestTargets:
         monkeypatch.setattr(
             kernel_costs,
             "counts",
-            lambda *job: right(*job)._replace(merged=3 * right(*job).merged),
+            lambda *job: right(*job)._replace(wavefronts=3 * right(*job).wavefronts),
         )
         assert over_the_floor("FlowNetC", "2070S", "forward") > MOST["forward"]
         microseconds.cache_clear()
+
+
+class TestChoice:
+    pytestmark = compiles
+    RANKS = (0, 1, 2, 4, 8, 16, 32)
+
+    def predictions(self, layer, gpu, result):
+        """Return the times of tiles of some ranks, by what the compiler makes of them."""
+        (shape, geometry), device = LAYERS[layer], DEVICES[gpu]
+        found = []
+        for rank in self.RANKS:
+            plan = cuda_plan.plan((result,), Layer(geometry), shape, "float32", device, rank=rank)
+            (launch,) = plan.launches
+            code = kernel_costs.machine(launch, shape[1], device.capability)
+            count = counts(launch, shape[1])
+            found.append(kernel_costs.predict(launch, count, code, gpu, 0).microseconds)
+        return found
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            ("FlowNetC", "A100", "cost"),
+            ("PWC-Net 3", "A100", "grad_fmap1"),
+            ("PWC-Net 5", "H100", "cost"),
+            ("PWC-Net 6", "2070S", "grad_fmap2"),
+        ],
+        ids=" ".join,
+    )
+    def test_the_chosen_tile_is_about_the_fastest_by_what_is_compiled(self, case):
+        chosen, *others = self.predictions(*case)
+        assert chosen <= 1.1 * min(others)
+        assert 1.1 * chosen < max(others)  # else any choice would do
 
 
 @pytest.mark.parametrize("which", PASSES)
@@ -88,7 +124,7 @@ def test_the_figures_of_the_page_are_those_of_the_model():
         device = DEVICES[name]
         row = [
             f"{device.capability / 10}", device.multiprocessors, figures.gigahertz,
-            device.multiply_adds, device.shared_rate, figures.dram, figures.level2,
+            device.multiply_adds, device.shared_rate, figures.dram, device.level2_rate,
         ]  # fmt: skip
         line = next(
             line for line in PAGE.splitlines() if re.match(rf"\| {name} [|(].*\d \|$", line)
@@ -104,19 +140,19 @@ def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("addresses", "strict", "merged"),
+    ("units", "wanted"),
     [
-        ([4 * i for i in range(32)], 4, 4),  # neighbours: each bank once per quarter
-        ([0] * 32, 4, 2),
-        ([4 * (i // 2) for i in range(32)], 4, 2),
-        ([32 * i for i in range(32)], 32, 32),  # one bank
-        ([8 * i for i in range(32)], 8, 8),  # every other one
-        ([0] * 8 + [None] * 24, 1, 1),
+        ([*range(32)], 4),  # neighbours: each bank once per quarter
+        ([0] * 32, 2),
+        ([i // 2 for i in range(32)], 2),
+        ([8 * i for i in range(32)], 32),  # one bank
+        ([2 * i for i in range(32)], 8),  # every other one
+        ([0] * 8 + [None] * 24, 1),
     ],
     ids=["neighbours", "one word", "pairs", "one bank", "every other bank", "idle lanes"],
 )
-def test_wavefronts_of_known_accesses(addresses, strict, merged):
-    assert wavefronts(addresses) == (strict, merged)
+def test_wavefronts_of_known_accesses(units, wanted):
+    assert wavefronts(units) == wanted
 
 
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer != "stride 3"])

@@ -302,11 +302,9 @@ def test_one_instruction_moves_what_lies_side_by_side(case, compiler):
 @disassembles
 def test_a_store_that_is_torn_apart_is_found():
     launch = next(untensored("A100", "float32"))
-    source, wide = cuda_sources.source(launch), "store_neighbours(cost + output, rounded);"
+    source, wide = cuda_sources.source(launch), "store_neighbours(target, rounded);"
     assert wide in source
-    torn = source.replace(
-        wide, "for (int k = 0; k < result_vector; ++k) cost[output + k] = rounded[k];"
-    )
+    torn = source.replace(wide, "for (int k = 0; k < result_vector; ++k) target[k] = rounded[k];")
     assert narrow(launch, nvrtc.compile_kernel(torn, launch.kernel, 80)) == {"STG": {4}}
 
 

@@ -1,9 +1,12 @@
 """The tiles that plans choose, and those that the model ranks behind them."""
 
+from functools import partial
+
 import pytest
 from devices import DEVICES, LAYERS
 
 from cupycorr.cuda import plan as cuda_plan
+from cupycorr.cuda import tiles as cuda_tiles
 from cupycorr.layer import Layer
 
 RESULTS = ("cost", "grad_fmap1", "grad_fmap2")
@@ -26,6 +29,19 @@ def test_tiles_of_higher_rank_are_others_and_slower_by_the_model(name, device):
         assert cycles == sorted(cycles)
         assert cycles[0] > 0
         assert len({launch.constants for launch in of_result}) == len(of_result)
+
+
+@pytest.mark.parametrize("device", ["2070S", "A100", "H100"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_best_of_the_likely_tiles_is_about_the_best_of_all(name, device, monkeypatch):
+    cycles = launches(name, device)[0].cycles
+    every = partial(cuda_tiles._product_tiles, likely=False)
+    monkeypatch.setattr(
+        cuda_tiles, "_product_tiles", lambda problem, device, likely: every(problem, device)
+    )
+    cuda_tiles.product_tile.cache_clear()
+    assert cycles <= 1.05 * launches(name, device)[0].cycles
+    cuda_tiles.product_tile.cache_clear()
 
 
 def test_where_no_more_tiles_fit_the_plain_kernels_are_planned():

@@ -14,7 +14,15 @@ import nvrtc
 from devices import DEVICES, LAYERS
 
 from cupycorr.cuda import sources as cuda_sources
-from cupycorr.cuda.cost import LATENCY, REGISTERS, RESERVED_BYTES, SECTOR_BYTES
+from cupycorr.cuda.cost import (
+    SECTOR_BYTES,
+    Block,
+    busy_cycles,
+    bytes_of_rows,
+    cycles_in_rounds,
+    resident,
+    wavefronts,
+)
 from cupycorr.cuda.launch import Launch
 from cupycorr.cuda.plan import plan
 from cupycorr.cuda.tiles import ADDITIONS
@@ -25,22 +33,19 @@ DRAM_SHARE = 0.85  # of the data sheet's bandwidth that a kernel reaches
 
 
 class Figures(NamedTuple):
-    """Of a GPU, from its data sheet, but for level 2, which is an estimate."""
+    """Of a GPU, from its data sheet."""
 
     gigahertz: float
-    threads: int
-    """That a multiprocessor holds."""
     dram: float
     """Gigabytes per second."""
-    level2: float
 
 
 FIGURES = {
-    "2070S": Figures(1.77, 1024, 448, 1500),
-    "A100": Figures(1.41, 2048, 1555, 4500),
-    "4090": Figures(2.52, 1536, 1008, 4500),
-    "H100": Figures(1.755, 2048, 3350, 5500),
-    "5090": Figures(2.41, 1536, 1792, 6000),
+    "2070S": Figures(1.77, 448),
+    "A100": Figures(1.41, 1555),
+    "4090": Figures(2.52, 1008),
+    "H100": Figures(1.755, 3350),
+    "5090": Figures(2.41, 1792),
 }
 
 
@@ -55,42 +60,17 @@ class Counts(NamedTuple):
     """Multiply-adds that idle lanes of working warps count in."""
     loads: int
     """16-byte loads of shared memory, of warps."""
-    strict: int
-    """Wavefronts of these loads, if only equal addresses within quarters of a warp are merged."""
-    merged: int
-    """Wavefronts, if halves of a warp are merged too where neighbouring lanes agree."""
+    wavefronts: int
+    """Of these loads."""
     staged: int
     """Words copied to shared memory."""
     results: int
     """Words stored to global memory."""
+    bytes: float
+    """Read from global memory and written to it, in whole sectors."""
 
 
 # ---- what a plan fixes
-
-
-def wavefronts(addresses: list[int | None]) -> tuple[int, int]:
-    """Return the wavefronts of a warp's 16-byte load, strict and merged; addresses in words."""
-
-    def passes(lanes):
-        banks = {}
-        for word in {word for word in lanes if word is not None}:
-            banks.setdefault(word // LOAD % 8, set()).add(word)
-        return max(map(len, banks.values()), default=0)
-
-    def pairs_agree(half, distance):
-        return all(
-            None in (half[i], half[i ^ distance]) or half[i] == half[i ^ distance]
-            for i in range(16)
-        )
-
-    strict = sum(passes(addresses[i : i + 8]) for i in range(0, 32, 8))
-    merged = 0
-    for half in (addresses[:16], addresses[16:]):
-        if pairs_agree(half, 1) or pairs_agree(half, 2):
-            merged += passes(half)
-        else:
-            merged += passes(half[:8]) + passes(half[8:])
-    return strict, merged
 
 
 class Tile:
@@ -136,8 +116,8 @@ class Tile:
 def _sum_of_wavefronts(warps, loads):
     """Return the loads and wavefronts of warps that load ``loads`` times at such addresses."""
     working = [warp for warp in warps if any(lane is not None for lane in warp)]
-    pairs = [wavefronts(warp) for warp in working]
-    return [loads * len(working), *(loads * sum(column) for column in zip(*pairs, strict=True))]
+    units = [[None if word is None else word // LOAD for word in warp] for warp in working]
+    return [loads * len(working), loads * sum(map(wavefronts, units))]
 
 
 def _add(*rows):
@@ -241,6 +221,10 @@ def counts(launch: Launch, channels: int) -> Counts:
             tile.rows1 * tile.columns + tile.rows2 * tile.source_columns
         )  # fmt: skip
         results = busy * tile.positions * tile.patch_x // tile.q_groups
+        moved = _bytes(tile, busy // tile.lanes * tile.displacements, 1) + channels * sum(
+            bytes_of_rows(rows, tile.phases_x * columns, WORD, tile.step_x)
+            for rows, columns in ((tile.rows1, tile.columns), (tile.rows2, tile.source_columns))
+        )
     else:
         rounds = tile.patch_y
         busy = tile.lanes * tile.rows * tile.channel_groups
@@ -260,7 +244,22 @@ def counts(launch: Launch, channels: int) -> Counts:
             + (rounds + wraps) * block_channels * tile.source_columns
         )
         results = busy * sums
-    return Counts(rounds, useful, executed, *map(round, accesses), staged, results)
+        moved = (
+            _bytes(tile, rounds * tile.rows * tile.patch_x, 1)
+            + bytes_of_rows(
+                block_channels * (rounds + wraps),
+                tile.phases_x * tile.source_columns,
+                WORD,
+                tile.step_x,
+            )
+            + _bytes(tile, block_channels * tile.rows * tile.step_y, tile.step_x)
+        )
+    return Counts(rounds, useful, executed, *map(round, accesses), staged, results, moved)
+
+
+def _bytes(tile, rows, step):
+    """Return the bytes that move with rows of a block's positions, each ``step`` pixels wide."""
+    return bytes_of_rows(rows, tile.phases_x * tile.columns * step, WORD)
 
 
 @cache
@@ -395,6 +394,15 @@ def _unused_slots(launch: Launch, capability: int, longest: int) -> int:
     return unused * (longest - outer.total())
 
 
+# The units of a multiprocessor, each with what the others do.
+UNITS = {
+    "arithmetic": ("wavefronts", "words", "instructions", "bytes"),
+    "shared memory": ("multiply_adds", "instructions", "bytes"),
+    "issue": ("wavefronts", "words", "bytes"),
+    "level 2": ("multiply_adds", "instructions", "wavefronts", "words"),
+}
+
+
 class Prediction(NamedTuple):
     """The time of a launch, in microseconds, and what decides it."""
 
@@ -406,35 +414,32 @@ class Prediction(NamedTuple):
 
 def predict(launch: Launch, count: Counts, code: Machine, gpu: str, memory: float) -> Prediction:
     """Predict a launch's time; ``memory`` is its floor."""
-    device, figures = DEVICES[gpu], FIGURES[gpu]
-    resident = min(
-        REGISTERS // (-(-code.registers // 8) * 8 * launch.threads),
-        device.shared_bytes_of_multiprocessor // (launch.shared_bytes + RESERVED_BYTES),
-        figures.threads // launch.threads,
-    )
-    most = ceil(launch.blocks / device.multiprocessors)
-    warps = min(resident, most) * launch.threads / 32
-    efficiency = min(0.92, 0.5 + 0.13 * warps / 4)
+    device, figures, tile = DEVICES[gpu], FIGURES[gpu], Tile(launch)
+    operations = count.executed * (ADDITIONS if tile.l1 else 1)
     written = count.results / 32
-    operations = ADDITIONS if Tile(launch).l1 else 1
+    block = Block(
+        launch.threads,
+        code.registers,
+        launch.shared_bytes,
+        count.rounds,
+        multiply_adds=operations,
+        wavefronts=count.wavefronts + 2 * written,
+        instructions=code.instructions * launch.threads - operations,
+        words=count.staged,
+        bytes=count.bytes,
+        ahead=tile.ahead,
+    )
+    cycles = cycles_in_rounds(block, launch.blocks, "float32", device)
     busy = {
-        "arithmetic": count.executed * operations / device.multiply_adds,
-        "shared memory": (count.merged + count.staged / 32 + 2 * written)
-        * 128
-        / device.shared_rate,
-        "issue": code.instructions * launch.threads / 32 / 4,
+        name: busy_cycles(block._replace(**dict.fromkeys(others, 0)), "float32", device)
+        for name, others in UNITS.items()
     }
-    bound = max(busy, key=busy.__getitem__)
-    waiting = LATENCY * (1 if Tile(launch).ahead else count.rounds) / min(resident, most)
-    cycles = most * (busy[bound] / efficiency + waiting)
-    level2 = launch.blocks * (count.staged + count.results) * WORD / figures.level2 / 1e3
     times = {
-        bound: cycles / figures.gigahertz / 1e3,
-        "level 2": level2,
+        max(busy, key=busy.__getitem__): cycles / figures.gigahertz / 1e3,
         "memory": memory / DRAM_SHARE,
     }
     bound = max(times, key=times.__getitem__)
-    return Prediction(resident, times[bound], bound)
+    return Prediction(resident(block, device), times[bound], bound)
 
 
 # ---- layers: their launches, the bytes that those move, and their time
