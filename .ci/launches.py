@@ -139,7 +139,8 @@ def prepare(launch: Launch, arrays: dict[str, cupy.ndarray], dtype: str) -> Prep
 def report(problem: Problem, dtype: str, rank: int, one: Prepared) -> dict[str, Any]:
     """Print a launch's times, and return them with all that tells launches apart."""
     launch, least, middle = one.launch, min(one.seconds), median(one.seconds)
-    which = f"{launch.kernel}{launch.arrays[-1][-1] if 'grad_fmap' in launch.arrays[-1] else ''}"
+    result = launch.arrays[-1].removesuffix("_turned")
+    which = f"{launch.kernel}{result[-1] if 'grad_fmap' in result else ''}"
     predicted, factor = ("-", "-")
     if one.predicted is not None:
         predicted, factor = f"{1e6 * one.predicted:.1f}", f"{middle / one.predicted:.2f}"

@@ -59,8 +59,8 @@ constexpr int warp_rows = 2;       // rows of fmap2 of a warp
 constexpr int row_groups = 2;      // warps that share the rows of fmap2 that a tile meets
 constexpr int chunk = 32;          // channels staged at a time, a multiple of 32 bytes
 constexpr int buffers = 2;         // 1 only if a chunk holds all channels
-constexpr bool asynchronous = true;  // copy 16 bytes at a time straight to shared memory
-constexpr int result_vector = 8;     // elements per store to global memory
+constexpr int vector = 8;         // channels per copy; 1: through registers
+constexpr int result_vector = 8;  // elements per store to global memory
 constexpr int threads = 256;
 constexpr int shared_words = 38272;
 #endif
@@ -84,6 +84,7 @@ constexpr int meeting = patch_y + advance_y * (tile_rows - 1);
 constexpr int block_rows = row_groups * warp_rows;            // of those, in a block
 constexpr int rows2 = advance_y * tile_rows * (row_tiles - 1) + block_rows;
 constexpr int columns2 = span * (x_groups * x_tiles - 1) + 8 * column_tiles;
+constexpr int met_columns = advance_x * (columns1 - 1) + displacements;  // the others stay 0
 constexpr int pixels1 = rows1 * phases * columns1, pixels2 = rows2 * phases * columns2;
 constexpr int phase_groups = ceil_div(phases_x, phases);
 constexpr int q_groups = ceil_div(patch_x, displacements);
@@ -142,7 +143,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
     const int y = first ? y1 + spacing_y * advance_y * at : y2 + spacing_y * at;
     const int x = step_x * of_phase +
                   (first ? x1 + spacing_x * advance_x * column : x2 + spacing_x * column);
-    const bool exists = inside(y, s.height) && inside(x, s.width);
+    const bool is_met = first || column < met_columns;
+    const bool exists = is_met && inside(y, s.height) && inside(x, s.width);
     offsets[i] = exists ? (y * s.width + x) * s.channels : -1;
   }
   __syncthreads();
@@ -152,9 +154,9 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
   const auto fetch = [&](int c) {
     constexpr int begin2 = pixels1 * pitch * element_bytes;
     const int begin = buffer(c);
-    stage_pixels<threads, chunk, pixels1, asynchronous>(
+    stage_pixels<threads, chunk, pixels1, vector>(
         fmap1 + sample, offsets, c, s.channels, bytes + begin, address + begin, thread);
-    stage_pixels<threads, chunk, pixels2, asynchronous>(
+    stage_pixels<threads, chunk, pixels2, vector>(
         fmap2 + sample, offsets + pixels1, c, s.channels, bytes + begin + begin2,
         address + begin + begin2, thread);
   };

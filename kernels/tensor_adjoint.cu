@@ -54,7 +54,9 @@ constexpr int channel_tiles = 8;   // of 8 channels, of a warp
 constexpr int x_groups = 2;        // warps side by side
 constexpr int phases = 2;          // column phases of a block
 constexpr int channel_groups = 2;  // warps that share the targets
-constexpr bool asynchronous = true;  // copy 16 bytes of a pixel straight to shared memory
+constexpr int at_once = 1;         // rows of the source that are staged at a time
+constexpr int buffers = 2;         // 1 only if those are all rows
+constexpr int vector = 8;            // channels per copy; 1: through registers
 constexpr int unit = 8;              // elements of G per copy; 1: through registers
 constexpr int lead = 0;              // elements of G before the first, so that copies are aligned
 constexpr int result_vector = 8;     // elements per store to global memory
@@ -98,7 +100,8 @@ constexpr int pitch_g = 8 * (ceil_div(columns_g, 8) | 1);
 constexpr int rows_g = 16 * depths;  // from target row to target row, with rows of zeros
 constexpr int g_elements = (before + rows * rows_g) * pitch_g;
 constexpr int source_bytes = pixels * pitch * element_bytes;
-constexpr int buffer_bytes = source_bytes + g_elements * element_bytes;
+constexpr int row_bytes = source_bytes + g_elements * element_bytes;
+constexpr int buffer_bytes = at_once * row_bytes;
 // Elements of G from one column of the source to the next, and from one target to the next.
 constexpr int along = pitch_g + (which == 1 ? 0 : phases);
 constexpr int across = (which == 1 ? phases : 0) - advance_x * pitch_g;
@@ -108,26 +111,12 @@ constexpr int apart = which == 2 && phases % 2 == 0 ? 4 : 1;
 static_assert(sizeof(element) == 2, "tensor cores multiply elements of 16 bits");
 static_assert(threads == 32 * x_groups * phases * channel_groups, "a warp for each share");
 static_assert(channel_tiles % 2 == 0, "channels are loaded 16 at a time");
-static_assert(2 * buffer_bytes + 4 * pixels <= 4 * shared_words, "shared memory is too small");
-static_assert(tile_rows * columns * phases * pitch * element_bytes <= 2 * buffer_bytes, "results");
+static_assert(buffers == 2 || at_once >= source_rows, "a copy must not meet what is in use");
+static_assert(buffers * buffer_bytes + 4 * pixels <= 4 * shared_words &&
+                  tile_rows * columns * phases * pitch * element_bytes <= 4 * shared_words,
+              "shared memory is too small");
 static_assert(which == 1 || (advance_x == 1 && advance_y == 1), "sources are on the lattice");
 static_assert(phases == phases_x || unit == 1, "targets of some phases lie apart");
-
-// Queue a copy of BYTES (4, 8 or 16) to shared memory or, where nothing exists, of zeros.
-template <int BYTES>
-__device__ __forceinline__ void copy_or_zero(SharedAddress to, const void* from, bool exists) {
-#if defined(CUPYCORR_HOST)
-  host_copy_async(to, from, BYTES, exists);
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if constexpr (BYTES == 16) {
-    copy_async_or_zero(to, from, exists);
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES),
-                 "r"(exists ? BYTES : 0)
-                 : "memory");
-  }
-#endif
-}
 
 __device__ __forceinline__ bool is_finite(Half value) { return (value.bits & 0x7c00u) != 0x7c00u; }
 __device__ __forceinline__ bool is_finite(Bfloat16 value) {
@@ -137,11 +126,9 @@ __device__ __forceinline__ bool is_finite(Bfloat16 value) {
 // What a block owns, and where it lies.
 struct OfBlock {
   const Sizes& s;
-  int c0, m0, row0, phase0, phase_y;
+  int c0, m0, row0, phase0, phase_y, n;
   int source_y0, source_x0;  // pixel of the first source
   int v0;                    // lattice column of G[., 0] at the first target
-  long long pixels_before;   // of other samples
-  long long costs;           // offset of grad_cost, elements
 
   __device__ __forceinline__ explicit OfBlock(const Sizes& sizes) : s(sizes) {
     int rest = blockIdx.x;
@@ -150,37 +137,41 @@ struct OfBlock {
     row0 = pop(rest, s.blocks_y) * rows;
     phase0 = pop(rest, phase_groups) * phases;
     phase_y = pop(rest, phases_y);
-    const long long n = rest;
+    n = rest;
     source_y0 = target_y(0) + s.first_y;
     source_x0 = s.target_x + step_x * (phases_x * m0 + phase0) + s.first_x;
     v0 = s.shift_x + phases_x * m0 + phase0;
-    pixels_before = n * s.height * s.width;
-    costs = n * (patch_y * patch_x) * s.lattice_height * s.lattice_width;
   }
 
   __device__ __forceinline__ int target_y(int row) const {
     return s.target_y + step_y * (phases_y * (row0 + row) + phase_y);
   }
   __device__ __forceinline__ int source_y(int e) const { return source_y0 + spacing_y * e; }
-  // The lattice row of G of a target row that meets row e of the source; -1 where there is none.
+  // The lattice row of G of a target row that meets row e of the source, outside if there is none.
   __device__ __forceinline__ int u(int row, int e) const {
     if (which == 2) return lattice_index(source_y(e), s.origin_y, lattice_y, s.lattice_height);
-    const int index = s.shift_y + phases_y * (row0 + row) + phase_y;
-    return index < s.lattice_height ? index : -1;
+    return s.shift_y + phases_y * (row0 + row) + phase_y;
   }
-  // The row of displacements of grad_cost in which a target row meets row e; -1 where it does not.
+  // The row of displacements of grad_cost in which it meets row e, outside if it does not.
   static __device__ __forceinline__ int cost_p(int row, int e) {
     const int p = e - advance_y * row;
-    if (!inside(p, patch_y)) return -1;
     return which == 1 ? p : patch_y - 1 - p;
+  }
+  // Whether there is such a row of G. (For which = 2 only rows e that count are asked for.)
+  __device__ __forceinline__ bool exists(int row, int e) const {
+    return inside(cost_p(row, e), patch_y) && (which == 2 || inside(u(row, e), s.lattice_height));
   }
   static __device__ __forceinline__ int cost_q(int q) { return which == 1 ? q : patch_x - 1 - q; }
   static __device__ __forceinline__ bool tile_meets(int tile, int e) {
     return inside(e - advance_y * tile_rows * tile, meeting);
   }
-  // The first row of the source from e on that has terms.
+  // Whether a row of the source has terms.
+  __device__ __forceinline__ bool counts(int e) const {
+    return e < source_rows && inside(source_y(e), s.height) && (which == 1 || u(0, e) >= 0);
+  }
+  // The first row from e on that has terms.
   __device__ __forceinline__ int next(int e) const {
-    while (e < source_rows && !(inside(source_y(e), s.height) && (which == 1 || u(0, e) >= 0))) ++e;
+    while (e < source_rows && !counts(e)) ++e;
     return e;
   }
 };
@@ -191,12 +182,11 @@ __device__ __forceinline__ void stage_g(const element* grad_cost, int e, element
                                         SharedAddress address, const OfBlock& block, int thread) {
   const Sizes& s = block.s;
   const int lattice = s.lattice_height * s.lattice_width;
-  int offsets[rows];  // of the displacement rows, or -1
-#pragma unroll
-  for (int row = 0; row < rows; ++row) {
-    const int p = OfBlock::cost_p(row, e), u = block.u(row, e);
-    offsets[row] = p >= 0 && u >= 0 ? p * patch_x * lattice + u * s.lattice_width : -1;
-  }
+  // Offsets of displacement rows, which grow evenly. Where there is no row they may overflow.
+  const unsigned next_p = (which == 1 ? 1 : -1) * patch_x * lattice;
+  const unsigned first = OfBlock::cost_p(0, e) * (patch_x * static_cast<unsigned>(lattice)) +
+                         block.u(0, e) * s.lattice_width;
+  const unsigned next = (which == 1 ? phases_y * s.lattice_width : 0) - advance_y * next_p;
   constexpr int moved = larger(unit, 2);
   constexpr int units = ceil_div(own_columns + (which == 1 ? lead : moved - 1), moved);
   constexpr int copies = patch_x * units;
@@ -218,18 +208,18 @@ __device__ __forceinline__ void stage_g(const element* grad_cost, int e, element
 #pragma unroll
     for (int row = 0; row < rows; ++row) {
       if (!OfBlock::tile_meets(row / tile_rows, e)) continue;
-      const bool row_exists = offsets[row] >= 0;
+      const bool row_exists = block.exists(row, e);
+      const int from = static_cast<int>(first + row * next) + offset[0];
       const int at = (before + row * rows_g + q) * pitch_g + column;
       if constexpr (unit > 1) {
         const bool exists = row_exists && on_lattice[0];
         copy_or_zero<unit * element_bytes>(
-            address + at * element_bytes, grad_cost + (exists ? offsets[row] + offset[0] : 0),
-            exists);
+            address + at * element_bytes, grad_cost + (exists ? from : 0), exists);
       } else {
         Pack<element, moved> pack = {};
 #pragma unroll
         for (int j = 0; j < moved; ++j) {
-          if (row_exists && on_lattice[j]) pack.values[j] = grad_cost[offsets[row] + offset[j]];
+          if (row_exists && on_lattice[j]) pack.values[j] = grad_cost[from + offset[j] - offset[0]];
         }
         *reinterpret_cast<Pack<element, moved>*>(to + at) = pack;
       }
@@ -245,7 +235,7 @@ __device__ __forceinline__ accumulator sum_terms(const element* grad_cost, const
 #pragma unroll 1
   for (int e = advance_y * row; e < advance_y * row + patch_y; ++e) {
     const int y = block.source_y(e), u = block.u(row, e), p = OfBlock::cost_p(row, e);
-    if (!inside(y, s.height) || u < 0) continue;
+    if (!block.counts(e) || !block.exists(row, e)) continue;
 #pragma unroll 1
     for (int q = 0; q < patch_x; ++q) {
       const int x = s.target_x + step_x * t_x + s.first_x + spacing_x * q;
@@ -264,13 +254,14 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
     element* __restrict__ grad, const Sizes s, const accumulator scale) {
   DYNAMIC_SHARED(accumulator, shared);
   char* const bytes = reinterpret_cast<char*>(shared);
-  int* const offsets = reinterpret_cast<int*>(bytes + 2 * buffer_bytes);
+  int* const offsets = reinterpret_cast<int*>(bytes + buffers * buffer_bytes);
   const SharedAddress address = shared_address(shared);
   const int thread = threadIdx.x, lane = thread % 32;
   const OfBlock block(s);
-  grad_cost += block.costs;
-  source += block.pixels_before * s.channels;
-  grad += block.pixels_before * s.channels;
+  const long long n = block.n;
+  grad_cost += n * (patch_y * patch_x * s.lattice_height * s.lattice_width);
+  source += n * (s.height * s.width * s.channels);
+  grad += n * (s.height * s.width * s.channels);
 
   // What this warp owns.
   int warp = thread / 32;
@@ -284,16 +275,16 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
     const int x = block.source_x0 + step_x * of_phase + spacing_x * column;
     offsets[i] = column < met_columns && inside(x, s.width) ? x * s.channels : -1;
   }
-  for (int buffer = 0; buffer < 2; ++buffer) {
-    clear<threads>(shared + (buffer * buffer_bytes + source_bytes) / 4,
-                   g_elements * element_bytes / 4, thread);
+  for (int i = 0; i < buffers * at_once; ++i) {
+    clear<threads>(shared + (i * row_bytes + source_bytes) / 4, g_elements * element_bytes / 4,
+                   thread);
   }
   __syncthreads();
 
-  const auto fetch = [&](int e, int begin) {
-    const long long row = static_cast<long long>(block.source_y(e)) * s.width * s.channels;
-    stage_pixels<threads, block_channels, pixels, asynchronous>(
-        source + row, offsets, block.c0, s.channels, bytes + begin, address + begin, thread);
+  const auto fetch_row = [&](int e, int begin) {
+    const element* const row = source + block.source_y(e) * s.width * s.channels;
+    stage_pixels<threads, block_channels, pixels, vector>(
+        row, offsets, block.c0, s.channels, bytes + begin, address + begin, thread);
     const int begin_g = begin + source_bytes;
     stage_g(grad_cost, e, reinterpret_cast<element*>(bytes + begin_g), address + begin_g, block,
             thread);
@@ -310,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
                    lane / 4 * across + column_of(lane % 4 * 2) * along;
 
   accumulator sums[row_tiles][channel_tiles][4] = {};
-  const auto multiply = [&](int e, int begin) {
+  const auto multiply_row = [&](int e, int begin) {
     const element* const g = reinterpret_cast<const element*>(bytes + begin + source_bytes) + at_g;
 #pragma unroll unrolled
     for (int d = 0; d < depths; ++d) {
@@ -338,13 +329,26 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
     }
   };
 
-  // A thread that passes the barrier of a row knows that all have finished with the row before,
+  const auto fetch = [&](int e, int begin) {
+#pragma unroll 1
+    for (int i = 0; i < at_once; ++i) {
+      if (block.counts(e + i)) fetch_row(e + i, begin + i * row_bytes);
+    }
+  };
+  const auto multiply = [&](int e, int begin) {
+#pragma unroll 1
+    for (int i = 0; i < at_once; ++i) {
+      if (block.counts(e + i)) multiply_row(e + i, begin + i * row_bytes);
+    }
+  };
+
+  // A thread that passes the barrier of a step knows that all have finished with the step before,
   // whose buffer is the one that the next fetch fills.
   int begin = 0, e = block.next(0);
   if (e < source_rows) fetch(e, begin);
 #pragma unroll 1
   while (e < source_rows) {
-    const int next = block.next(e + 1), other = buffer_bytes - begin;
+    const int next = block.next(e + at_once), other = (buffers - 1) * buffer_bytes - begin;
     wait_for_copies();
     __syncthreads();
     if (next < source_rows) fetch(next, other);
@@ -410,7 +414,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
             values[k] = to_y == y && to_x == x ? pack.values[k] : element{0};
           }
           store_neighbours(
-              grad + static_cast<long long>(to_y * s.width + to_x) * s.channels + c, values);
+              grad + (to_y * s.width + to_x) * s.channels + c, values);
         }
       }
     }

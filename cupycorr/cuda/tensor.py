@@ -17,16 +17,13 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from cupycorr.cuda.cost import (
-    LATENCY,
     WAVEFRONT_BYTES,
     Block,
     Constants,
     Device,
-    busy_cycles,
-    cycles,
+    cycles_in_rounds,
     matrix_rate,
     multiprocessor_bytes,
-    resident,
     round_up,
     size_class,
 )
@@ -50,8 +47,6 @@ COPY, MULTIPLY = 9, 1.5
 RUN, STORE, STORE_ALONE = 55, 3.5, 9.5
 SHORT_RUN = 4  # results that a thread stores side by side, but alone
 
-BARRIER = 60  # cycles that a block loses at every chunk; a guess
-
 SIDE, TURNING_THREADS = 64, 256  # of a block of transpose.cu
 LAUNCH_CYCLES = 4000  # that a further launch costs; a guess
 
@@ -70,6 +65,8 @@ class _Problem(NamedTuple):
     phases_x: int
     advance: tuple[int, int]
     element_bytes: int
+    vector: int
+    """Channels per copy; 1: through registers."""
     result_bytes: int
     result_vector: int
     """Results that are stored at once, if a block has all column phases."""
@@ -134,6 +131,9 @@ def cost(
     rows, columns = -(-lattice_height // phases_y), -(-lattice_width // phases_x)
     result = dtype if geometry.taps == 1 else DTYPES[dtype].accumulator
     result_vector = gcd(lattice_width, 16 // DTYPES[result].itemsize) if aligned else 1
+    # Workspace is aligned.
+    unit = UNIT_BYTES // DTYPES[dtype].itemsize
+    vector = gcd(channels, unit) if aligned or not channels_last else 1
     tile = _tile(
         _Problem(
             samples=size_class(shape[0] * phases_y),
@@ -144,6 +144,7 @@ def cost(
             phases_x=phases_x,
             advance=(advance_y, advance_x),
             element_bytes=DTYPES[dtype].itemsize,
+            vector=vector,
             result_bytes=DTYPES[result].itemsize,
             result_vector=result_vector,
         ),
@@ -155,7 +156,6 @@ def cost(
         return None
     blocks_y = -(-rows // tile.rows)
     blocks_x = -(-columns // tile.columns)
-    whole_units = channels * DTYPES[dtype].itemsize % UNIT_BYTES == 0
     return Launch(
         "tensor.cu",
         "tensor_cost",
@@ -169,8 +169,7 @@ def cost(
                 advance=(advance_y, advance_x),
             ),
             *tile.constants,
-            # Workspace is aligned.
-            ("asynchronous", whole_units and (aligned or not channels_last)),
+            ("vector", vector),
             ("result_vector", result_vector if tile.phases == phases_x else 1),
         ),
         shape[0] * phases_y * blocks_y * blocks_x * tile.shares,
@@ -324,6 +323,8 @@ def _tiles_of_rows(
     rows1, block_rows = row_tiles * own.tile_rows, row_groups * warp_rows
     rows2 = advance_y * own.tile_rows * (row_tiles - 1) + block_rows
     pixels = own.phases * (rows1 * own.columns1 + rows2 * own.columns2)
+    beside = own.columns2 - problem.advance[1] * (own.columns1 - 1) - own.displacements
+    read = pixels - own.phases * rows2 * beside
     strips, line = rows1 * row_groups, own.phases * own.columns1 + 4
     warps = row_tiles * row_groups * own.phases * own.x_groups
     meeting = problem.patch[0] + advance_y * (own.tile_rows - 1)
@@ -350,20 +351,21 @@ def _tiles_of_rows(
         shared_bytes = max(buffers * staged + 4 * pixels, 4 * strips * line)
         if shared_bytes > device.shared_bytes:
             continue
-        copies = pixels * chunk // unit * rounds
+        copies = pixels * chunk // max(2, problem.vector) * rounds
         block = Block(
             32 * warps,
             registers,
             shared_bytes,
             rounds,
             multiply_adds=0,
-            wavefronts=loaded + copies * UNIT_BYTES / WAVEFRONT_BYTES + results * 3 / 32,
+            wavefronts=loaded
+            + pixels * chunk * rounds * problem.element_bytes / WAVEFRONT_BYTES
+            + results * 3 / 32,
             instructions=copies * COPY
             + 32 * (MULTIPLY * multiplied + 2 * sums * warps + rounded)
             + results * store,
             words=0,
-            bytes=pixels * problem.channels * problem.element_bytes
-            + results * problem.result_bytes,
+            bytes=read * problem.channels * problem.element_bytes + results * problem.result_bytes,
             ahead=rounds > 1,
             matrix_cycles=multiplied * MULTIPLY_ADDS / matrix_rate(device),
         )
@@ -375,22 +377,5 @@ def _tiles_of_rows(
         }  # fmt: skip
         yield Tile(
             tuple(constants.items()), rows1, own.columns1, shares, own.phases, 32 * warps,
-            shared_bytes, cycles_of_rounds(block, blocks, device),
+            shared_bytes, cycles_in_rounds(block, blocks, "float32", device),
         )  # fmt: skip
-
-
-def cycles_of_rounds(block: Block, blocks: int, device: Device) -> float:
-    """Return the cycles of a multiprocessor, with what its blocks wait for at every chunk.
-
-    A chunk is on its way while the one before it is multiplied: by this block and by those that
-    share the multiprocessor with it. What that does not fill is waited for.
-    """
-    at_once = resident(block, device)
-    if at_once < 1:
-        return inf
-    most = -(-blocks // device.multiprocessors)
-    together = min(at_once, most)
-    chunk = busy_cycles(block, "float32", device) / block.rounds
-    waiting = BARRIER + max(0, LATENCY - together * chunk)
-    waits = most / together * (block.rounds - 1) * waiting
-    return cycles(block, blocks, "float32", device) + waits

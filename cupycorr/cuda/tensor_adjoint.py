@@ -19,6 +19,7 @@ from cupycorr.cuda.cost import (
     Block,
     Constants,
     Device,
+    cycles_in_rounds,
     matrix_rate,
     odd_units,
     size_class,
@@ -32,10 +33,8 @@ from cupycorr.cuda.tensor import (
     MOST_WARPS,
     MULTIPLY,
     MULTIPLY_ADDS,
-    OFFSETS,
     POSITIONS,
     applies,
-    cycles_of_rounds,
     turning_pays,
 )
 from cupycorr.layer import Layer
@@ -44,7 +43,10 @@ ELEMENT_BYTES = 2
 UNIT = 8  # elements of a 16-byte copy
 CHANNELS, DEPTH = 8, 16  # of one product of matrices
 STORE = 3  # instructions of a warp per 8 results
-BAND = 12  # instructions of a warp for the band of a tile: 8 loads, 4 of pairs
+BESIDE = 52  # registers beside sums and operands; an estimate, fitted to compiled kernels
+# Instructions of a warp per copy of the upstream gradient, per band (8 loads, 4 of pairs, a
+# branch), and per row of the source; read off compiled kernels.
+COPY_UPSTREAM, BAND, ROW = 18, 16, 60
 
 
 class _Problem(NamedTuple):
@@ -61,6 +63,8 @@ class _Problem(NamedTuple):
     phases_x: int
     advance: tuple[int, int]
     which: int
+    vector: int
+    """Channels per copy; 1: through registers."""
     unit: int
     """Elements of the upstream gradient per copy, if a block has all phases."""
     lead: int
@@ -124,6 +128,8 @@ def gradient(
     lattice = volume_shape(geometry, shape)[3:]
     rows, columns = -(-y.number // y.phases), -(-x.number // x.phases)
     unit = gcd(lattice[1], UNIT) if aligned else 1
+    # Workspace is aligned.
+    vector = gcd(channels, UNIT) if aligned or not channels_last else 1
     tile = _tile(
         _Problem(
             samples=size_class(samples * y.phases),
@@ -134,6 +140,7 @@ def gradient(
             phases_x=x.phases,
             advance=(y.advance, x.advance),
             which=which,
+            vector=vector,
             unit=unit,
             lead=x.shift % unit,
         ),
@@ -145,8 +152,6 @@ def gradient(
         return None
     blocks_y, blocks_x = -(-rows // tile.rows), -(-columns // tile.columns)
     blocks_c = -(-channels // tile.channels)
-    # Workspace is aligned.
-    alignment = gcd(channels, UNIT) if aligned or not channels_last else 1
     return Launch(
         "tensor_adjoint.cu",
         "tensor_gradient",
@@ -161,8 +166,8 @@ def gradient(
                 advance=(y.advance, x.advance),
             ),
             *tile.constants,
-            ("asynchronous", alignment == UNIT),
-            ("result_vector", alignment),
+            ("vector", vector),
+            ("result_vector", vector),
         ),
         samples * y.phases * tile.phase_groups * blocks_y * blocks_x * blocks_c,
         tile.threads,
@@ -204,15 +209,13 @@ def _tiles(problem: _Problem, device: Device) -> Iterator[Tile]:
             for channel_groups in range(1, MOST_WARPS // (phases * x_groups) + 1):
                 if (channel_groups - 1) * channel_tiles * CHANNELS >= problem.channels:
                     continue
-                tile = _tile_of(
+                yield from _tiles_of_block(
                     problem, device, phases, tile_rows, row_tiles, channel_tiles, x_groups,
                     channel_groups,
                 )  # fmt: skip
-                if tile is not None:
-                    yield tile
 
 
-def _tile_of(
+def _tiles_of_block(
     problem: _Problem,
     device: Device,
     phases: int,
@@ -221,12 +224,12 @@ def _tile_of(
     channel_tiles: int,
     x_groups: int,
     channel_groups: int,
-) -> Tile | None:
-    """Return a tile with its cycles; None where it does not fit."""
+) -> Iterator[Tile]:
+    """Yield the tiles of such blocks; they differ in the rows of the source staged at a time."""
     sums = 4 * row_tiles * channel_tiles
-    registers = sums + 2 * channel_tiles + 4 + OFFSETS
+    registers = sums + 2 * channel_tiles + 4 + BESIDE
     if sums > MOST_SUMS or registers > MOST_REGISTERS:
-        return None
+        return
     (patch_y, patch_x), (advance_y, advance_x) = problem.patch, problem.advance
     tile_columns = POSITIONS // tile_rows
     rows, columns = row_tiles * tile_rows, x_groups * tile_columns
@@ -241,50 +244,56 @@ def _tile_of(
     own = columns if problem.which == 1 else source_columns
     pitch_g = odd_units(lead + phases * own, UNIT)
     g_elements = (before + rows * DEPTH * depths) * pitch_g
-    buffer = (pixels * (channels + UNIT) + g_elements) * ELEMENT_BYTES
-    shared_bytes = 2 * buffer + 4 * pixels
+    row_bytes = (pixels * (channels + UNIT) + g_elements) * ELEMENT_BYTES
+    out_bytes = tile_rows * columns * phases * (channels + UNIT) * ELEMENT_BYTES
     results = rows * columns * phases * channels
-    out_bytes = results // row_tiles // channels * (channels + UNIT) * ELEMENT_BYTES
-    if shared_bytes > device.shared_bytes or out_bytes > 2 * buffer:
-        return None
 
     # Rows of the source that a block meets, and of G that it stages with them.
     source_rows = patch_y + advance_y * (rows - 1)
     meeting = patch_y + advance_y * (tile_rows - 1)
     bands = warps * row_tiles * meeting * depths
     multiplied = bands * channel_tiles
-    copies = source_rows * pixels * channels // UNIT
+    staged = source_rows * pixels * channels
+    copies = staged // max(2, problem.vector)
     moved = max(2, unit)
     beside = lead if problem.which == 1 else moved - 1
     copies_g = rows * meeting * patch_x * -(-(phases * columns + beside) // moved)
     met = source_rows * phases * (advance_x * (columns - 1) + patch_x) * channels
     loaded = warps * source_rows * depths * 2 * channel_tiles + 8 * bands
-    block = Block(
-        32 * warps,
-        registers,
-        shared_bytes,
-        source_rows,
-        multiply_adds=0,
-        wavefronts=loaded
-        + (copies * UNIT + copies_g * moved) * ELEMENT_BYTES / WAVEFRONT_BYTES
-        + results / 32,
-        instructions=(copies + copies_g) * COPY
-        + 32 * (MULTIPLY * multiplied + BAND * bands)
-        + results / UNIT * STORE,
-        words=0,
-        bytes=(met + copies_g * patch_y // meeting * moved + results) * ELEMENT_BYTES,
-        ahead=source_rows > 1,
-        matrix_cycles=multiplied * MULTIPLY_ADDS / matrix_rate(device),
-    )
+    wavefronts = (staged + copies_g * moved) * ELEMENT_BYTES / WAVEFRONT_BYTES
+    instructions = copies * COPY + copies_g * COPY_UPSTREAM + results / UNIT * STORE
+    instructions += 32 * (MULTIPLY * multiplied + BAND * bands + ROW * warps * source_rows)
     phase_groups = -(-problem.phases_x // phases)
     blocks = problem.samples * phase_groups * -(-problem.rows // rows)
     blocks *= -(-problem.columns // columns) * -(-problem.channels // channels)
-    constants = {
-        "tile_rows": tile_rows, "row_tiles": row_tiles, "channel_tiles": channel_tiles,
-        "x_groups": x_groups, "phases": phases, "channel_groups": channel_groups,
-        "unit": unit, "lead": lead, "threads": 32 * warps, "shared_words": shared_bytes // 4,
-    }  # fmt: skip
-    return Tile(
-        tuple(constants.items()), rows, columns, channels, phase_groups, 32 * warps, shared_bytes,
-        cycles_of_rounds(block, blocks, device),
-    )  # fmt: skip
+    for at_once in sorted({1, 2, 4, source_rows}):
+        if at_once > source_rows:
+            break
+        rounds = -(-source_rows // at_once)
+        buffers = min(2, rounds)
+        shared_bytes = max(buffers * at_once * row_bytes + 4 * pixels, out_bytes)
+        if shared_bytes > device.shared_bytes:
+            break
+        block = Block(
+            32 * warps,
+            registers,
+            shared_bytes,
+            rounds,
+            multiply_adds=0,
+            wavefronts=loaded + wavefronts + results / 32,
+            instructions=instructions,
+            words=0,
+            bytes=(met + copies_g * patch_y // meeting * moved + results) * ELEMENT_BYTES,
+            ahead=rounds > 1,
+            matrix_cycles=multiplied * MULTIPLY_ADDS / matrix_rate(device),
+        )
+        constants = {
+            "tile_rows": tile_rows, "row_tiles": row_tiles, "channel_tiles": channel_tiles,
+            "x_groups": x_groups, "phases": phases, "channel_groups": channel_groups,
+            "at_once": at_once, "buffers": buffers, "unit": unit, "lead": lead,
+            "threads": 32 * warps, "shared_words": -(-shared_bytes // 4),
+        }  # fmt: skip
+        yield Tile(
+            tuple(constants.items()), rows, columns, channels, phase_groups, 32 * warps,
+            shared_bytes, cycles_in_rounds(block, blocks, "float32", device),
+        )  # fmt: skip

@@ -1,6 +1,7 @@
 """The gradients of 16-bit cost volumes on tensor cores, run on the processor by hostcuda.h."""
 
 import random
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -10,7 +11,17 @@ import pytest
 import test_host
 from cases import CASES, l1
 from host import ORDERS, SM_75, SM_80, SM_90
-from test_tensor import EVERY_COPY, FULL, HALVES, SPARSE, engine, is_caught, with_channels
+from test_tensor import (
+    COPIES,
+    EVERY_COPY,
+    EVERY_WIDTH,
+    FULL,
+    HALVES,
+    SPARSE,
+    engine,
+    is_caught,
+    with_channels,
+)
 
 from cupycorr import Geometry, verify
 from cupycorr.cuda import plan as cuda_plan
@@ -90,7 +101,7 @@ def test_few_and_odd_channels_are_exact(case):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@EVERY_COPY
+@EVERY_WIDTH
 @pytest.mark.parametrize("case", MIXED)
 def test_every_copy_and_dtype_is_exact(case, channels, dtype):
     assert not errors(once(SM_90), *with_channels(case, channels), dtype)
@@ -189,7 +200,8 @@ def test_arrays_are_turned_where_it_pays():
     flownetc = Layer(Geometry(patch_size=21, dilation_patch=2))
     found = kernels((4, 256, 48, 64), flownetc, channels_last=False)
     assert found == [*2 * ["transpose"], *2 * ["tensor_gradient"], *2 * ["transpose"]]
-    assert kernels((1, 4, 12, 16), flownetc, channels_last=False) == 2 * ["product_gradient"]
+    pwc = Layer(Geometry(patch_size=9))
+    assert kernels((1, 4, 8, 14), pwc, channels_last=False) == 2 * ["product_gradient"]
 
 
 def test_arrays_that_are_larger_than_the_workspace_are_not_turned():
@@ -246,6 +258,8 @@ TILES = {
     "a partial group of phases": (SEVEN_PHASES, lambda t: 7 % t["phases"]),
     "groups of channels": (CHANNELS, lambda t: t["channel_groups"]),
     "few channels": (CHANNELS, lambda t: t["channel_tiles"] == 2 and t["channel_groups"] == 1),
+    "two rows at a time": (PHASES, lambda t: t["at_once"] == 2 and t["row_tiles"]),
+    "all rows at once": (STRIDE, lambda t: t["buffers"] == 1 and t["row_tiles"]),
     "many channels": (CHANNELS, lambda t: t["channel_tiles"] == 8 and t["row_tiles"]),
 }  # fmt: skip
 
@@ -273,17 +287,23 @@ def test_unusual_tiles_are_exact(tile, force):
     assert not errors(once(order="shuffled"), shape, layer, "float16")
 
 
-@pytest.mark.parametrize("case", ["FlowNetC", "stride", "negative padding", SEVEN_PHASES], ids=str)
-def test_every_result_is_written_once_and_never_read(case):
-    shape, layer = with_channels(case, 24)
-    plan = cuda_plan.plan(GRADS, layer, shape, "float16", SM_80, channels_last=True)
+def ones(shape, layer, plan):
+    """Return the arrays of a plan between guards; what is read is 1."""
     shapes = {"grad_cost": layer.geometry.cost_shape(shape), "fmap1": shape, "fmap2": shape}
     shapes |= dict.fromkeys((*GRADS, *(one.name for one in plan.workspaces)), shape)
     guarded = {name: host.Guarded(size, np.float16, offset=host.ALIGNED_OFFSET)
                for name, size in shapes.items()}  # fmt: skip
-    given = {name: whole.array for name, whole in guarded.items()}
     for name in ("grad_cost", "fmap1", "fmap2"):
-        given[name].fill(1)
+        guarded[name].array.fill(1)
+    return guarded
+
+
+@pytest.mark.parametrize("case", ["FlowNetC", "stride", "negative padding", SEVEN_PHASES], ids=str)
+def test_every_result_is_written_once_and_never_read(case):
+    shape, layer = with_channels(case, 24)
+    plan = cuda_plan.plan(GRADS, layer, shape, "float16", SM_80, channels_last=True)
+    guarded = ones(shape, layer, plan)
+    given = {name: whole.array for name, whole in guarded.items()}
     for launch in plan.launches:
         library = host.build(launch, "trace")
         accesses = host.run(library, launch, given, np.float32(1), log="arrays")
@@ -295,6 +315,35 @@ def test_every_result_is_written_once_and_never_read(case):
             first + np.arange(len(first)), minlength=given[launch.arrays[-1]].size
         )
         assert (written == 1).all()
+
+
+@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize("case", ["FlowNetC", "odd patch"], ids=["two phases", "one phase"])
+def test_lanes_read_the_band_from_different_banks(case, which):
+    shape, layer = with_channels(case, 24)
+    plan = cuda_plan.plan(
+        (f"grad_fmap{which}",), layer, shape, "float16", SM_80, channels_last=True
+    )
+    (launch,) = plan.launches
+    guarded = ones(shape, layer, plan)
+    given = {name: guarded[name].array for name in launch.arrays}
+    library = host.build(launch, "trace")
+    accesses = host.run(library, launch, given, np.float32(1), log="all")
+    storing = np.unique(accesses["round"][accesses["array"] == 2])
+    found = accesses[(accesses["array"] == host.SHARED) & (accesses["bytes"] == 2)]
+    found = found[(found["written"] == 0) & ~np.isin(found["round"], storing)]
+    most = 0
+    for number in np.unique(found["round"]):
+        of_round = found[found["round"] == number]
+        for warp in np.unique(of_round["thread"] // 32):
+            lanes = [
+                of_round["offset"][of_round["thread"] == 32 * warp + lane] // 4
+                for lane in range(32)
+            ]
+            for words in np.stack(lanes, axis=1):  # that all lanes read at once
+                _, count = np.unique(np.unique(words) % 32, return_counts=True)
+                most = max(most, count.max())
+    assert most == 1
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -312,6 +361,15 @@ def test_tiles_taken_at_random_are_exact(seed, monkeypatch):
 # ---- planted errors
 
 
+def several(tile):
+    """Prefer two tiles of two rows, and several warps that share their targets."""
+    return tile["row_tiles"] == 2 and 8 * tile["tile_rows"] + tile["channel_groups"]
+
+
+def in_steps(tile):
+    return tile["at_once"] == 2 and several(tile)
+
+
 class Bug(NamedTuple):
     """A change of the sources that a check must notice."""
 
@@ -320,6 +378,8 @@ class Bug(NamedTuple):
     problem: tuple = PHASES
     special: bool = False
     """Whether values that are not finite are needed to see it."""
+    tile: Callable[[dict], int] = several
+    """What is largest of the tile."""
 
 
 OFF_LATTICE = ((1, 24, 9, 11), Layer(Geometry(patch_size=5, padding=(-2, -1))))
@@ -334,12 +394,13 @@ BUGS = {
     "columns of the other half": Bug("lane / 8 % 2 * 8;", "lane / 16 * 8;"),
     "quarters of the band exchanged": Bug("k % 2 * lower +", "k / 2 * lower +"),
     "matrices that are not transposed": Bug("load_matrices<4, true>", "load_matrices<4, false>"),
-    "no zeros beside the band": Bug("buffer < 2; ++buffer", "buffer < 0; ++buffer"),
+    "no zeros beside the band": Bug("i < buffers * at_once", "i < 0"),
     "a row that a tile meets left out": Bug("* tile, meeting)", "* tile, patch_y)"),
-    "rows of displacements that are none": Bug("if (!inside(p, patch_y)) return -1;", ""),
+    "rows of displacements that are none": Bug("inside(cost_p(row, e), patch_y) &&", ""),
     "displacements of map 2 not mirrored": Bug("patch_x - 1 - q", "q"),
-    "rows beside the lattice": Bug("p >= 0 && u >= 0", "p >= 0", OFF_LATTICE),
+    "rows beside the lattice": Bug("inside(u(row, e), s.lattice_height)", "true", OFF_LATTICE),
     "columns beside the lattice": Bug("row_exists && on_lattice[0]", "row_exists"),
+    "columns that are met left out": Bug("- 1) + patch_x;", "- 1) + patch_x - 1;"),
     "pixels outside": Bug("&& inside(x, s.width) ? x", "? x"),
     "copies that begin too late": Bug("begin / moved + i % units", "begin / moved + 1 + i % units"),
     "the last odd channel left out": Bug("c + k + 1 < channels", "false", ODD),
@@ -350,22 +411,19 @@ BUGS = {
     "no zeros between targets": Bug("x + step_x);", "x + 1);", APART),
     "no zeros before the first target": Bug("t_x == 0 ? 0 : x", "x", APART),
     "targets of another tile": Bug("row = tile * tile_rows + rest", "row = rest"),
-    "the buffer of another row": Bug("other = buffer_bytes - begin", "other = begin"),
+    "the buffer of another step": Bug("(buffers - 1) * buffer_bytes - begin", "begin"),
+    "rows on each other": Bug("begin + i * row_bytes", "begin", tile=in_steps),
+    "a row twice": Bug("next(e + at_once)", "next(e + 1)", tile=in_steps),
     "no wait for copies": Bug("  host_wait_for_copies();", ""),
     "no barrier between copies and products": Bug(
         "wait_for_copies();\n    __syncthreads();", "wait_for_copies();"),
     "no barrier behind the offsets": Bug(
-        "element_bytes / 4, thread);\n  }\n  __syncthreads();", "element_bytes / 4, thread);\n  }"),
+        " thread);\n  }\n  __syncthreads();", " thread);\n  }"),
     "no barrier between products and results": Bug(
         "++tile) {\n    __syncthreads();", "++tile) {"),
     "no barrier between results and stores": Bug(
         "__syncthreads();\n    constexpr int units", "constexpr int units"),
 }  # fmt: skip
-
-
-def several(tile):
-    """Prefer two tiles of two rows, and several warps that share their targets."""
-    return tile["row_tiles"] == 2 and 8 * tile["tile_rows"] + tile["channel_groups"]
 
 
 def fails(bug, order):
@@ -384,7 +442,7 @@ def fails(bug, order):
 def test_a_planted_bug_is_caught(bug, force):
     planted = BUGS[bug]
     shape, layer = planted.problem
-    force(several)
+    force(planted.tile)
     plan = cuda_plan.plan(GRADS, layer, shape, "float16", SM_80, channels_last=True)
     launches = [one for one in plan.launches if one.kernel == "tensor_gradient"]
     assert launches
@@ -399,7 +457,24 @@ def test_a_planted_bug_is_caught(bug, force):
 def test_a_missing_barrier_is_a_race_in_any_order(bug, force):
     planted = BUGS[bug]
     shape, layer = planted.problem
-    force(several)
+    force(planted.tile)
     raced = engine(mode="trace", patch=(planted.old, planted.new))
     with pytest.raises(host.HostError, match="data race"):
         raced.grads(*arrays(shape, layer), layer, "float16")
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing():
+    script = "import test_tensor_gradients as t\n"
+    for name in ("FlowNetC", "stride"):
+        for channels in COPIES.values():
+            shape, layer = with_channels(name, channels)
+            plan = cuda_plan.plan(GRADS, layer, shape, "float16", SM_80, channels_last=True)
+            for launch in plan.launches:
+                host.compiled(launch, "sanitize")  # the compiler itself is not to run under them
+            script += (
+                f"shape, layer = t.with_channels({name!r}, {channels})\n"
+                "given = t.arrays(shape, layer, (float('inf'),))\n"
+                "t.engine(mode='sanitize').grads(*given, layer, 'float16')\n"
+            )
+    assert test_host.run_under_sanitizers(script) == (0, "")

@@ -471,6 +471,16 @@ class TestTheBridgeWithoutADevice:
         places = [note[2]["fmap1"] == one.data_ptr() for note in engine.notes]
         assert places == [True, False]  # beside another layout it is copied
 
+    @pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format], ids=str)
+    def test_traced_gradients_have_the_memory_format_of_their_maps(self, order):
+        from cupycorr.torch.derivatives import fields
+
+        with torch._subclasses.FakeTensorMode():
+            fmap = torch.empty(SHAPE, device="cuda", memory_format=order)
+            cost = torch.empty(GEOMETRY.cost_shape(SHAPE), device="cuda")
+            grads = torch.ops.cupycorr.grads(fmap, fmap, cost, *fields(Layer(GEOMETRY)))
+        assert all(one.is_contiguous(memory_format=order) for one in grads)
+
     @pytest.mark.parametrize("which", [(1, 2), (1,), (2,)], ids=str)
     def test_gradients_are_computed_where_they_lie(self, bridge, which):
         torch_cuda, engine = bridge
