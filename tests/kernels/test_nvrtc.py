@@ -174,11 +174,11 @@ TENSOR_CASES = [
 ]  # fmt: skip
 
 
-def multiplied(gpu, dtype, name):
+def multiplied(gpu, dtype, name, tf32=False):
     """Return the launch and the compiled kernel that multiplies maps with channels last."""
     shape, geometry = TENSOR_LAYERS[name]
     plan = cuda_plan.plan(
-        ("cost",), Layer(geometry), shape, dtype, DEVICES[gpu], channels_last=True
+        ("cost",), Layer(geometry), shape, dtype, DEVICES[gpu], channels_last=True, tf32=tf32
     )
     launch = next(launch for launch in plan.launches if launch.kernel.endswith("_cost"))
     return launch, compiled(Case(launch, DEVICES[gpu].capability))
@@ -193,6 +193,18 @@ def differentiated(gpu, dtype, name, compiler=None):
     )  # fmt: skip
     found = [launch for launch in plan.launches if launch.kernel == "tensor_gradient"]
     return [(one, compiled(Case(one, DEVICES[gpu].capability), compiler)) for one in found]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*((gpu, "FlowNetC") for gpu in ("A100", "4090", "H100")), ("A100", "odd")],
+    ids=" ".join,
+)
+def test_tf32_keeps_to_its_registers(case):
+    gpu, layer = case
+    launch, kernel = multiplied(gpu, "float32", layer, tf32=True)
+    assert launch.kernel == "tensor_cost"
+    assert not complaints(launch, kernel, budget(launch))
 
 
 @pytest.mark.parametrize("compiler", nvrtc.compilers())
