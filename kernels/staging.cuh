@@ -246,6 +246,7 @@ struct Share {
 #pragma unroll
       for (int k = 0; k < rows; ++k, source += at_once * row) {
         const bool copied = present && (exists[i][k / 32] >> k % 32 & 1);
+        if (SLABS > 1 && !copied) continue;  // one branch for many copies
 #pragma unroll
         for (int s = 0; s < SLABS; ++s) {
           if constexpr (ASYNCHRONOUS) {

@@ -2,8 +2,8 @@
 
 The model counts, for the multiprocessor that gets the most blocks, the cycles that each of its
 units is busy: arithmetic, shared memory, instruction issue, and the path to global memory. The unit
-that is busy longest decides. Its numbers are read off compiled kernels and data sheets; it serves
-to choose between tiles, not to predict times.
+that is busy longest decides. Its numbers are read off compiled kernels and data sheets. It serves
+to choose between tiles; with counts of compiled kernels, kernels/README.md shows what it predicts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WAVEFRONT_BYTES = 128
 BARRIER = 60  # cycles that a block loses at a barrier; a guess
 LATENCY = 700  # cycles from a load of global memory to its use; an estimate
 # Bytes of level 2 per cycle and multiprocessor, by compute capability, and of others: estimates.
-LEVEL2_RATES = {75: 21, 86: 14, 87: 14, 89: 14, 120: 15, 121: 15}
+LEVEL2_RATES = {75: 21}
 LEVEL2_RATE = 24
 SECTOR_BYTES = 32  # the least that global memory moves
 # Share of its peak that a multiprocessor reaches: it grows with the warps per scheduler, up to a

@@ -34,6 +34,8 @@ from cupycorr.cuda.cost import (
 MOST_THREADS = 256  # per block: with more, too many threads wait at a barrier
 MOST_REGISTERS = 255  # per thread
 MOST_SLOTS = 8  # for source rows of a gradient
+# With many copies in a round the compiler holds many addresses; few channels are exempt.
+MOST_COPIES, FEW_CHANNELS = 32, 8
 LIKELY_CHUNK = 2  # channels that a block stages at least, if they fit
 LEAST_BUSY = 0.8  # share of a block's threads that have outputs
 
@@ -276,6 +278,8 @@ def _tiles_of_strips(
     fits = False
     for chunk in (16, 8, 4, 2, 1):
         if chunk % channel_groups or chunk > problem.channels:
+            continue
+        if chunk > FEW_CHANNELS and chunk * copies > MOST_COPIES:
             continue
         if fits and chunk < fewest:
             return
