@@ -34,7 +34,7 @@ WAVEFRONT_BYTES = 128
 BARRIER = 60  # cycles that a block loses at a barrier; a guess
 LATENCY = 700  # cycles from a load of global memory to its use; an estimate
 # Bytes of level 2 per cycle and multiprocessor, by compute capability, and of others: estimates.
-LEVEL2_RATES = {75: 21}
+LEVEL2_RATES = {75: 21, 86: 16, 87: 16, 89: 16, 120: 16, 121: 16}
 LEVEL2_RATE = 24
 SECTOR_BYTES = 32  # the least that global memory moves
 # Share of its peak that a multiprocessor reaches: it grows with the warps per scheduler, up to a
