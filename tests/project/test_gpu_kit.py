@@ -58,7 +58,7 @@ def test_a_step_that_fails_is_told_with_its_last_line_and_the_next_ones_run(run)
     assert outcomes(lines)[:3] == [
         ("tiles", "launches float32", "failed"),
         ("tiles", "launches float16", "ok"),
-        ("bench", "bench float", "ok"),
+        ("bench", "host time", "ok"),
     ]
     assert {reason for *_, outcome, reason in lines if outcome == "failed"} == {"the reason"}
     assert (folder / "tiles.log").read_text().endswith("fine\n")
@@ -71,7 +71,7 @@ def test_a_step_that_takes_too_long_is_ended_and_the_next_stage_runs(run):
     assert outcomes(lines)[:3] == [
         ("tiles", "launches float32", "timed out"),
         ("tiles", "launches float16", "skipped"),
-        ("bench", "bench float", "ok"),
+        ("bench", "host time", "ok"),
     ]
 
 
