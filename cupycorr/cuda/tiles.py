@@ -48,6 +48,8 @@ DIFFERENCES = 8  # that a thread holds until they are added
 # layers of tests/support/devices.py; tests/kernels/test_nvrtc.py holds the registers to budgets.
 # product.cu: registers beside sums and operands, per thread, per copy and per staged channel,
 OFFSETS, COPY_OFFSETS, CHANNEL_OFFSETS = 12, 3, 2
+# (and more that the compiler takes for compute capability 12.0 and up),
+LATER, LATER_OFFSETS = 120, 8
 # instructions before the first round and behind the last, of a round beside its copies, of a copy,
 # and of a channel beside its loads,
 ONCE, FETCH, COPY, CHANNEL = 350, 35, 4, 8
@@ -286,6 +288,7 @@ def _tiles_of_strips(
         shared_bytes = max(buffers * chunk * words, line) * word_bytes
         registers = (sums + operands) * word_bytes // 4 + OFFSETS
         registers += COPY_OFFSETS * copies + CHANNEL_OFFSETS * chunk
+        registers += LATER_OFFSETS if device.capability >= LATER else 0
         registers += DIFFERENCES * word_bytes // 4 if problem.l1 else 0
         ahead = True
         if not problem.asynchronous:
