@@ -35,6 +35,14 @@ BESIDE_TILE = {
 
 DTYPES = ("float32", "float16", "float64", "bfloat16")
 SOME = ("FlowNetC", "PWC-Net 6", "default", "stride 3")  # together they reach every kernel
+# The newest compiler's turn comes with the slow tests.
+every_compiler = pytest.mark.parametrize(
+    "compiler",
+    [
+        pytest.param(wheel, marks=[pytest.mark.slow] if number else [])
+        for number, wheel in enumerate(nvrtc.compilers())
+    ],
+)
 # Every dtype and layer on one GPU; on the others what differs from GPU to GPU.
 CASES = [
     *(("A100", "float32", layer) for layer in LAYERS),
@@ -145,7 +153,7 @@ def complaints(launch, kernel, most):
     return found
 
 
-@pytest.mark.parametrize("compiler", nvrtc.compilers())
+@every_compiler
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_kernels_keep_to_their_registers(case, compiler, kernels):
     device, *_ = case
@@ -207,7 +215,7 @@ def test_tf32_keeps_to_its_registers(case):
     assert not complaints(launch, kernel, budget(launch))
 
 
-@pytest.mark.parametrize("compiler", nvrtc.compilers())
+@every_compiler
 @pytest.mark.parametrize(
     "case", [case for case in TENSOR_CASES if "default" not in case], ids=" ".join
 )
@@ -261,9 +269,11 @@ def test_tensor_cores_multiply_halves_and_nothing_else(gpu, dtype):
 
 ACCESS_LAYER = ((2, 32, 24, 32), Geometry(patch_size=3))
 ACCESS_CASES = [
-    *((gpu, dtype, True) for gpu in ("2070S", "A100", "3090", "4090", "H100") for dtype in DTYPES),
+    *((gpu, dtype, True) for gpu in ("2070S", "H100") for dtype in DTYPES),
     *(("A100", dtype, False) for dtype in DTYPES),
-]
+    *(pytest.param((gpu, dtype, True), marks=pytest.mark.slow)
+      for gpu in ("A100", "3090", "4090") for dtype in DTYPES),
+]  # fmt: skip
 disassembles = pytest.mark.skipif(
     nvrtc.missing(nvrtc.DISASSEMBLER) is not None, reason=str(nvrtc.missing(nvrtc.DISASSEMBLER))
 )
@@ -301,7 +311,7 @@ def narrow(launch, kernel):
 
 
 @disassembles
-@pytest.mark.parametrize("compiler", nvrtc.compilers())
+@every_compiler
 @pytest.mark.parametrize("case", ACCESS_CASES, ids=lambda case: " ".join(map(str, case)))
 def test_one_instruction_moves_what_lies_side_by_side(case, compiler):
     *_, aligned = case
@@ -405,7 +415,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("compiler", nvrtc.compilers())
+@every_compiler
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_stands_alone_with_its_defaults(file, compiler):
     source = cuda_sources._paste(file, set())
