@@ -251,12 +251,7 @@ def differentiate(
 ) -> tuple[Any, Any]:
     """Check a gradient and two maps, and dispatch; see `correlation_vjp`."""
     names, arrays = ("fmap1", "fmap2", "grad_cost"), (fmap1, fmap2, grad_cost)
-    library = _library(names, arrays)
-    if library == "torch":
-        raise TypeError(
-            f"{_all(names)} must be NumPy or CuPy arrays, got torch tensors; differentiate those "
-            "with torch.autograd"
-        )
+    library = library_of_arrays(names, arrays)
     try:
         need1, need2 = needs
     except (TypeError, ValueError):
@@ -324,6 +319,17 @@ def _on_device(
             arrays[name] = cupy.ascontiguousarray(array)
     cuda.run(what, arrays, layer, channels_last=channels_last, tf32=allow_tf32)
     return results
+
+
+def library_of_arrays(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
+    """Return the library of NumPy or CuPy arrays; refuse tensors, which have autograd."""
+    library = _library(names, arrays)
+    if library.startswith("torch"):
+        raise TypeError(
+            f"{_all(names)} must be NumPy or CuPy arrays, got torch tensors; differentiate those "
+            "with torch.autograd"
+        )
+    return library
 
 
 def _library(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:

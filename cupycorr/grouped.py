@@ -43,6 +43,7 @@ def differentiate(
     cosine: bool,
 ) -> tuple[Any, Any]:
     """Compute the gradients of that; see `cupycorr.correlation_vjp`."""
+    api.library_of_arrays(("fmap1", "fmap2", "grad_cost"), (fmap1, fmap2, grad_cost))
     one, two = _grouped(fmap1, fmap2, layer, groups, cosine)
     if groups is not None:
         if np.ndim(grad_cost) != 6 or grad_cost.shape[1] != groups:

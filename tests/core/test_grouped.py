@@ -151,6 +151,13 @@ class TestTensors:
         ):
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
 
+    @pytest.mark.parametrize("how", [{"groups": 3}, {"normalize": "cosine"}], ids=str)
+    def test_their_gradients_are_autograds(self, how):
+        torch = pytest.importorskip("torch")
+        tensors = [torch.from_numpy(fmap) for fmap in maps()]
+        with pytest.raises(TypeError, match=r"got torch tensors; differentiate those with torch\."):
+            cupycorr.correlation_vjp(tensors[0], *tensors, GEOMETRY, **how)
+
     def test_they_are_compiled_and_traced_in_one_graph(self):
         torch = pytest.importorskip("torch")
 

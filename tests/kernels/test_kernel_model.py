@@ -1,6 +1,8 @@
 """The model of what the kernels cost: its targets, and what kernels/README.md says of it."""
 
+import random
 import re
+from itertools import product
 from pathlib import Path
 
 import kernel_costs
@@ -9,6 +11,7 @@ import pytest
 from devices import DEVICES, LAYERS
 from kernel_costs import FIGURES, PASSES, counts, floor, is_tiled, microseconds, moved
 
+from cupycorr import Geometry
 from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda.cost import wavefronts
 from cupycorr.layer import Layer
@@ -25,6 +28,21 @@ MOST = {"forward": 2.0, "gradients": 2.5}
 # The level 2 of a 4090 is slow beside its arithmetic; the page tells it.
 MOST_ON_4090 = {"forward": 2.1, "gradients": 2.65}
 MOST_BYTES = 1.3
+
+
+def random_layer(seed):
+    """Return the shape of some maps, and a geometry that fits them."""
+    chance = random.Random(seed)
+    geometry = Geometry(
+        patch_size=(chance.choice((1, 3, 5, 9, 13, 21)), chance.choice((3, 5, 9, 13, 21, 41))),
+        stride=chance.choice((1, 1, 2)),
+        dilation_patch=chance.choice((1, 1, 2)),
+    )
+    channels, height, width = (
+        chance.choice(sizes)
+        for sizes in ((16, 32, 64, 96, 128, 196, 256), (8, 16, 24, 48, 64), (12, 28, 48, 64, 112))
+    )
+    return (chance.choice((1, 2, 4, 8)), channels, height, width), geometry
 
 
 def over_the_floor(layer, gpu, which):
@@ -55,15 +73,18 @@ class TestTargets:
 
 class TestChoice:
     pytestmark = compiles
-    RANKS = (0, 1, 2, 4, 8, 16, 32)
+    RANKS = (*range(16), 18, 20, 22, 24, 28, 32, 40, 48)
 
     def predictions(self, layer, gpu, result):
         """Return the times of tiles of some ranks, by what the compiler makes of them."""
-        (shape, geometry), device = LAYERS[layer], DEVICES[gpu]
+        shape, geometry = LAYERS[layer] if isinstance(layer, str) else random_layer(layer)
+        device = DEVICES[gpu]
         found = []
         for rank in self.RANKS:
             plan = cuda_plan.plan((result,), Layer(geometry), shape, "float32", device, rank=rank)
             (launch,) = plan.launches
+            if not is_tiled(launch):
+                break  # no more fit
             code = kernel_costs.machine(launch, shape[1], device.capability)
             count = counts(launch, shape[1])
             found.append(kernel_costs.predict(launch, count, code, gpu, 0).microseconds)
@@ -76,9 +97,11 @@ class TestChoice:
             ("PWC-Net 3", "A100", "grad_fmap1"),
             ("PWC-Net 5", "H100", "cost"),
             ("PWC-Net 6", "2070S", "grad_fmap2"),
+            *((seed, gpu, result) for seed, (gpu, result) in enumerate(product(
+                ("2070S", "A100", "H100"), ("cost", "grad_fmap1")))),
         ],
-        ids=" ".join,
-    )
+        ids=lambda case: " ".join(map(str, case)),
+    )  # fmt: skip
     def test_the_chosen_tile_is_about_the_fastest_by_what_is_compiled(self, case):
         chosen, *others = self.predictions(*case)
         assert chosen <= 1.1 * min(others)
