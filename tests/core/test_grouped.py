@@ -96,7 +96,7 @@ def test_only_the_gradients_that_are_needed_are_computed():
 def test_cosines_of_few_bits_are_scaled_in_float32_and_rounded_once(dtype):
     one, two = maps(dtype=dtype)
     scaled = [unit(fmap.astype("float32")).astype(dtype) for fmap in (one, two)]
-    got = cupycorr.correlation(1000 * one, two, GEOMETRY, normalize="cosine")
+    got = cupycorr.correlation(one * one.dtype.type(1000), two, GEOMETRY, normalize="cosine")
     assert got.dtype == dtype
     want = cupycorr.correlation(*scaled, GEOMETRY)
     np.testing.assert_allclose(got.astype("f8"), want.astype("f8"), rtol=0, atol=4e-3)

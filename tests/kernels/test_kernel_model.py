@@ -2,7 +2,6 @@
 
 import random
 import re
-from itertools import product
 from pathlib import Path
 
 import kernel_costs
@@ -97,11 +96,11 @@ class TestChoice:
             ("PWC-Net 3", "A100", "grad_fmap1"),
             ("PWC-Net 5", "H100", "cost"),
             ("PWC-Net 6", "2070S", "grad_fmap2"),
-            *((seed, gpu, result) for seed, (gpu, result) in enumerate(product(
-                ("2070S", "A100", "H100"), ("cost", "grad_fmap1")))),
+            (1, "2070S", "grad_fmap1"),
+            (4, "H100", "cost"),
         ],
         ids=lambda case: " ".join(map(str, case)),
-    )  # fmt: skip
+    )
     def test_the_chosen_tile_is_about_the_fastest_by_what_is_compiled(self, case):
         chosen, *others = self.predictions(*case)
         assert chosen <= 1.1 * min(others)
