@@ -102,22 +102,6 @@ __device__ __forceinline__ void multiply_matrices(float (&sums)[4], const unsign
 #endif
 }
 
-// Queue a copy of BYTES (4, 8 or 16) to shared memory or, where nothing exists, of zeros.
-template <int BYTES>
-__device__ __forceinline__ void copy_or_zero(SharedAddress to, const void* from, bool exists) {
-#if defined(CUPYCORR_HOST)
-  host_copy_async(to, from, BYTES, exists);
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if constexpr (BYTES == 16) {
-    copy_async_or_zero(to, from, exists);
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES),
-                 "r"(exists ? BYTES : 0)
-                 : "memory");
-  }
-#endif
-}
-
 // Copy CHANNELS channels of PIXELS pixels, from channel c on, to shared memory, where a pixel takes
 // 16 bytes more; zeros for those that do not exist. Offsets are those of pixels in a map, or -1.
 // VECTOR channels are copied at a time, or two through registers if that is 1.
@@ -139,7 +123,7 @@ __device__ __forceinline__ void stage_pixels(const Element* map, const int* offs
     const bool exists = in_map && offset >= 0;
     const Element* const from = map + (exists ? offset + c + k : 0);
     if constexpr (VECTOR > 1) {
-      copy_or_zero<VECTOR * bytes>(address + at, from, exists);
+      copy_async_or_zero<VECTOR * bytes>(address + at, from, exists);
     } else {
       Pack<Element, unit> pack = {};
       if (exists) pack.values[0] = from[0];

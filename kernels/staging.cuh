@@ -165,16 +165,22 @@ __device__ __forceinline__ void copy_async(SharedAddress to, const void* from, b
   }
 #endif
 }
-// Queue a copy of 16 bytes, or, where nothing exists to be copied, of zeros: then `from` is not
-// read.
+// Queue such a copy, or, where nothing exists to be copied, one of zeros: then `from` is not read.
+template <int BYTES>
 __device__ __forceinline__ void copy_async_or_zero(SharedAddress to, const void* from,
                                                    bool exists) {
 #if defined(CUPYCORR_HOST)
-  host_copy_async(to, from, 16, exists);
+  host_copy_async(to, from, BYTES, exists);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(exists ? 16 : 0)
-               : "memory");
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(exists ? 16 : 0)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES),
+                 "r"(exists ? BYTES : 0)
+                 : "memory");
+  }
 #endif
 }
 // Wait for this thread's queued copies. Other threads see them after a barrier.

@@ -213,7 +213,7 @@ __device__ __forceinline__ void stage_g(const element* grad_cost, int e, element
       const int at = (before + row * rows_g + q) * pitch_g + column;
       if constexpr (unit > 1) {
         const bool exists = row_exists && on_lattice[0];
-        copy_or_zero<unit * element_bytes>(
+        copy_async_or_zero<unit * element_bytes>(
             address + at * element_bytes, grad_cost + (exists ? from : 0), exists);
       } else {
         Pack<element, moved> pack = {};

@@ -103,10 +103,12 @@ class Block(NamedTuple):
     """Cycles that the tensor cores are busy."""
 
 
-def cycles(block: Block, blocks: int, accumulator: str, device: Device) -> float:
+def cycles_in_rounds(block: Block, blocks: int, accumulator: str, device: Device) -> float:
     """Return the cycles of the multiprocessor that gets the most of ``blocks`` equal blocks.
 
-    Infinity where not even one block fits a multiprocessor.
+    Infinity where not even one block fits a multiprocessor. A round's words are on their way while
+    those of the one before it are multiplied: by this block and by those that share the
+    multiprocessor with it. What that does not fill is waited for.
     """
     at_once = resident(block, device)
     if at_once < 1:
@@ -120,26 +122,11 @@ def cycles(block: Block, blocks: int, accumulator: str, device: Device) -> float
     efficiency *= warps / round_up(warps, 4)
     # Blocks that wait for memory leave the multiprocessor to the others that are resident.
     waiting = LATENCY * (1 if block.ahead else block.rounds) / together
-    return most * (busy / efficiency + waiting)
-
-
-def cycles_in_rounds(block: Block, blocks: int, accumulator: str, device: Device) -> float:
-    """Return what `cycles` does, with what blocks wait for at every round.
-
-    A round's words are on their way while those of the one before it are multiplied: by this block
-    and by those that share the multiprocessor with it. What that does not fill is waited for.
-    """
-    at_once = resident(block, device)
-    if at_once < 1:
-        return inf
-    most = -(-blocks // device.multiprocessors)
-    together = min(at_once, most)
-    waiting: float = BARRIER
-    if block.ahead:  # else `cycles` waits
-        round_cycles = busy_cycles(block, accumulator, device) / block.rounds
-        waiting += max(0, LATENCY - together * round_cycles)
-    waits = most / together * (block.rounds - 1) * waiting
-    return cycles(block, blocks, accumulator, device) + waits
+    between: float = BARRIER  # rounds
+    if block.ahead:
+        between += max(0, LATENCY - together * (busy / block.rounds))
+    waits = most / together * (block.rounds - 1) * between
+    return most * (busy / efficiency + waiting) + waits
 
 
 def busy_cycles(block: Block, accumulator: str, device: Device) -> float:

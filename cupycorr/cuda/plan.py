@@ -272,9 +272,13 @@ def _cost(
     matrices = tensor.cost(
         layer, shape, dtype, device,
         aligned=aligned, channels_last=channels_last, tf32=tf32,
-        scalar_cycles=inf if scalar is None or scalar.cycles is None else scalar.cycles,
+        scalar_cycles=_cycles(scalar),
     )  # fmt: skip
     return matrices or scalar
+
+
+def _cycles(launch: Launch | None) -> float:
+    return inf if launch is None or launch.cycles is None else launch.cycles
 
 
 def _product(
@@ -385,7 +389,7 @@ def _gradient(
     matrices = tensor_adjoint.gradient(
         layer, shape, dtype, device, which, (y, x),
         aligned=aligned, channels_last=channels_last,
-        scalar_cycles=inf if scalar is None or scalar.cycles is None else scalar.cycles,
+        scalar_cycles=_cycles(scalar),
     )  # fmt: skip
     return matrices or scalar
 

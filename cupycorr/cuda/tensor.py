@@ -9,12 +9,12 @@ the bytes that are staged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import product
 from math import gcd, inf, prod
-from operator import itemgetter
-from typing import NamedTuple
+from operator import attrgetter
+from typing import NamedTuple, Protocol, TypeVar
 
 from cupycorr.cuda.cost import (
     WAVEFRONT_BYTES,
@@ -87,6 +87,17 @@ class Tile(NamedTuple):
     shared_bytes: int
     cycles: float
     """Of the multiprocessor that has most to do, by the model."""
+
+
+class _Timed(Protocol):
+    """A tile of either kernel."""
+
+    @property
+    def cycles(self) -> float:
+        """Cycles that the model gives it."""
+
+
+AnyTile = TypeVar("AnyTile", bound=_Timed)
 
 
 def applies(layer: Layer, dtype: str, device: Device, *, tf32: bool = False) -> bool:
@@ -241,11 +252,20 @@ def turning_pays(
     return tensor_cycles + turning < scalar_cycles
 
 
+def fastest(tiles: Iterable[AnyTile]) -> AnyTile | None:
+    """Return the tile that the model finds fastest; None if none fits."""
+    fitting = (tile for tile in tiles if tile.cycles < inf)
+    return min(fitting, key=attrgetter("cycles"), default=None)
+
+
+def column_phases(phases_x: int) -> int:
+    """Return how many column phases a block has at most, in equal shares."""
+    return -(-phases_x // -(-phases_x // MOST_PHASES))
+
+
 @lru_cache(maxsize=512)
 def _tile(problem: _Problem, device: Device) -> Tile | None:
-    """Return the tile that the model finds fastest; None if none fits."""
-    found = ((tile.cycles, tile) for tile in _tiles(problem, device) if tile.cycles < inf)
-    return min(found, key=itemgetter(0), default=(inf, None))[1]
+    return fastest(_tiles(problem, device))
 
 
 class _Columns(NamedTuple):
@@ -265,7 +285,7 @@ class _Columns(NamedTuple):
 
 def _tiles(problem: _Problem, device: Device) -> Iterator[Tile]:
     """Yield the tiles that fit, each with the cycles that the model gives it."""
-    most_phases = -(-problem.phases_x // -(-problem.phases_x // MOST_PHASES))  # equal shares
+    most_phases = column_phases(problem.phases_x)
     for phases, *shape in product(dict.fromkeys((most_phases, 1)), (1, 2), (1, 2, 4), (1, 2, 3, 4)):
         tile_rows, x_tiles, x_groups = shape
         own = _columns(problem, phases, tile_rows, x_tiles, x_groups)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
 from math import gcd, inf
-from operator import itemgetter
 from typing import NamedTuple
 
 from cupycorr.cuda.cost import (
@@ -27,7 +26,6 @@ from cupycorr.cuda.cost import (
 from cupycorr.cuda.launch import Launch, Shape, Targets, pairs, types, volume_shape
 from cupycorr.cuda.tensor import (
     COPY,
-    MOST_PHASES,
     MOST_REGISTERS,
     MOST_SUMS,
     MOST_WARPS,
@@ -35,6 +33,8 @@ from cupycorr.cuda.tensor import (
     MULTIPLY_ADDS,
     POSITIONS,
     applies,
+    column_phases,
+    fastest,
     turning_pays,
 )
 from cupycorr.layer import Layer
@@ -192,14 +192,12 @@ def gradient(
 
 @lru_cache(maxsize=512)
 def _tile(problem: _Problem, device: Device) -> Tile | None:
-    """Return the tile that the model finds fastest; None if none fits."""
-    found = ((tile.cycles, tile) for tile in _tiles(problem, device) if tile.cycles < inf)
-    return min(found, key=itemgetter(0), default=(inf, None))[1]
+    return fastest(_tiles(problem, device))
 
 
 def _tiles(problem: _Problem, device: Device) -> Iterator[Tile]:
     """Yield the tiles that fit, each with the cycles that the model gives it."""
-    phases = -(-problem.phases_x // -(-problem.phases_x // MOST_PHASES))  # equal shares
+    phases = column_phases(problem.phases_x)
     for tile_rows, row_tiles, channel_tiles in product((1, 2), (1, 2, 3, 4), (2, 4, 8)):
         if row_tiles > 1 and (row_tiles - 1) * tile_rows >= problem.rows:
             continue

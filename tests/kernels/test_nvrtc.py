@@ -35,6 +35,9 @@ BESIDE_TILE = {
 
 DTYPES = ("float32", "float16", "float64", "bfloat16")
 SOME = ("FlowNetC", "PWC-Net 6", "default", "stride 3")  # together they reach every kernel
+disassembles = pytest.mark.skipif(
+    nvrtc.missing(nvrtc.DISASSEMBLER) is not None, reason=str(nvrtc.missing(nvrtc.DISASSEMBLER))
+)
 # The newest compiler's turn comes with the slow tests.
 every_compiler = pytest.mark.parametrize(
     "compiler",
@@ -228,9 +231,7 @@ def test_gradients_on_tensor_cores_keep_to_their_registers(case, compiler):
         assert not complaints(launch, kernel, budget(launch))
 
 
-@pytest.mark.skipif(
-    nvrtc.missing(nvrtc.DISASSEMBLER) is not None, reason=str(nvrtc.missing(nvrtc.DISASSEMBLER))
-)
+@disassembles
 @pytest.mark.parametrize("gpu", ["A100", "H100"])
 @pytest.mark.parametrize("layer", ["FlowNetC", "PWC-Net 3", "DispNetC"])
 def test_gradients_multiply_no_matrix_twice(gpu, layer):
@@ -250,9 +251,7 @@ def test_kernels_for_tensor_cores_keep_to_their_registers(case):
     assert not complaints(launch, kernel, budget(launch))
 
 
-@pytest.mark.skipif(
-    nvrtc.missing(nvrtc.DISASSEMBLER) is not None, reason=str(nvrtc.missing(nvrtc.DISASSEMBLER))
-)
+@disassembles
 @pytest.mark.parametrize("gpu", ["A100", "H100"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tensor_cores_multiply_halves_and_nothing_else(gpu, dtype):
@@ -274,9 +273,6 @@ ACCESS_CASES = [
     *(pytest.param((gpu, dtype, True), marks=pytest.mark.slow)
       for gpu in ("A100", "3090", "4090") for dtype in DTYPES),
 ]  # fmt: skip
-disassembles = pytest.mark.skipif(
-    nvrtc.missing(nvrtc.DISASSEMBLER) is not None, reason=str(nvrtc.missing(nvrtc.DISASSEMBLER))
-)
 
 
 def untensored(gpu, dtype, aligned=True):
