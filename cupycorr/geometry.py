@@ -149,18 +149,18 @@ class Geometry:
         dilation_patch: IntOrPair = 1,
         first_displacement: IntOrPair | None = None,
     ) -> None:
-        patch = _pair("patch_size", patch_size, least=1)
-        spacing = _pair("dilation_patch", dilation_patch, least=1)
+        patch = pair("patch_size", patch_size, least=1)
+        spacing = pair("dilation_patch", dilation_patch, least=1)
         pairs = (
-            _pair("kernel_size", kernel_size, least=1),
+            pair("kernel_size", kernel_size, least=1),
             patch,
-            _pair("stride", stride, least=1),
-            _pair("padding", padding),
-            _pair("dilation", dilation, least=1),
+            pair("stride", stride, least=1),
+            pair("padding", padding),
+            pair("dilation", dilation, least=1),
             spacing,
             _centred(patch, spacing)
             if first_displacement is None
-            else _pair("first_displacement", first_displacement, -FARTHEST, FARTHEST),
+            else pair("first_displacement", first_displacement, -FARTHEST, FARTHEST),
         )
         y, x = [Axis(*sizes) for sizes in zip(*pairs, strict=True)]
         # The class is frozen: attributes can only be set past its own __setattr__.
@@ -357,20 +357,20 @@ class Geometry:
         defaults |= {"padding": (0, 0), "first_displacement": centred}
         pairs = {name: getattr(self, name) for name in Axis._fields}
         return {
-            name: pair[0] if pair[0] == pair[1] else pair
-            for name, pair in pairs.items()
-            if pair != defaults[name]
+            name: both[0] if both[0] == both[1] else both
+            for name, both in pairs.items()
+            if both != defaults[name]
         }
 
 
-def _pair(name: str, value: object, least: int = -LARGEST, most: int = LARGEST) -> Pair:
+def pair(name: str, value: object, least: int = -LARGEST, most: int = LARGEST) -> Pair:
     """Widen an int to a pair and check it."""
     if type(value) is int and least <= value <= most:
         return value, value
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(_is_integer(number) for number in pair):
+    numbers = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(numbers) != 2 or not all(_is_integer(number) for number in numbers):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
-    y, x = map(index, pair)
+    y, x = map(index, numbers)
     if min(y, x) < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
     if max(y, x) > most:

@@ -24,6 +24,7 @@ NUMPY, TORCH = frozenset({"numpy"}), frozenset({"torch"})
 ROOMS = {
     "cupycorr.geometry": Room(0, NUMPY),
     "cupycorr.kernels": Room(0),
+    "cupycorr.lookup": Room(0.1),
     "cupycorr.lattice": Room(0.5, NUMPY),
     "cupycorr.layer": Room(1),
     "cupycorr.cpu": Room(2, NUMPY),

@@ -1,0 +1,159 @@
+"""What a flow-guided lookup samples: patches of cost around coordinates, in one value object.
+
+A *level* is a feature map, pooled; a *cell* is a position of a level. A lookup takes, around the
+place where each position of the first map is believed to lie in the second, the costs at a patch
+of displacements, on every level of a pyramid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cupycorr.geometry import IntOrPair, Pair, integer, pair
+
+ORDERS = ("yx", "xy")
+MOST_LEVELS = 16
+LARGEST_RADIUS = 1 << 12
+"""In cells, times the spacing: sums of it and of a map's size are exact in float32."""
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Lookup:
+    """Which displacements around its coordinates a lookup compares, independent of any image.
+
+    Parameters
+    ----------
+    radius : int or (int, int)
+        The patch has ``2 * radius + 1`` displacements, per axis.
+    levels : int, default 1
+        Levels of the pyramid; the first is the map itself.
+    dilation_patch : int or (int, int), cells, default 1
+        Spacing of the displacements, on every level.
+    pool : int or (int, int), cells, default 2
+        Cells of a level that are averaged to one of the next.
+    order : {"yx", "xy"}, default "yx"
+        Which displacements come first in the cost: the vertical ones, or, as RAFT has them, the
+        horizontal ones.
+
+    Raises
+    ------
+    TypeError
+        If a parameter is not an int or a pair of ints.
+    ValueError
+        If radius is below 0, levels, dilation_patch or pool below 1, levels above 16, a radius
+        reaches further than 4096 cells, or order is another.
+
+    Notes
+    -----
+    Level 0 is ``fmap2``. With ``f_l`` for level l, zeros outside of it, and ``scale`` s::
+
+        f_l[n, c, v, u] = mean of f_{l-1}[n, c, v*py : (v+1)*py, u*px : (u+1)*px]    (floor sizes)
+        S[v, u]         = sum over c of fmap1[n, c, y, x] * f_l[n, c, v, u]
+        X, Y            = coords[n, 0, y, x] / px**l, coords[n, 1, y, x] / py**l
+        cost[n, l, j, i, y, x] = s * S at (Y + (j - ry) * dy, X + (i - rx) * dx), bilinear
+
+    A lookup is immutable and hashable; pairs are always (y, x), and the channels of coords (x, y),
+    as those of flow are. Definition: Z. Teed and J. Deng, "RAFT", ECCV 2020, section 3.2, with the
+    interpolation after the sum over channels, which is the same sum.
+    """
+
+    radius: Pair
+    levels: int
+    dilation_patch: Pair
+    pool: Pair
+    order: str
+
+    def __init__(
+        self,
+        radius: IntOrPair,
+        levels: int = 1,
+        dilation_patch: IntOrPair = 1,
+        pool: IntOrPair = 2,
+        order: str = "yx",
+    ) -> None:
+        fields = {
+            "radius": pair("radius", radius, least=0),
+            "levels": integer("levels", levels, least=1),
+            "dilation_patch": pair("dilation_patch", dilation_patch, least=1),
+            "pool": pair("pool", pool, least=1),
+            "order": order,
+        }
+        # The class is frozen: attributes can only be set past its own __setattr__.
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        if self.levels > MOST_LEVELS:
+            raise ValueError(f"levels must be at most {MOST_LEVELS}, got {levels}")
+        if max(self.reach) > LARGEST_RADIUS:
+            raise ValueError(
+                f"radius * dilation_patch must be at most {LARGEST_RADIUS}, got {self.reach}"
+            )
+        if order not in ORDERS:
+            raise ValueError(f"order must be 'yx' or 'xy', got {order!r}")
+
+    @property
+    def patch_size(self) -> Pair:
+        """Number of displacements, (y, x)."""
+        return 2 * self.radius[0] + 1, 2 * self.radius[1] + 1
+
+    @property
+    def reach(self) -> Pair:
+        """Cells from a coordinate to the farthest displacement, (y, x)."""
+        y, x = self.radius, self.dilation_patch
+        return y[0] * x[0], y[1] * x[1]
+
+    @property
+    def displacements(self) -> tuple[range, range]:
+        """The vertical and the horizontal displacements, in cells."""
+        y, x = (
+            range(-reach, reach + 1, step)
+            for reach, step in zip(self.reach, self.dilation_patch, strict=True)
+        )
+        return y, x
+
+    @property
+    def x_first(self) -> bool:
+        """Whether the horizontal displacements come first in the cost."""
+        return self.order == "xy"
+
+    def level_sizes(self, height: int, width: int) -> list[Pair]:
+        """Return the size (h, w) of each level of a map.
+
+        Raises
+        ------
+        ValueError
+            If a level would have no cell.
+        """
+        sizes = [(height, width)]
+        for level in range(1, self.levels):
+            size = sizes[-1][0] // self.pool[0], sizes[-1][1] // self.pool[1]
+            if size[0] < 1 or size[1] < 1:
+                raise ValueError(
+                    f"every level must have cells, got {size} at level {level} "
+                    f"of {self.levels} (map {(height, width)}, pool {self.pool})"
+                )
+            sizes.append(size)
+        return sizes
+
+    def cost_shape(self, fmap1: tuple[int, ...], coords: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the cost's shape for maps (A, C, *P) and coordinates (E, 2, *P).
+
+        It is (E, levels, PH, PW, *P), with the patch of `patch_size`; (E, levels, PW, PH, *P)
+        in the order "xy".
+        """
+        patch = self.patch_size[::-1] if self.x_first else self.patch_size
+        return (coords[0], self.levels, *patch, *fmap1[2:])
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in self.parameters().items())
+        return f"Lookup({given})"
+
+    def parameters(self) -> dict[str, IntOrPair | str]:
+        """Return radius and the parameters that differ from their defaults, as short as can be."""
+        fields: dict[str, IntOrPair | str] = {}
+        defaults = {"levels": 1, "dilation_patch": (1, 1), "pool": (2, 2), "order": "yx"}
+        for name in ("radius", *defaults):
+            value = getattr(self, name)
+            if value != defaults.get(name):
+                is_equal_pair = isinstance(value, tuple) and value[0] == value[1]
+                fields[name] = value[0] if is_equal_pair else value
+        return fields
