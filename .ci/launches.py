@@ -118,7 +118,7 @@ def allocate(
 
 def prepare(launch: Launch, arrays: dict[str, cupy.ndarray], dtype: str) -> Prepared:
     """Compile a launch, and predict its time."""
-    function = engine._function(launch)
+    function = engine.kernel_of(launch)
     names, values = zip(*launch.sizes, strict=True)
     operands = [arrays[name] for name in launch.arrays]
     moved = sum(array.nbytes for array in operands)

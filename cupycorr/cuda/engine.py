@@ -137,7 +137,7 @@ def run(
     addresses = {name: array.data.ptr for name, array in arrays.items() if array is not None}
     dtype = _name(fmap1.dtype)
     launch(
-        what, fmap1.shape, addresses, layer, dtype, _allocate,
+        what, fmap1.shape, addresses, layer, dtype, from_pool,
         plain=plain, channels_last=channels_last, tf32=tf32,
     )  # fmt: skip
 
@@ -203,7 +203,8 @@ def launch(
 _name = lru_cache(maxsize=16)(str)  # of a dtype
 
 
-def _allocate(size: int) -> tuple[int, Any]:
+def from_pool(size: int) -> tuple[int, Any]:
+    """Allocate bytes from CuPy's pool; returns their address and their owner."""
     memory = cupy.cuda.alloc(size)
     return memory.ptr, memory
 
@@ -256,7 +257,7 @@ def _prepared(
         sizes = np.array([values], [(name, np.int32) for name in fields])
         scale = scalar(1 / layer.divisor(shape[1]) if launch.scaled else 1)
         launches.append(
-            (_function(launch).kernel, (launch.blocks, 1, 1), (launch.threads, 1, 1),
+            (kernel_of(launch).kernel, (launch.blocks, 1, 1), (launch.threads, 1, 1),
              launch.arrays, (sizes, scale), launch.shared_bytes)
         )  # fmt: skip
     sample = {"cost": layer.geometry.cost_shape(shape)[1:]}
@@ -303,7 +304,7 @@ def warm_up(
         plan = cuda_plan.plan(results, layer, shape, dtype, device, channels_last=channels_last)
         for launch in plan.launches:
             start = time.perf_counter()
-            function = _function(launch)
+            function = kernel_of(launch)
             seconds = time.perf_counter() - start
             compiled.append(
                 Compiled(launch.kernel, seconds, function.num_regs, function.local_size_bytes)
@@ -323,7 +324,7 @@ def device_of(number: int) -> Device:
     )
 
 
-def _function(launch: Launch) -> Any:
+def kernel_of(launch: Launch) -> Any:
     """Return a launch's kernel for the current device; compile it if it is not there."""
     key = (cupy.cuda.runtime.getDevice(), launch.source, launch.constants, launch.kernel)
     function = _functions.get(key)

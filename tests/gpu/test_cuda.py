@@ -459,7 +459,7 @@ def test_threads_may_call_at_once(cp, rng):
 def test_few_functions_lie_between_a_call_and_its_launches(cp, rng, monkeypatch, similarity):
     from cupycorr.cuda import engine as cuda_engine
 
-    stacks, load = [], cuda_engine._function
+    stacks, load = [], cuda_engine.kernel_of
 
     def spied(launch):
         def function(*arguments, **options):
@@ -468,7 +468,7 @@ def test_few_functions_lie_between_a_call_and_its_launches(cp, rng, monkeypatch,
 
         return types.SimpleNamespace(kernel=function)
 
-    monkeypatch.setattr(cuda_engine, "_function", spied)
+    monkeypatch.setattr(cuda_engine, "kernel_of", spied)
     cuda_engine._prepared.cache_clear()
     one, two = map(cp.asarray, maps(rng))
     cost = cupycorr.correlation(one, two, PATCH, similarity=similarity)

@@ -265,14 +265,20 @@ def run_plan(plan, arrays, dtype, divisor=1, *, order="ascending", mode="run", p
 def run(library, launch, arrays, scale, *, order="ascending", log="none"):
     """Run one launch; raises HostError with what went wrong.
 
+    A list of arrays is a struct of their addresses, None an address of nothing.
+
     With a library of mode "trace", ``log`` "arrays" returns all accesses to the arrays (numbered as
     in ``launch.arrays``), and "all" those to shared memory, too: an array of ACCESS.
     """
-    used = [arrays[name] for name in launch.arrays]
+    given = [arrays[name] for name in launch.arrays]
+    used = [one for value in given for one in _listed(value)]
     if not all(array.flags.c_contiguous for array in used):
         raise ValueError("arrays must be contiguous")
     values = [
-        *(np.array(array.ctypes.data, np.uintp) for array in used),
+        *(
+            np.array([one.ctypes.data for one in _listed(value)] or [0], np.uintp)
+            for value in given
+        ),
         np.array([value for _, value in launch.sizes], np.int32),
         np.array(scale),
     ]
@@ -294,6 +300,13 @@ def run(library, launch, arrays, scale, *, order="ascending", log="none"):
     first = library.traced_accesses(ctypes.byref(count))
     size = count.value * ACCESS.itemsize
     return np.frombuffer((ctypes.c_char * size).from_address(first), ACCESS).copy()
+
+
+def _listed(value):
+    """Return the arrays of an argument: one, those of a list, or none."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 # ---- compiling

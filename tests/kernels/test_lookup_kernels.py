@@ -1,0 +1,148 @@
+"""The CUDA kernels of the flow-guided lookup, run on the processor by hostcuda.h."""
+
+import host
+import lookup_definition
+import lookup_host
+import numpy as np
+import pytest
+from host import ORDERS, SM_80
+from lookup_cases import CASES, arguments
+
+from cupycorr import verify
+from cupycorr.lookup import Lookup
+
+pytestmark = pytest.mark.skipif(host.unavailable() is not None, reason=str(host.unavailable()))
+
+SCALE = 0.25
+EVERY_CASE = pytest.mark.parametrize("name", CASES)
+
+
+def compare(name, device, dtype="float32", **how):
+    """Describe the difference between a kernel's cost and the definition's."""
+    fmap1, levels, coords, indices = arguments(name)
+    lookup = CASES[name].lookup
+    want = lookup_definition.cost(
+        fmap1, levels, coords.astype(np.float32), lookup, SCALE, **indices
+    )
+    got = lookup_host.cost(device, fmap1, levels, coords, lookup, SCALE, dtype, **indices, **how)
+    return verify.difference(got, verify.round_to(want, dtype))
+
+
+@EVERY_CASE
+def test_the_plain_kernel_is_exact(name):
+    assert compare(name, SM_80, plain=True) is None
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels apart"])
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["four levels", "edges of patches", "special"])
+def test_the_plain_kernel_is_exact_in_every_dtype(name, dtype, last):
+    assert compare(name, SM_80, dtype, plain=True, last=last) is None
+
+
+def compare_infinite(name, device, value, **how):
+    """As `compare`, of maps with some values that are not finite."""
+    fmap1, levels, coords, indices = arguments(name)
+    rng = np.random.default_rng(1)
+    for fmap in (fmap1, *levels):
+        fmap.flat[rng.choice(fmap.size, fmap.size // 100 + 1, replace=False)] = value
+    lookup = CASES[name].lookup
+    with np.errstate(invalid="ignore"):
+        want = lookup_definition.cost(fmap1, levels, coords, lookup, SCALE, **indices)
+    got = lookup_host.cost(device, fmap1, levels, coords, lookup, SCALE, **indices, **how)
+    return verify.difference(got, want)
+
+
+INFINITE = pytest.mark.parametrize("name", ["integers", "four levels", "dilated", "stereo"])
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@INFINITE
+def test_what_is_not_finite_reaches_only_what_it_is_a_term_of(name, value):
+    assert compare_infinite(name, SM_80, value, plain=True) is None
+
+
+def rounded_levels(fmap2, lookup, dtype):
+    """Return the levels of a map, each rounded, from sums in float32 row by row."""
+    wide = np.float64 if dtype == "float64" else np.float32
+    (py, px), levels = lookup.pool, [fmap2.astype(wide)]
+    for _ in range(1, lookup.levels):
+        finer, total = levels[-1], wide(0)
+        h, w = finer.shape[2] // py, finer.shape[3] // px
+        for y in range(py):
+            for x in range(px):
+                total = total + finer[:, :, y : h * py : py, x : w * px : px]
+        mean = (total / wide(py * px)).astype(np.float64)
+        levels.append(verify.round_to(mean, dtype).astype(wide))
+    return levels
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels apart"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("pool", [2, (1, 3)], ids=str)
+def test_levels_are_rounded_one_by_one(rng, dtype, pool, last):
+    lookup = Lookup(1, 3, pool=pool)
+    fmap2 = verify.round_to(rng.standard_normal((2, 35, 9, 38)), dtype)
+    got = lookup_host.pyramid(SM_80, fmap2, lookup, dtype, last=last)
+    for one, want in zip(got, rounded_levels(fmap2, lookup, dtype), strict=True):
+        assert np.array_equal(one, want)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_packing_does_not_depend_on_the_order_of_threads(rng, order):
+    fmap2 = rng.integers(-2, 3, (2, 35, 9, 38)).astype(float)
+    got = lookup_host.pyramid(SM_80, fmap2, Lookup(1, 2), order=order)
+    for one, want in zip(got, lookup_definition.pyramid(fmap2, Lookup(1, 2)), strict=True):
+        assert np.array_equal(one, want)
+
+
+# ---- planted errors: (text, what takes its place, the case that finds it)
+
+PLANTED = {
+    "truncated": ("= round_down(near);", "= static_cast<int>(near);", "outside"),
+    "NaN lost": ("scaled == scaled ? near - below : scaled", "near - below", "special"),
+    "2 * level": ("found.pool_y * pool_y", "found.pool_y + pool_y", "four levels"),
+    "pools exchanged": ("x[0], level.pool_x", "x[0], level.pool_y", "stereo"),
+    "coordinates exchanged": ("x[positions_of(s)], level", "x[0], level", "square"),
+    "corners exchanged": (
+        "between(w.y, between(w.x, s00, s01), between(w.x, s10, s11))",
+        "between(w.y, between(w.x, s00, s10), between(w.x, s01, s11))",
+        "square",
+    ),
+    "order ignored": ("x_first ? i *", "false ? i *", "three maps"),
+    "one sample for all": ("indices ? indices[e] : e", "indices ? indices[e] : 0", "three maps"),
+    "index ignored": ("indices ? indices[e] : e", "e", "edges of patches"),
+    "index not checked": ("inside<long long>(m, maps)", "true", "edges of patches"),
+}
+
+
+@pytest.mark.parametrize("error", PLANTED)
+def test_a_planted_error_is_found(error):
+    *patch, name = PLANTED[error]
+    assert compare(name, SM_80, plain=True, patch=tuple(patch)) is not None
+
+
+@pytest.mark.parametrize(
+    ("patch", "name"),
+    [
+        (("weight == 0 ? 0 : weight * value", "weight * value"), "integers"),
+        (("j * spacing_y - reach_y + d", "j * spacing_y - reach_y + d * spacing_y"), "dilated"),
+    ],
+)
+def test_a_planted_error_is_found_by_infinities(patch, name):
+    assert compare_infinite(name, SM_80, np.inf, plain=True, patch=patch) is not None
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        ("v * pool_y; y < (v + 1) * pool_y", "v; y < v + pool_y"),
+        ("sum / static_cast<accumulator>(pool_y * pool_x)", "sum / pool_y"),
+        ("square[along * pitch + k]", "square[k * pitch + along]"),
+    ],
+)
+def test_a_planted_error_in_levels_is_found(rng, patch):
+    fmap2 = rng.integers(-2, 3, (2, 35, 9, 38)).astype(float)
+    got = lookup_host.pyramid(SM_80, fmap2, Lookup(1, 2), patch=patch)
+    want = lookup_definition.pyramid(fmap2, Lookup(1, 2))
+    assert any(not np.array_equal(*pair) for pair in zip(got, want, strict=True))
