@@ -12,30 +12,42 @@ from typing import TYPE_CHECKING, Any
 
 from cupycorr.api import correlation, correlation_vjp, spatial_correlation_sample
 from cupycorr.geometry import Geometry
+from cupycorr.lookup import Lookup
+from cupycorr.sampling import correlation_lookup, correlation_lookup_vjp, pyramid
 
 if TYPE_CHECKING:
     from cupycorr import compat
-    from cupycorr.modules import SpatialCorrelationSampler
+    from cupycorr.modules import CorrelationLookup, SpatialCorrelationSampler
 
 __version__ = "0.1.0"
 if not Path(__file__).with_name("cli").is_dir():
     # In a clone, the packages cli and kernels lie beside this one.
     __path__.append(str(Path(__file__).parents[1]))
-__all__ = ["Geometry", "compat", "correlation", "correlation_vjp", "spatial_correlation_sample"]
+__all__ = [
+    "Geometry",
+    "Lookup",
+    "compat",
+    "correlation",
+    "correlation_lookup",
+    "correlation_lookup_vjp",
+    "correlation_vjp",
+    "pyramid",
+    "spatial_correlation_sample",
+]
 if importlib.util.find_spec("torch") is not None:
-    __all__ += ["SpatialCorrelationSampler"]
+    __all__ += ["CorrelationLookup", "SpatialCorrelationSampler"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "SpatialCorrelationSampler":
+    if name in ("CorrelationLookup", "SpatialCorrelationSampler"):
         try:
-            from cupycorr.modules import SpatialCorrelationSampler
+            from cupycorr import modules
         except ModuleNotFoundError as error:
             if error.name != "torch":
                 raise
             # An AttributeError, as for any name that is not there: hasattr and help expect it.
             raise AttributeError(f"{name} needs torch: pip install 'cupycorr[torch]'") from error
-        return SpatialCorrelationSampler
+        return getattr(modules, name)
     if name == "compat":
         return importlib.import_module("cupycorr.compat")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

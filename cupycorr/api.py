@@ -217,7 +217,7 @@ def correlate(
     allow_tf32: bool = False,
 ) -> Any:
     """Check two maps, which the caller knows by ``names``, and dispatch; see `correlation`."""
-    library = _library(names, (fmap1, fmap2))
+    library = library_of(names, (fmap1, fmap2))
     if allow_tf32 and library.startswith("torch"):
         raise TypeError(
             "allow_tf32 must be left out for torch tensors, got True; they follow "
@@ -276,7 +276,7 @@ def _on_cpu(
     arrays = dict(inputs, **results)
     for name, array in arrays.items():
         if type(array) is not np.ndarray or array.dtype not in _STORED:
-            arrays[name] = _storage(array)
+            arrays[name] = storage(array)
     cpu.run(what, arrays, layer)
     return results
 
@@ -323,22 +323,22 @@ def _on_device(
 
 def library_of_arrays(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
     """Return the library of NumPy or CuPy arrays; refuse tensors, which have autograd."""
-    library = _library(names, arrays)
+    library = library_of(names, arrays)
     if library.startswith("torch"):
         raise TypeError(
-            f"{_all(names)} must be NumPy or CuPy arrays, got torch tensors; differentiate those "
-            "with torch.autograd"
+            f"{enumerated(names)} must be NumPy or CuPy arrays, got torch tensors; differentiate "
+            "those with torch.autograd"
         )
     return library
 
 
-def _library(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
+def library_of(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
     """Return the library that arrays belong to; raise unless it is one and the same."""
     kinds = {*map(type, arrays)}
     for library, exact in (("numpy", "ndarray"), ("torch", "Tensor"), ("cupy", "ndarray")):
         if library in sys.modules and kinds == {getattr(sys.modules[library], exact, None)}:
             return library
-    libraries = [_library_of(array) for array in arrays]
+    libraries = [_library_of_one(array) for array in arrays]
     known = ("numpy", "cupy", "torch")
     if libraries[0] in known and libraries == libraries[:1] * len(libraries):
         return libraries[0]
@@ -350,10 +350,12 @@ def _library(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
             raise TypeError(f"{name} must be a NumPy or CuPy array or a torch tensor, got {got}")
         if library == "numpy.ma":
             raise TypeError(f"{name} must not be masked, got {got}; fill it with numpy.ma.filled")
-    raise TypeError(f"{_all(names)} must be arrays of one library, got {_all(libraries)}")
+    raise TypeError(
+        f"{enumerated(names)} must be arrays of one library, got {enumerated(libraries)}"
+    )
 
 
-def _library_of(array: Any) -> str:
+def _library_of_one(array: Any) -> str:
     """Return which library an array belongs to, without importing any; '' if it is no array."""
     if isinstance(array, np.ndarray):
         return "numpy.ma" if isinstance(array, np.ma.MaskedArray) else "numpy"
@@ -380,7 +382,9 @@ def _check(
     if not isinstance(arrays[0], np.ndarray):
         devices = [array.device for array in arrays]
         if devices != devices[:1] * len(devices):
-            raise ValueError(f"{_all(names)} must be on one device, got {_all(devices)}")
+            raise ValueError(
+                f"{enumerated(names)} must be on one device, got {enumerated(devices)}"
+            )
     return cost_shape
 
 
@@ -388,16 +392,18 @@ def _agree(
     names: tuple[str, ...], dtypes: tuple[Any, ...], shapes: tuple[Shape, ...], geometry: Geometry
 ) -> Shape:
     """Check what `_check` is given, as far as it is no memory; return the cost's shape."""
-    kinds, shapes = [_dtype_name(dtype) for dtype in dtypes], tuple(map(tuple, shapes))
+    kinds, shapes = [dtype_name(dtype) for dtype in dtypes], tuple(map(tuple, shapes))
     if kinds != kinds[:1] * len(kinds):
-        raise TypeError(f"{_all(names)} must have equal dtypes, got {_all(kinds)}")
+        raise TypeError(f"{enumerated(names)} must have equal dtypes, got {enumerated(kinds)}")
     if kinds[0] not in DTYPES:
-        allowed = _all(list(DTYPES), "or")
-        raise TypeError(f"{_all(names)} must have dtype {allowed}, got {kinds[0]}")
+        allowed = enumerated(list(DTYPES), "or")
+        raise TypeError(f"{enumerated(names)} must have dtype {allowed}, got {kinds[0]}")
     if shapes[0] != shapes[1]:
-        raise ValueError(f"{_all(names[:2])} must have equal shapes, got {_all(shapes[:2])}")
+        raise ValueError(
+            f"{enumerated(names[:2])} must have equal shapes, got {enumerated(shapes[:2])}"
+        )
     if len(shapes[0]) != 4:
-        raise ValueError(f"{_all(names[:2])} must have shape (N, C, H, W), got {shapes[0]}")
+        raise ValueError(f"{enumerated(names[:2])} must have shape (N, C, H, W), got {shapes[0]}")
     cost_shape = geometry.cost_shape(shapes[0])
     if len(shapes) == 3 and shapes[2] != cost_shape:
         raise ValueError(
@@ -409,7 +415,7 @@ def _agree(
 _agreed = lru_cache(maxsize=1024)(_agree)
 
 
-def _dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: Any) -> str:
     """Return the name of a dtype of either library, without its byte order."""
     # numpy.dtype.name would take ten times as long.
     name = dtype.type.__name__ if isinstance(dtype, np.dtype) else str(dtype)
@@ -425,14 +431,14 @@ def is_traced(library: str, fmap: Any) -> bool:
     return operators.traces(fmap)
 
 
-def _all(values: Sequence[object], word: str = "and") -> str:
+def enumerated(values: Sequence[object], word: str = "and") -> str:
     """Enumerate values in a sentence."""
     return f"{', '.join(map(str, values[:-1]))} {word} {values[-1]}"
 
 
-def _storage(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def storage(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return a plain array in native byte order, bfloat16 as its uint16 bits."""
     array = np.asarray(array)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    return array.view(np.uint16) if _dtype_name(array.dtype) == "bfloat16" else array
+    return array.view(np.uint16) if dtype_name(array.dtype) == "bfloat16" else array

@@ -68,7 +68,7 @@ def _grouped(fmap1: Any, fmap2: Any, layer: Layer, groups: int | None, cosine: b
     if cosine and layer.l1:
         raise ValueError("normalize='cosine' must come with similarity 'product', got 'l1'")
     names, maps = ("fmap1", "fmap2"), (fmap1, fmap2)
-    library = api._library(names, maps)
+    library = api.library_of(names, maps)
     if groups is not None:
         groups = integer("groups", groups, least=1)
     if library != "torch.fx":

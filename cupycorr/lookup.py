@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cupycorr.geometry import IntOrPair, Pair, integer, pair
+from cupycorr.layer import DTYPES
 
+Shape = tuple[int, ...]
 ORDERS = ("yx", "xy")
 MOST_LEVELS = 16
 LARGEST_RADIUS = 1 << 12
@@ -123,15 +125,15 @@ class Lookup:
         ValueError
             If a level would have no cell.
         """
-        sizes = [(height, width)]
-        for level in range(1, self.levels):
-            size = sizes[-1][0] // self.pool[0], sizes[-1][1] // self.pool[1]
+        sizes, size = [], (height, width)
+        for level in range(self.levels):
             if size[0] < 1 or size[1] < 1:
                 raise ValueError(
                     f"every level must have cells, got {size} at level {level} "
                     f"of {self.levels} (map {(height, width)}, pool {self.pool})"
                 )
             sizes.append(size)
+            size = size[0] // self.pool[0], size[1] // self.pool[1]
         return sizes
 
     def cost_shape(self, fmap1: tuple[int, ...], coords: tuple[int, ...]) -> tuple[int, ...]:
@@ -157,3 +159,76 @@ class Lookup:
                 is_equal_pair = isinstance(value, tuple) and value[0] == value[1]
                 fields[name] = value[0] if is_equal_pair else value
         return fields
+
+
+def check(shapes: dict[str, Shape], dtypes: dict[str, str], lookup: Lookup) -> None:
+    """Check the arrays of a lookup.
+
+    Parameters
+    ----------
+    shapes, dtypes : dict
+        By name: "fmap1", "fmap2" or "fmap2[0]", "fmap2[1]" ... for levels, "coords", and "index1"
+        and "index2" where they are given.
+    lookup : Lookup
+        What is looked up.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `cupycorr.correlation_lookup`.
+    """
+    fmap1, coords = shapes["fmap1"], shapes["coords"]
+    seen = [name for name in shapes if name.startswith("fmap2")]
+    maps = dtypes["fmap1"]
+    for name in seen:
+        if dtypes[name] != maps:
+            raise TypeError(
+                f"fmap1 and {name} must have equal dtypes, got {maps} and {dtypes[name]}"
+            )
+        check_map(shapes[name], maps, name)
+        if shapes[name][0] != shapes[seen[0]][0] or shapes[name][1] != fmap1[1]:
+            raise ValueError(
+                f"{name} must have the channels of fmap1, and as many maps as other levels, got "
+                f"{shapes[name]}, fmap1 {fmap1}"
+            )
+    wanted = "float64" if maps == "float64" else "float32"
+    if dtypes["coords"] != wanted:
+        raise TypeError(
+            f"coords must have dtype {wanted} with maps of {maps}, got {dtypes['coords']}"
+        )
+    if seen != ["fmap2"] and len(seen) != lookup.levels:
+        raise ValueError(f"fmap2 must have {lookup.levels} levels, got {len(seen)}")
+    if len(fmap1) < 3 or len(coords) != len(fmap1) or (coords[1], *coords[2:]) != (2, *fmap1[2:]):
+        raise ValueError(
+            f"fmap1 and coords must have shapes (N, C, *P) and (N, 2, *P), got {fmap1} and {coords}"
+        )
+    for index, name in (("index1", "fmap1"), ("index2", seen[0])):
+        if index not in shapes:
+            if shapes[name][0] != coords[0]:
+                raise ValueError(
+                    f"coords must have an entry for each map of {name} without {index}, got "
+                    f"{coords[0]} and {shapes[name][0]}"
+                )
+            continue
+        if dtypes[index] not in ("int32", "int64"):
+            raise TypeError(f"{index} must have dtype int32 or int64, got {dtypes[index]}")
+        if shapes[index] != coords[:1]:
+            raise ValueError(
+                f"{index} must have an entry for each of coords, got {shapes[index]} and {coords}"
+            )
+
+
+def check_map(shape: Shape, dtype: str, name: str = "fmap2") -> None:
+    """Check a map that is looked up, or one of its levels."""
+    if dtype not in DTYPES:
+        raise TypeError(f"{name} must have dtype {', '.join(DTYPES)}, got {dtype}")
+    if len(shape) != 4:
+        raise ValueError(f"{name} must have shape (N, C, H, W), got {shape}")
+    if shape[2] < 1 or shape[3] < 1:
+        raise ValueError(f"every level must have cells, got {name} of shape {shape}")
+
+
+def check_range(name: str, least: int, most: int, maps: int) -> None:
+    """Check the smallest and the largest number of an index."""
+    if least < 0 or most >= maps:
+        raise IndexError(f"{name} must be at least 0 and below {maps}, got {least} to {most}")

@@ -1,7 +1,8 @@
-"""The cost volume as a torch module."""
+"""The cost volume and the lookup as torch modules."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ import cupycorr.torch  # noqa: F401 - registers the operators, for programs that
 from cupycorr.api import correlate
 from cupycorr.geometry import Axis, Geometry, IntOrPair
 from cupycorr.layer import Layer
+from cupycorr.lookup import Lookup
+from cupycorr.sampling import correlation_lookup, pyramid
 
 PARAMETERS = Axis._fields[:-1]
 """The parameters of the module."""
@@ -113,3 +116,84 @@ class SpatialCorrelationSampler(torch.nn.Module):
     def extra_repr(self) -> str:
         """Return the parameters that differ from their defaults."""
         return repr(self.geometry).removeprefix("Geometry(").removesuffix(")")
+
+
+class CorrelationLookup(torch.nn.Module):
+    """Flow-guided lookup as a module without parameters.
+
+    Parameters
+    ----------
+    radius : int or (int, int)
+        The patch has ``2 * radius + 1`` displacements, per axis.
+    levels : int, default 1
+        Levels of the pyramid.
+    dilation_patch : int or (int, int), cells, default 1
+        Spacing of the displacements, on every level.
+    pool : int or (int, int), cells, default 2
+        Cells of a level that are averaged to one of the next.
+    order : {"yx", "xy"}, default "yx"
+        Which displacements come first in the cost; RAFT has "xy".
+    scale : float, optional
+        What costs are multiplied by; by default 1 / sqrt(C).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Lookup`.
+
+    Notes
+    -----
+    Under torch.autocast the maps are cast to the dtype of the region, coordinates never.
+
+    >>> look = CorrelationLookup(radius=4, levels=4)
+    >>> levels = look.pyramid(fmap2)
+    >>> cost = look(fmap1, levels, coords)  # (N, 4, 9, 9, H1, W1), once per iteration
+    """
+
+    def __init__(
+        self,
+        radius: IntOrPair,
+        levels: int = 1,
+        dilation_patch: IntOrPair = 1,
+        pool: IntOrPair = 2,
+        order: str = "yx",
+        *,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.lookup = Lookup(radius, levels, dilation_patch, pool, order)
+        self.scale = scale
+
+    def pyramid(self, fmap2: Tensor) -> tuple[Tensor, ...]:
+        """Pool a map (N, C, H, W) to its levels, as `cupycorr.pyramid`."""
+        return pyramid(fmap2, self.lookup)
+
+    def forward(self, fmap1: Tensor, fmap2: Tensor | Sequence[Tensor], coords: Tensor) -> Tensor:
+        """Compute the costs around coordinates.
+
+        Parameters
+        ----------
+        fmap1 : Tensor (N, C, *P), float16|bfloat16|float32|float64
+            Vectors at any positions P.
+        fmap2 : Tensor (N, C, H, W), or the sequence of its levels
+            The map that is looked up, of the same dtype.
+        coords : Tensor (N, 2, *P), float32, or float64 with float64 maps
+            x and y, in pixels of level 0.
+
+        Returns
+        -------
+        Tensor (N, levels, PH, PW, *P), (N, levels, PW, PH, *P) in the order "xy"
+            As `cupycorr.correlation_lookup`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `cupycorr.correlation_lookup`.
+        """
+        cost: Tensor = correlation_lookup(fmap1, fmap2, coords, self.lookup, scale=self.scale)
+        return cost
+
+    def extra_repr(self) -> str:
+        """Return the parameters that differ from their defaults."""
+        given = repr(self.lookup).removeprefix("Lookup(").removesuffix(")")
+        return given if self.scale is None else f"{given}, scale={self.scale}"

@@ -4,4 +4,5 @@ Importing this package registers the operators, which is all that a process need
 program that holds them.
 """
 
+from cupycorr.torch import lookup as lookup
 from cupycorr.torch import operators as operators

@@ -271,7 +271,7 @@ def compute(operator: Operator, layer: Layer, *operands: Tensor) -> tuple[Tensor
     if fmap.is_cuda:
         memory.lend(operator.what, tensors, layer)
     else:
-        views = {name: _array(tensor) for name, tensor in tensors.items()}
+        views = {name: memory.numpy_view(tensor) for name, tensor in tensors.items()}
         engine.run(operator.what, views, layer, threads=torch.get_num_threads())
     return results
 
@@ -304,15 +304,6 @@ def _described(
     names = *(INPUTS[slot] for slot in operands), *(_RESULTS[slot] for slot in results)
     cost_shape = layer.geometry.cost_shape(shape)
     return names, tuple(cost_shape if slot == COST else tuple(shape) for slot in results)
-
-
-def _array(tensor: Tensor) -> Any:
-    """Return a tensor's memory as an array, bfloat16 as its uint16 bits."""
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.dtype is torch.bfloat16:
-        tensor = tensor.view(torch.uint16)
-    return tensor.numpy()
 
 
 def _change(slot: int, changes: dict[int, Tensor | None], ctx: Any) -> Tensor | None:

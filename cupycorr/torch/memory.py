@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from cupycorr.layer import DTYPES, Layer
+from cupycorr.lookup import Lookup
 
 _DTYPES = {getattr(torch, name): name for name in DTYPES}
 _LOADED = "cupycorr.cuda.engine"
@@ -173,3 +174,69 @@ def _array(tensor: Tensor) -> Any:
     if tensor.dtype is torch.bfloat16:
         tensor = tensor.view(torch.int16)
     return cupy.from_dlpack(_Memory(tensor))
+
+
+def numpy_view(tensor: Tensor) -> Any:
+    """Return a tensor's memory as an array, bfloat16 as its uint16 bits."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype is torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    return tensor.numpy()
+
+
+def lend_lookup(what: str, tensors: Mapping[str, Any], lookup: Lookup, scale: float = 1.0) -> None:
+    """Lend tensors' memory to the CUDA engine of the lookup, which computes results into it.
+
+    Parameters
+    ----------
+    what : {"cost", "grads", "pyramid", "pyramid_grads"}
+        What is computed; see `cuda.lookup`.
+    tensors : mapping of name to Tensor, list of Tensor, or None
+        Inputs and results, on one CUDA device: for "cost" and "grads" those of `cuda.lookup.run`,
+        else "fmap2" and "levels", or "grad_levels" and "grad_fmap2".
+    lookup, scale
+        As for `cuda.lookup.run`.
+
+    Raises
+    ------
+    RuntimeError
+        As `lend`.
+    """
+    engine = _engine()
+    from cupycorr.cuda import lookup as cuda
+
+    flat = [
+        t for group in tensors.values() for t in (group if isinstance(group, list) else [group])
+    ]
+    like = next(tensor for tensor in flat if tensor is not None and tensor.is_floating_point())
+    index = like.get_device()
+
+    def allocate(size: int) -> tuple[int, Tensor]:
+        workspace = like.new_empty(size, dtype=torch.uint8)
+        return workspace.data_ptr(), workspace
+
+    with torch.cuda.device(index), engine.cupy.cuda.Device(index):
+        # Copies of what is not contiguous are held until all is launched.
+        dense = {
+            name: [_dense(tensor) for tensor in group] if isinstance(group, list)
+            else None if group is None else _dense(group)
+            for name, group in tensors.items()
+        }  # fmt: skip
+        arrays = {
+            name: [_array(tensor) for tensor in group] if isinstance(group, list)
+            else None if group is None else _array(group)
+            for name, group in dense.items()
+        }  # fmt: skip
+        stream = _stream_at(current_stream(index))
+        cuda.run(
+            what, arrays, lookup, scale,
+            dtype=_DTYPES[like.dtype], allocate=allocate, stream=stream,
+        )  # fmt: skip
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Return a tensor (N, C, ...) whose elements lie in its order, or with C at the end."""
+    if tensor.is_contiguous() or (tensor.dim() > 2 and tensor.movedim(1, -1).is_contiguous()):
+        return tensor
+    return tensor.contiguous()

@@ -351,7 +351,7 @@ class TestOnGoodInputs:
 
 
 def test_dtype_names_agree_between_the_libraries():
-    names = [api._dtype_name(getattr(torch, name)) for name in DTYPES]
+    names = [api.dtype_name(getattr(torch, name)) for name in DTYPES]
     assert names == list(DTYPES)
 
 

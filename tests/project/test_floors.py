@@ -24,7 +24,7 @@ NUMPY, TORCH = frozenset({"numpy"}), frozenset({"torch"})
 ROOMS = {
     "cupycorr.geometry": Room(0, NUMPY),
     "cupycorr.kernels": Room(0),
-    "cupycorr.lookup": Room(0.1),
+    "cupycorr.lookup": Room(1.1),
     "cupycorr.lattice": Room(0.5, NUMPY),
     "cupycorr.layer": Room(1),
     "cupycorr.cpu": Room(2, NUMPY),
@@ -45,6 +45,7 @@ ROOMS = {
     "cupycorr.torch.memory": Room(3, NUMPY | TORCH, frozenset({"cupy"})),
     "cupycorr.api": Room(4, NUMPY, TORCH | {"cupy"}),
     "cupycorr.grouped": Room(4, NUMPY, TORCH),
+    "cupycorr.sampling": Room(4.1, NUMPY, frozenset({"cupy"})),
     "cupycorr.onnx": Room(4, NUMPY | TORCH | {"onnxscript"}),
     # The torch module enters by the public door, where its tensors are checked.
     "cupycorr.modules": Room(5, TORCH),
