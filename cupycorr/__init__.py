@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 from cupycorr.api import correlation, correlation_vjp, spatial_correlation_sample
 from cupycorr.geometry import Geometry
 from cupycorr.lookup import Lookup
-from cupycorr.sampling import correlation_lookup, correlation_lookup_vjp, pyramid
+from cupycorr.sampling import (
+    correlation_lookup,
+    correlation_lookup_vjp,
+    pyramid,
+    volume_lookup,
+    volume_lookup_vjp,
+    volume_pyramid,
+)
 
 if TYPE_CHECKING:
     from cupycorr import compat
@@ -33,6 +40,9 @@ __all__ = [
     "correlation_vjp",
     "pyramid",
     "spatial_correlation_sample",
+    "volume_lookup",
+    "volume_lookup_vjp",
+    "volume_pyramid",
 ]
 if importlib.util.find_spec("torch") is not None:
     __all__ += ["CorrelationLookup", "SpatialCorrelationSampler"]

@@ -191,11 +191,7 @@ def check(shapes: dict[str, Shape], dtypes: dict[str, str], lookup: Lookup) -> N
                 f"{name} must have the channels of fmap1, and as many maps as other levels, got "
                 f"{shapes[name]}, fmap1 {fmap1}"
             )
-    wanted = "float64" if maps == "float64" else "float32"
-    if dtypes["coords"] != wanted:
-        raise TypeError(
-            f"coords must have dtype {wanted} with maps of {maps}, got {dtypes['coords']}"
-        )
+    _check_coords(dtypes["coords"], maps)
     if seen != ["fmap2"] and len(seen) != lookup.levels:
         raise ValueError(f"fmap2 must have {lookup.levels} levels, got {len(seen)}")
     if len(fmap1) < 3 or len(coords) != len(fmap1) or (coords[1], *coords[2:]) != (2, *fmap1[2:]):
@@ -216,6 +212,50 @@ def check(shapes: dict[str, Shape], dtypes: dict[str, str], lookup: Lookup) -> N
             raise ValueError(
                 f"{index} must have an entry for each of coords, got {shapes[index]} and {coords}"
             )
+
+
+def check_samples(shapes: dict[str, Shape], dtypes: dict[str, str], lookup: Lookup) -> None:
+    """Check the arrays of a volume lookup, as `check`, with "volume" or "volume[0]" ... for maps.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `cupycorr.volume_lookup`.
+    """
+    coords = shapes["coords"]
+    seen = [name for name in shapes if name.startswith("volume")]
+    if seen != ["volume"] and len(seen) != lookup.levels:
+        raise ValueError(f"volume must have {lookup.levels} levels, got {len(seen)}")
+    for name in seen:
+        if dtypes[name] != dtypes[seen[0]]:
+            raise TypeError(
+                f"all levels must have equal dtypes, got {dtypes[seen[0]]} and {dtypes[name]}"
+            )
+        check_volume(shapes[name], dtypes[name], name)
+        batch, *positions = shapes[name][:-2]
+        if coords != (batch, 2, *positions):
+            raise ValueError(
+                f"coords and {name} must have shapes (N, 2, *P) and (N, *P, H, W), got {coords} "
+                f"and {shapes[name]}"
+            )
+    _check_coords(dtypes["coords"], dtypes[seen[0]])
+
+
+def check_volume(shape: Shape, dtype: str, name: str = "volume") -> None:
+    """Check a volume that is sampled, or one of its levels."""
+    if dtype not in DTYPES:
+        raise TypeError(f"{name} must have dtype {', '.join(DTYPES)}, got {dtype}")
+    if len(shape) < 4:
+        raise ValueError(f"{name} must have shape (N, *P, H, W), got {shape}")
+    if shape[-2] < 1 or shape[-1] < 1:
+        raise ValueError(f"every level must have cells, got {name} of shape {shape}")
+
+
+def _check_coords(coords: str, maps: str) -> None:
+    """Check the dtype of coords beside that of the maps."""
+    wanted = "float64" if maps == "float64" else "float32"
+    if coords != wanted:
+        raise TypeError(f"coords must have dtype {wanted} with maps of {maps}, got {coords}")
 
 
 def check_map(shape: Shape, dtype: str, name: str = "fmap2") -> None:

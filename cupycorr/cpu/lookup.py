@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cupycorr.cpu.places import Places, is_finite
 from cupycorr.cpu.plan import BATCH_BYTES, PRODUCT, spans
 from cupycorr.cpu.taps import accumulator, store, widen
 from cupycorr.cpu.threads import Scratch, Team, Unit, thread_count
-from cupycorr.cpu.windows import WHOLE, Windows, chunk_size, is_finite
+from cupycorr.cpu.windows import WHOLE, Windows, chunk_size
 from cupycorr.geometry import Pair
 from cupycorr.lookup import Lookup
 
@@ -282,7 +283,8 @@ class _Call:
         """Return where the positions of a chunk look."""
         coords = _of_chunk(self.coords, chunk)
         size = self.levels[level].shape[2:]
-        return Windows(coords, level, size, self.lookup, self.one_row, self.product)
+        places = Places(coords, level, size, self.lookup, self.one_row)
+        return Windows(places, self.lookup, self.product)
 
     def columns(self, chunk: _Chunk, order: npt.NDArray[np.intp], scratch: Scratch) -> Array:
         """Return the vectors (C, n) of a chunk's positions, in some order."""
@@ -303,16 +305,21 @@ class _Call:
         volume = self.volume[:, level]
         if len(chunk.edges) == 1 and volume.dtype == self.dtype:
             out = volume[chunk.edges[0], ..., chunk.positions]
-            windows.interpolate(taps, self.scale, out, scratch)
+            windows.places.interpolate(taps, self.scale, out, scratch)
             return
         shape = (*self.volume.shape[2:4], windows.order.size)
         cost = scratch.take("cost", shape, self.dtype)
-        windows.interpolate(taps, self.scale, cost, scratch)
+        windows.places.interpolate(taps, self.scale, cost, scratch)
         _to_chunk(volume, chunk, cost)
 
     def grad(self, chunk: _Chunk, level: int) -> Array:
-        """Return the gradient of a chunk's cost on a level, (PH, PW, n)."""
-        return _of_chunk(self.volume[:, level], chunk)
+        """Return the gradient of a chunk's cost on a level, (PH, PW, n), in the sums' dtype."""
+        grad = _of_chunk(self.volume[:, level], chunk)
+        if grad.dtype == self.dtype:
+            return grad
+        wide = np.empty(grad.shape, self.dtype)
+        widen(wide, grad)
+        return wide
 
 
 def _differentiate(call: _Call, arrays: Mapping[str, Any], team: Team) -> None:
@@ -380,9 +387,9 @@ def _differentiate_positions(call: _Call, grads: _Gradients, look: _Look, scratc
         grad, fmap = call.grad(chunk, level), scene.levels[level]
         if grads.coords is not None:
             taps = windows.values(fmap, call.columns(chunk, windows.order, scratch), scratch)
-            for axis, slope in enumerate(windows.slopes(taps)):
+            for axis, slope in enumerate(windows.places.slopes(taps)):
                 factor = call.scale / call.lookup.pool[1 - axis] ** level
-                along = np.einsum("jip,jip->p", grad.astype(call.dtype, copy=False), slope)
+                along = np.einsum("jip,jip->p", grad, slope)
                 grad_coords[axis] += along * call.dtype.type(factor)
         if grads.fmap1 is not None:
             at_windows = scratch.take("at windows", sums.shape, call.dtype)

@@ -1,28 +1,22 @@
-"""Where positions look on a level, and the windows of cells that they read.
+"""The windows of cells that positions read on a level, and products with them.
 
 Positions are sorted by the block of cells that they look at, so that those of a block read within
 one window, and their products with its cells are one product of matrices::
 
     window (cells, C)  times  columns of fmap1 (C, positions of the block)
-
-A position's *taps* are the cells that it reads, and what belongs to them: two neighbours, the low
-and the high, for each displacement and axis, of which each may be those of two displacements.
-
-    taps           0   1   2   3   4   5          radius 2, spacing 1: the low taps are
-    displacement  -2  -1   0  +1  +2              0 ... 4, the high ones 1 ... 5
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from cupycorr.cpu.places import Places, is_finite
 from cupycorr.cpu.plan import VECTOR
 from cupycorr.cpu.threads import Scratch
-from cupycorr.geometry import Pair, ceil_div
+from cupycorr.geometry import ceil_div
 from cupycorr.lookup import Lookup
 
 Array = npt.NDArray[Any]
@@ -34,30 +28,6 @@ CHUNK, CHUNK_CELLS = 1 << 12, 1 << 20
 """Most positions that are sorted together, and most products of them with a window's cells."""
 WHOLE = 1 << 62
 """In place of `plan.PRODUCT`, where BLAS has one thread."""
-
-
-class Taps(NamedTuple):
-    """The taps along one axis."""
-
-    offsets: tuple[int, ...]
-    """Cells from the first tap on."""
-    low: slice
-    """The taps that displacements have on their low side."""
-    high: slice
-
-    @property
-    def extent(self) -> int:
-        """Cells from the first to the last tap, both included."""
-        return self.offsets[-1] + 1
-
-
-def _taps(radius: int, spacing: int, alone: bool) -> Taps:
-    if alone:
-        return Taps((0,), slice(0, 1), slice(0, 0))
-    if spacing == 1:
-        return Taps(tuple(range(2 * radius + 2)), slice(0, -1), slice(1, None))
-    offsets = (i * spacing + corner for i in range(2 * radius + 1) for corner in (0, 1))
-    return Taps(tuple(offsets), slice(0, None, 2), slice(1, None, 2))
 
 
 def window_cells(lookup: Lookup) -> int:
@@ -92,36 +62,24 @@ class Windows:
 
     Parameters
     ----------
-    coords : array (2, n), float32|float64
-        The positions' coordinates x and y, in cells of level 0.
-    level : int
-        The number of the level.
-    size : (int, int)
-        Its cells, (h, w).
+    places : Places
+        Where they look.
     lookup : Lookup
         What is looked up.
-    one_row : bool
-        Whether a second row of cells may be left out where it has no weight.
     product : int
         Most multiply-adds of one product of matrices.
     """
 
-    def __init__(
-        self, coords: Array, level: int, size: Pair, lookup: Lookup, one_row: bool, product: int
-    ) -> None:
-        (reach_y, reach_x), self.size, self._product = lookup.reach, size, product
-        self.x, self.weight_x = _cells(coords[0], lookup.pool[1] ** level, reach_x, size[1])
-        self.y, self.weight_y = _cells(coords[1], lookup.pool[0] ** level, reach_y, size[0])
-        """First cell that each position reads, (n,), and the weight of the high taps."""
-        one_row = one_row and reach_y == 0 and not self.weight_y.any()
-        self.rows = _taps(lookup.radius[0], lookup.dilation_patch[0], one_row)
-        self.columns = _taps(lookup.radius[1], lookup.dilation_patch[1], False)
+    def __init__(self, places: Places, lookup: Lookup, product: int) -> None:
+        self.places, self._product = places, product
+        (reach_y, reach_x), (y, x) = lookup.reach, (places.y, places.x)
+        one_row = len(places.rows.offsets) == 1
         block = ROW_BLOCK if one_row else BLOCK
-        self.shape = self.rows.extent + block[0] - 1, self.columns.extent + block[1] - 1
+        self.shape = places.rows.extent + block[0] - 1, places.columns.extent + block[1] - 1
         """Rows and columns of a window."""
         # The first cell of a position is at least that of one that lies far outside.
         first_y, first_x = 2 * reach_y + 2, 2 * reach_x + 2
-        by, bx = (self.y + first_y) // block[0], (self.x + first_x) // block[1]
+        by, bx = (y + first_y) // block[0], (x + first_x) // block[1]
         across = int(bx.max()) + 1
         blocks = by * across + bx
         self.order: npt.NDArray[np.intp]
@@ -139,15 +97,10 @@ class Windows:
         )
         """Start and stop of each block's positions in that order, first row and column of its
         window."""
-        cells = (self.y - by * block[0] + first_y) * self.shape[1]
-        cells += self.x - bx * block[1] + first_x
+        cells = (y - by * block[0] + first_y) * self.shape[1]
+        cells += x - bx * block[1] + first_x
         self.first: npt.NDArray[np.intp] = cells.astype(np.intp)
         """Number of each position's first tap in its window."""
-
-    @property
-    def taps_shape(self) -> tuple[int, int, int]:
-        """Rows and columns of taps, and positions."""
-        return len(self.rows.offsets), len(self.columns.offsets), self.order.size
 
     def window(
         self, fmap: Array, top: int, left: int, scratch: Scratch, empty: bool = False
@@ -193,78 +146,37 @@ class Windows:
             if window.last:
                 part = products[window.first : window.last, start:stop]
                 self._multiply(window.cells, columns[:, start:stop], part)
-        taps = scratch.take("taps", self.taps_shape, dtype)
+        taps = scratch.take("taps", self.places.shape, dtype)
         index = np.empty(count, np.intp)
         index[self.order] = np.arange(count)
         index += self.first * count
         flat = products.reshape(-1)
-        for j, row in enumerate(self.rows.offsets):
-            for i, column in enumerate(self.columns.offsets):
-                cells = flat[(row * self.shape[1] + column) * count :]
-                np.take(cells, index, out=taps[j, i], mode="clip")
+        for tap, row, column in self.places.taps():
+            cells = flat[(row * self.shape[1] + column) * count :]
+            np.take(cells, index, out=taps[tap], mode="clip")
         if not is_finite(taps):
-            taps[~self._exist(slice(None))] = 0
+            taps[~self.places.exist()] = 0
         return taps
 
-    def interpolate(self, taps: Array, scale: float, out: Array, scratch: Scratch) -> None:
-        """Write the cost (PH, PW, n) of the values at the taps, which are lost."""
-        careful = not is_finite(taps)
-        rows = scratch.take("rows", (taps.shape[0], *out.shape[1:]), taps.dtype)
-        across = taps.swapaxes(0, 1), rows.swapaxes(0, 1)
-        _mix(self.columns, self.weight_x, 1, *across, careful)
-        _mix(self.rows, self.weight_y, scale, rows, out, careful)
-
-    def slopes(self, taps: Array) -> tuple[Array, Array]:
-        """Return how the cost, without its scale, changes with x and with y, (PH, PW, n) each."""
-        careful = not is_finite(taps)
-        change_x = taps[:, self.columns.high] - taps[:, self.columns.low]
-        change_y = taps[self.rows.high] - taps[self.rows.low]
-        count_y, count_x = change_y.shape[0], change_x.shape[1]
-        slope_x, slope_y = np.empty((2, count_y, count_x, taps.shape[2]), taps.dtype)
-        _mix(self.rows, self.weight_y, 1, change_x, slope_x, careful)
-        across = change_y.swapaxes(0, 1), slope_y.swapaxes(0, 1)
-        _mix(self.columns, self.weight_x, 1, *across, careful)
-        return slope_x, slope_y
-
-    def shares(
-        self, grad: Array, scale: float, part: slice, scratch: Scratch, careful: bool = False
-    ) -> Array:
-        """Return the adjoint of `interpolate`: the gradient at the taps, (rows, columns, m).
+    def cells(self, grad: Array, scale: float, part: slice, scratch: Scratch) -> Array:
+        """Return the gradient at the windows' cells, (cells, m), zeros beside the taps.
 
         Parameters
         ----------
-        grad : array (PH, PW, n)
-            The gradient of the cost, positions as given.
-        scale : float
-            What costs are multiplied by.
+        grad, scale
+            As for `Places.shares`.
         part : slice
             The positions that are wanted, in the order of `order`, which the result has too.
         scratch : Scratch
             Holds the result until this is called again.
-        careful : bool, default False
-            Whether weights of 0 make no terms of what is not finite.
         """
-        order = self.order[part]
-        # A position without a place reads cells that do not exist, with whatever weight.
-        weight_y, weight_x = (np.nan_to_num(w[order]) for w in (self.weight_y, self.weight_x))
-        grad = grad[:, :, order].astype(weight_x.dtype, copy=False)
-        shape = (*self.taps_shape[:2], order.size)
-        rows = scratch.take("rows", (shape[0], *grad.shape[1:]), grad.dtype)
-        _spread(self.rows, weight_y, scale, grad, rows, careful)
-        taps = scratch.take("taps", shape, grad.dtype)
-        across = rows.swapaxes(0, 1), taps.swapaxes(0, 1)
-        _spread(self.columns, weight_x, 1, *across, careful)
-        return taps
-
-    def cells(self, shares: Array, part: slice, scratch: Scratch) -> Array:
-        """Return `shares` at their places in the windows, (cells, m), zeros elsewhere."""
+        shares = self.places.shares(grad, scale, self.order[part], scratch)
         count = shares.shape[2]
         cells = scratch.take("cells", (self.shape[0] * self.shape[1], count), shares.dtype)
         cells.fill(0)
         index, flat = self.first[self.order[part]] * count + np.arange(count), cells.reshape(-1)
-        for j, row in enumerate(self.rows.offsets):
-            for i, column in enumerate(self.columns.offsets):
-                flat[(row * self.shape[1] + column) * count :][index] = shares[j, i]
+        for tap, row, column in self.places.taps():
+            flat[(row * self.shape[1] + column) * count :][index] = shares[tap]
         return cells
 
     def adjoint(self, grad: Array, scale: float, fmap: Array, out: Array, scratch: Scratch) -> None:
@@ -273,7 +185,7 @@ class Windows:
         Parameters
         ----------
         grad, scale
-            As for `shares`.
+            As for `Places.shares`.
         fmap : array (h, w, C)
             The level.
         out : array (C, n)
@@ -281,8 +193,7 @@ class Windows:
         scratch : Scratch
             Memory for what lies between.
         """
-        everyone = slice(None)
-        cells = self.cells(self.shares(grad, scale, everyone, scratch), everyone, scratch)
+        cells = self.cells(grad, scale, slice(None), scratch)
         for start, stop, top, left in self.bins:
             window = self.window(fmap, top, left, scratch)
             if window.last:
@@ -293,8 +204,8 @@ class Windows:
         if is_finite(out):
             return
         out.fill(0)
-        shares = self.shares(grad, scale, everyone, scratch, careful=True)
-        for tap, at, y, x in self._terms(everyone):
+        shares = self.places.shares(grad, scale, self.order, scratch, careful=True)
+        for tap, at, y, x in self.places.terms(self.order):
             out[:, at] += (shares[tap][at, None] * fmap[y, x]).T
 
     def add_adjoint(
@@ -313,7 +224,7 @@ class Windows:
         Parameters
         ----------
         grad, scale, careful
-            As for `shares`.
+            As for `Places.shares`.
         columns : array (C, m)
             The vectors in fmap1 of the positions of these windows, in the order of `order`.
         bins : list
@@ -327,12 +238,13 @@ class Windows:
         """
         begin = bins[0][0]
         part = slice(begin, bins[-1][1])
-        shares = self.shares(grad, scale, part, scratch, careful)
         if careful:
-            for tap, at, y, x in self._terms(part):
+            order = self.order[part]
+            shares = self.places.shares(grad, scale, order, scratch, careful)
+            for tap, at, y, x in self.places.terms(order):
                 np.add.at(sums, (y - low, x), (shares[tap][at] * columns[:, at]).T)
             return
-        cells = self.cells(shares, part, scratch)
+        cells = self.cells(grad, scale, part, scratch)
         for start, stop, top, left in bins:
             window = self.window(sums, top - low, left, scratch, empty=True)
             if window.last:
@@ -343,20 +255,6 @@ class Windows:
                 rows, across = window.place
                 target = sums[rows, across]
                 target += window.cells.reshape(len(target), -1, len(columns))[:, window.inside]
-
-    def _terms(self, part: slice) -> Iterator[tuple[Pair, Array, Array, Array]]:
-        """List tap by tap which positions of a part read an existing cell with some weight.
-
-        Yields the tap, the positions' numbers in that part, and their cells' rows and columns.
-        """
-        order = self.order[part]
-        exist = self._exist(part)
-        used_y = _used(self.rows, self.weight_y[order])
-        used_x = _used(self.columns, self.weight_x[order])
-        for j, row in enumerate(self.rows.offsets):
-            for i, column in enumerate(self.columns.offsets):
-                at = np.flatnonzero(exist[j, i] & used_y[j] & used_x[i])
-                yield (j, i), at, self.y[order[at]] + row, self.x[order[at]] + column
 
     def _multiply(self, left: Array, right: Array, out: Array) -> None:
         """Multiply two matrices, some rows at a time, so that BLAS uses one thread."""
@@ -381,81 +279,3 @@ class Windows:
             )
             if whole < rows:
                 np.matmul(left[whole:], right, out=out[whole:])
-
-    def _exist(self, part: slice) -> Array:
-        """Tell which taps exist, (rows, columns, m); all positions as given, a part sorted."""
-        order = slice(None) if part == slice(None) else self.order[part]
-        inside = []
-        for first, taps, size in zip(
-            (self.y[order], self.x[order]), (self.rows, self.columns), self.size, strict=True
-        ):
-            cells = first + np.array(taps.offsets)[:, None]
-            inside.append((cells >= 0) & (cells < size))
-        exist: Array = inside[0][:, None] & inside[1]
-        return exist
-
-
-def is_finite(values: Array) -> bool:
-    """Tell whether all values are finite, and not huge."""
-    flat = values.reshape(-1)
-    return bool(np.isfinite(np.dot(flat, flat)))
-
-
-def _cells(coords: Array, divisor: int, reach: int, size: int) -> tuple[Array, Array]:
-    """Return the first cell that each position reads along an axis, and its high taps' weight.
-
-    Far outside all taps are outside, wherever it is; and so is what has no place at all.
-    """
-    level = np.clip(coords / coords.dtype.type(divisor), -reach - 2, size + reach + 1)
-    floor = np.floor(level)
-    weight = level - floor
-    floor[np.isnan(floor)] = -reach - 2
-    return floor.astype(np.int64) - reach, weight
-
-
-def _used(taps: Taps, weight: Array) -> Array:
-    """Tell which taps have any weight, (taps, n)."""
-    used = np.zeros((len(taps.offsets), weight.size), bool)
-    used[taps.low] |= weight != 1
-    used[taps.high] |= weight != 0
-    return used
-
-
-def _mix(taps: Taps, weight: Array, scale: float, values: Array, out: Array, careful: bool) -> None:
-    """Interpolate along the first axis: (taps, ..., n) to (displacements, ..., n).
-
-    Values are lost. By a weighted sum of both: the round-off of a difference times a weight is not
-    bounded by the weight.
-    """
-    low, high = _weights(weight, scale)
-    np.multiply(values[taps.low], low, out=out)
-    if careful:
-        out[..., weight == 1] = 0
-    if len(taps.offsets) > 1:
-        values = values[taps.high]
-        values *= high
-        if careful:
-            values[..., weight == 0] = 0
-        out += values
-
-
-def _spread(
-    taps: Taps, weight: Array, scale: float, grad: Array, out: Array, careful: bool
-) -> None:
-    """Adjoint of `_mix`: (displacements, ..., n) to (taps, ..., n)."""
-    low, high = _weights(weight, scale)
-    out.fill(0)
-    np.multiply(grad, low, out=out[taps.low])
-    if careful:
-        out[..., weight == 1] = 0
-    if len(taps.offsets) > 1:
-        part = grad * high
-        if careful:
-            part[..., weight == 0] = 0
-        out[taps.high] += part
-
-
-def _weights(weight: Array, scale: float) -> tuple[Array, Array]:
-    """Return the weights of the low and the high taps, times a scale."""
-    one, scale = weight.dtype.type(1), weight.dtype.type(scale)
-    return (one - weight) * scale, weight * scale

@@ -1,7 +1,6 @@
 """The flow-guided lookup as torch's dispatcher knows it: schemas, values, shapes, derivatives.
 
-In the gradient of the cost, fmap1 and the levels the cost is one trilinear form, so the derivatives
-of its gradients are these operators again. Coordinates have first derivatives only.
+Samples of an explicit volume are here too. The derivatives are in `lookup_derivatives`.
 
 The operators are defined when this module is imported; ``import cupycorr.torch`` does that.
 """
@@ -9,7 +8,7 @@ The operators are defined when this module is imported; ``import cupycorr.torch`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -18,17 +17,29 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from cupycorr.cpu import lookup as cpu
-from cupycorr.lookup import Lookup, check, check_map, check_range
-from cupycorr.torch import memory, operators
+from cupycorr.cpu import volume as cpu_volume
+from cupycorr.lookup import (
+    Lookup,
+    check,
+    check_map,
+    check_range,
+    check_samples,
+    check_volume,
+)
+from cupycorr.torch import lookup_derivatives, memory, operators
 
 _FIELDS = "int[2] radius, int[2] dilation_patch, int[2] pool, float scale, bool x_first"
 _ARRAYS = "Tensor fmap1, Tensor[] levels, Tensor coords, Tensor? index1, Tensor? index2"
+_PATCH = "int[2] radius, int[2] dilation_patch, int[2] pool, bool x_first"
+_SAMPLED = f"Tensor[] levels, Tensor coords, {_PATCH}"
 _SCHEMAS = {
     "pyramid": "(Tensor fmap2, int levels, int[2] pool) -> Tensor[]",
     "pyramid_grads": "(Tensor[] grads, int[2] pool) -> Tensor",
     "lookup": f"({_ARRAYS}, {_FIELDS}) -> Tensor",
     "lookup_grads": f"(Tensor grad_cost, {_ARRAYS}, {_FIELDS}, bool[] needs) "
     "-> (Tensor, Tensor[], Tensor)",
+    "volume_lookup": f"({_SAMPLED}) -> Tensor",
+    "volume_lookup_grads": f"(Tensor grad_cost, {_SAMPLED}, bool[] needs) -> (Tensor[], Tensor)",
 }
 Fields = tuple[Sequence[int], Sequence[int], Sequence[int], float, bool]
 Ops = torch.ops.cupycorr
@@ -104,18 +115,52 @@ def _grads(
     *shared, needs = fields
     lookup = _parsed(len(levels), shared)
     _check(fmap1, levels, coords, index1, index2, lookup)
-    shape = lookup.cost_shape(fmap1.shape, coords.shape)
-    if grad_cost.shape != shape or grad_cost.dtype is not fmap1.dtype:
-        raise ValueError(
-            f"grad_cost must have the cost's shape {tuple(shape)} and dtype {fmap1.dtype}, got "
-            f"{tuple(grad_cost.shape)} and {grad_cost.dtype}"
-        )
+    _check_grad(grad_cost, _fake_cost(fmap1, levels, coords, index1, index2, *shared))
     results = _fake_grads(grad_cost, fmap1, levels, coords, index1, index2, *fields)
     names = ("grad_fmap1", "grad_levels", "grad_coords")
     wanted = {name: grad for name, grad, need in zip(names, results, needs, strict=True) if need}
     inputs = _inputs(fmap1, levels, coords, index1, index2)
     _compute("grads", inputs | {"grad_cost": grad_cost} | wanted, shared)
     return results
+
+
+def _samples(levels: Sequence[Tensor], coords: Tensor, *fields: Any) -> Tensor:
+    _check_samples(levels, coords, fields)
+    cost = _fake_samples(levels, coords, *fields)
+    tensors = {"levels": list(levels), "coords": coords, "cost": cost}
+    _compute_samples("cost", tensors, fields)
+    return cost
+
+
+def _samples_grads(
+    grad_cost: Tensor, levels: Sequence[Tensor], coords: Tensor, *fields: Any
+) -> tuple[list[Tensor], Tensor]:
+    *patch, needs = fields
+    _check_samples(levels, coords, patch)
+    _check_grad(grad_cost, _fake_samples(levels, coords, *patch))
+    results = _fake_samples_grads(grad_cost, levels, coords, *fields)
+    tensors: dict[str, Any] = {"levels": list(levels), "coords": coords, "grad_cost": grad_cost}
+    names = ("grad_levels", "grad_coords")
+    tensors |= {name: grad for name, grad, need in zip(names, results, needs, strict=True) if need}
+    _compute_samples("grads", tensors, patch)
+    return results
+
+
+def _check_samples(levels: Sequence[Tensor], coords: Tensor, patch: Sequence[Any]) -> None:
+    tensors = {"coords": coords, **{f"volume[{k}]": level for k, level in enumerate(levels)}}
+    check_samples(*_described(tensors), _parsed(len(levels), (*patch[:3], 1.0, patch[3])))
+    _check_devices(tensors)
+
+
+def _compute_samples(what: str, tensors: dict[str, Any], patch: Sequence[Any]) -> None:
+    """Compute samples of dense tensors, or their gradients, on their own memory."""
+    lookup = _parsed(len(tensors["levels"]), (*patch[:3], 1.0, patch[3]))
+    if 0 in tensors["coords"].shape:
+        return
+    if tensors["coords"].is_cuda:
+        memory.lend_lookup(what, tensors, lookup, volume=True)
+    else:
+        cpu_volume.run(what, _views(tensors, lookup), lookup, threads=torch.get_num_threads())
 
 
 def _inputs(
@@ -144,6 +189,11 @@ def _compute(what: str, tensors: dict[str, Any], fields: Sequence[Any]) -> None:
         index = tensors[name]
         if index is not None and index.numel():
             check_range(name, int(index.min()), int(index.max()), len(maps))
+    cpu.run(what, _views(tensors, lookup), lookup, scale, threads=torch.get_num_threads())
+
+
+def _views(tensors: dict[str, Any], lookup: Lookup) -> dict[str, Any]:
+    """Return tensors' memory as arrays, displacements in the order (y, x)."""
     views: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, list):
@@ -152,7 +202,7 @@ def _compute(what: str, tensors: dict[str, Any], fields: Sequence[Any]) -> None:
             view = memory.numpy_view(tensor)
             is_volume = name in ("cost", "grad_cost")
             views[name] = view.swapaxes(2, 3) if is_volume and lookup.x_first else view
-    cpu.run(what, views, lookup, scale, threads=torch.get_num_threads())
+    return views
 
 
 def _check(
@@ -170,14 +220,34 @@ def _check(
     given = {"fmap1": fmap1, "coords": coords, "index1": index1, "index2": index2}
     given |= {f"fmap2[{number}]": level for number, level in enumerate(levels)}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    check(
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
-        lookup,
-    )
+    check(*_described(tensors), lookup)
+    _check_devices(tensors)
+
+
+def _described(
+    tensors: dict[str, Tensor],
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Return the shapes and the dtypes of tensors, by name."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return shapes, {name: _dtype_name(tensor) for name, tensor in tensors.items()}
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _check_devices(tensors: dict[str, Tensor]) -> None:
     if len({tensor.device for tensor in tensors.values()}) > 1:
         devices = ", ".join(f"{name} {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"all tensors must be on one device, got {devices}")
+
+
+def _check_grad(grad_cost: Tensor, cost: Tensor) -> None:
+    if grad_cost.shape != cost.shape or grad_cost.dtype is not cost.dtype:
+        raise ValueError(
+            f"grad_cost must have the cost's shape {tuple(cost.shape)} and dtype {cost.dtype}, got "
+            f"{tuple(grad_cost.shape)} and {grad_cost.dtype}"
+        )
 
 
 # Shapes. Sizes may be symbols.
@@ -231,77 +301,21 @@ def _fake_grads(
     )
 
 
-# Derivatives.
+def _fake_samples(levels: Sequence[Tensor], coords: Tensor, *fields: Any) -> Tensor:
+    radius, _, _, x_first = fields
+    patch = [2 * reach + 1 for reach in radius]
+    shape = *(patch[::-1] if x_first else patch), *coords.shape[2:]
+    return levels[0].new_empty(coords.shape[0], len(levels), *shape)
 
 
-def _keep_pyramid(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.pool = inputs[2]
-
-
-def _pyramid_backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
-    return Ops.pyramid_grads(list(grads), ctx.pool), None, None
-
-
-def _keep_pyramid_grads(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.levels, ctx.pool = len(inputs[0]), inputs[1]
-
-
-def _pyramid_grads_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return Ops.pyramid(grad, ctx.levels, ctx.pool), None
-
-
-def _keep_cost(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    fmap1, levels, coords, index1, index2, *ctx.fields = inputs
-    ctx.save_for_backward(fmap1, coords, index1, index2, *levels)
-
-
-def _cost_backward(ctx: Any, grad_cost: Tensor) -> tuple[Any, ...]:
-    fmap1, coords, index1, index2, *levels = ctx.saved_tensors
-    need1, need2, need_coords, *_ = ctx.needs_input_grad
-    needs = [need1, any(need2) if isinstance(need2, (tuple, list)) else need2, need_coords]
-    grads = Ops.lookup_grads(grad_cost, fmap1, levels, coords, index1, index2, *ctx.fields, needs)
-    grad1, grad2, grad_coords = grads
+def _fake_samples_grads(
+    grad_cost: Tensor, levels: Sequence[Tensor], coords: Tensor, *fields: Any
+) -> tuple[list[Tensor], Tensor]:
+    need_levels, need_coords = fields[-1]
     return (
-        grad1 if needs[0] else None,
-        list(grad2) if needs[1] else [None] * len(levels),
-        grad_coords if needs[2] else None,
-        *[None] * 7,
+        [level.new_empty(level.shape if need_levels else (0,)) for level in levels],
+        coords.new_empty(coords.shape if need_coords else (0,)),
     )
-
-
-def _keep_grads(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    grad_cost, fmap1, levels, coords, index1, index2, *ctx.fields, ctx.needs = inputs
-    ctx.save_for_backward(grad_cost, fmap1, coords, index1, index2, *levels)
-
-
-def _grads_backward(
-    ctx: Any, change1: Tensor | None, change2: Sequence[Tensor | None], change_coords: Any
-) -> tuple[Any, ...]:
-    """Return how the gradients change: they are derivatives of one trilinear form."""
-    grad_cost, fmap1, coords, index1, index2, *levels = ctx.saved_tensors
-    if ctx.needs[2] or ctx.needs_input_grad[3]:
-        raise RuntimeError(
-            "coords must be detached for second derivatives of a lookup, got coords that require "
-            "gradients; costs have first derivatives by coords only"
-        )
-    indices = index1, index2, *ctx.fields
-    by_cost: Any = None
-    by_fmap1: Any = None
-    by_levels: Any = [None] * len(levels)
-    if ctx.needs[1]:
-        changes = [
-            torch.zeros_like(level) if change is None else change
-            for level, change in zip(levels, change2, strict=True)
-        ]
-        by_cost = Ops.lookup(fmap1, changes, coords, *indices)
-        needs = [True, False, False]
-        by_fmap1 = Ops.lookup_grads(grad_cost, fmap1, changes, coords, *indices, needs)[0]
-    if ctx.needs[0] and change1 is not None:
-        cost = Ops.lookup(change1, levels, coords, *indices)
-        by_cost = cost if by_cost is None else by_cost + cost
-        needs = [False, True, False]
-        by_levels = list(Ops.lookup_grads(grad_cost, change1, levels, coords, *indices, needs)[1])
-    return by_cost, by_fmap1, by_levels, *[None] * 9
 
 
 # Batches of vmap are folded into those of the maps.
@@ -360,6 +374,41 @@ def _vmap_grads(info: Any, in_dims: Any, grad_cost: Tensor, *arguments: Any) -> 
     return results, (0, [0] * len(grad2), 0)
 
 
+def _vmap_samples(info: Any, in_dims: Any, levels: Sequence[Tensor], *arguments: Any) -> Any:
+    coords = _batched(arguments[0], in_dims[1], info.batch_size).flatten(0, 1)
+    maps = _joint(levels, in_dims[0], info.batch_size)
+    cost = Ops.volume_lookup(maps, coords, *arguments[1:])
+    return cost.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _vmap_samples_grads(
+    info: Any, in_dims: Any, grad_cost: Tensor, levels: Sequence[Tensor], *arguments: Any
+) -> Any:
+    count = info.batch_size
+    grad_cost = _batched(grad_cost, in_dims[0], count).flatten(0, 1)
+    coords = _batched(arguments[0], in_dims[2], count).flatten(0, 1)
+    maps = _joint(levels, in_dims[1], count)
+    grads, grad_coords = Ops.volume_lookup_grads(grad_cost, maps, coords, *arguments[1:])
+    results = (
+        [grad.reshape(count, *_apart(grad, count)) for grad in grads],
+        grad_coords.reshape(count, *_apart(grad_coords, count)),
+    )
+    return results, ([0] * len(grads), 0)
+
+
+def _joint(tensors: Sequence[Tensor], in_dims: Any, count: int) -> list[Tensor]:
+    """Return tensors with the batch folded into the samples."""
+    return [
+        _batched(tensor, dim, count).flatten(0, 1)
+        for tensor, dim in zip(tensors, in_dims, strict=True)
+    ]
+
+
+def _apart(tensor: Tensor, count: int) -> tuple[int, ...]:
+    """Return the shape of an entry of a batch; a result that is not needed has no elements."""
+    return (tensor.shape[0] // count, *tensor.shape[1:])
+
+
 def _batched(tensor: Tensor, dim: int | None, count: int) -> Tensor:
     """Return a tensor with the batch first, repeated if it has none."""
     return tensor.expand(count, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -386,25 +435,20 @@ def _register(library: torch.library.Library) -> None:
         "pyramid_grads": (_pyramid_grads, _fake_pyramid_grads, _vmap_pyramid_grads),
         "lookup": (_cost, _fake_cost, _vmap_cost),
         "lookup_grads": (_grads, _fake_grads, _vmap_grads),
-    }
-    derivatives: dict[str, tuple[Any, Any]] = {
-        "pyramid": (_keep_pyramid, _pyramid_backward),
-        "pyramid_grads": (_keep_pyramid_grads, _pyramid_grads_backward),
-        "lookup": (_keep_cost, _cost_backward),
-        "lookup_grads": (_keep_grads, _grads_backward),
+        "volume_lookup": (_samples, _fake_samples, _vmap_samples),
+        "volume_lookup_grads": (_samples_grads, _fake_samples_grads, _vmap_samples_grads),
     }
     for name, (kernel, fake, batched) in values.items():
         library.define(  # type: ignore[no-untyped-call]
             name + _SCHEMAS[name],
             tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
         )
-        for key in ("CPU", "CUDA"):
-            library.impl(name, kernel, key)  # type: ignore[no-untyped-call]
+        differentiable = partial(lookup_derivatives.derive, name)
+        for key, function in (("CPU", kernel), ("CUDA", kernel), ("Autograd", differentiable)):
+            library.impl(name, function, key)  # type: ignore[no-untyped-call]
         qualified = f"cupycorr::{name}"
         torch.library.register_fake(qualified, fake, lib=library)
         torch.library.register_vmap(qualified, batched, lib=library)
-        keep, backward = derivatives[name]
-        torch.library.register_autograd(qualified, backward, setup_context=keep, lib=library)
     register_flop_formula(Ops.lookup)(_flops)
     register_flop_formula(Ops.lookup_grads)(_flops_of_grads)
 
@@ -446,3 +490,28 @@ def correlation_lookup(
     elif scale is None:
         scale = fmap1.shape[1] ** -0.5
     return Ops.lookup(fmap1, list(levels), coords, index1, index2, *fields_of(lookup, scale))
+
+
+def volume_pyramid(volume: Any, lookup: Lookup) -> tuple[Any, ...]:
+    """Return the levels of a tensor; see `cupycorr.volume_pyramid`."""
+    if isinstance(volume, Tensor):
+        check_volume(tuple(volume.shape), _dtype_name(volume))
+        lookup.level_sizes(*volume.shape[-2:])
+    levels = [volume]
+    for _ in range(1, lookup.levels):
+        maps = levels[-1].flatten(0, -3).unsqueeze(1)
+        pooled = torch.nn.functional.avg_pool2d(maps, lookup.pool)
+        levels.append(pooled.reshape(*volume.shape[:-2], *pooled.shape[-2:]))
+    return tuple(levels)
+
+
+def volume_lookup(volume: Any, coords: Any, lookup: Lookup) -> Any:
+    """Return samples of tensors; see `cupycorr.volume_lookup`."""
+    is_map = not isinstance(volume, (tuple, list))
+    levels = list(volume_pyramid(volume, lookup) if is_map else volume)
+    if isinstance(coords, Tensor):
+        tensors = {"coords": coords, **{f"volume[{k}]": level for k, level in enumerate(levels)}}
+        check_samples(*_described(tensors), lookup)
+        operators.check(levels[0], levels[0])
+    fields = lookup.radius, lookup.dilation_patch, lookup.pool, lookup.x_first
+    return Ops.volume_lookup(levels, coords, *fields)

@@ -185,7 +185,13 @@ def numpy_view(tensor: Tensor) -> Any:
     return tensor.numpy()
 
 
-def lend_lookup(what: str, tensors: Mapping[str, Any], lookup: Lookup, scale: float = 1.0) -> None:
+def lend_lookup(
+    what: str,
+    tensors: Mapping[str, Any],
+    lookup: Lookup,
+    scale: float = 1.0,
+    volume: bool = False,
+) -> None:
     """Lend tensors' memory to the CUDA engine of the lookup, which computes results into it.
 
     Parameters
@@ -197,6 +203,8 @@ def lend_lookup(what: str, tensors: Mapping[str, Any], lookup: Lookup, scale: fl
         else "fmap2" and "levels", or "grad_levels" and "grad_fmap2".
     lookup, scale
         As for `cuda.lookup.run`.
+    volume : bool, default False
+        Whether the tensors are those of `cuda.volume_lookup.run`.
 
     Raises
     ------
@@ -205,6 +213,7 @@ def lend_lookup(what: str, tensors: Mapping[str, Any], lookup: Lookup, scale: fl
     """
     engine = _engine()
     from cupycorr.cuda import lookup as cuda
+    from cupycorr.cuda import volume_lookup as cuda_volume
 
     flat = [
         t for group in tensors.values() for t in (group if isinstance(group, list) else [group])
@@ -229,10 +238,12 @@ def lend_lookup(what: str, tensors: Mapping[str, Any], lookup: Lookup, scale: fl
             for name, group in dense.items()
         }  # fmt: skip
         stream = _stream_at(current_stream(index))
-        cuda.run(
-            what, arrays, lookup, scale,
-            dtype=_DTYPES[like.dtype], allocate=allocate, stream=stream,
-        )  # fmt: skip
+        how: dict[str, Any] = {"allocate": allocate, "stream": stream}
+        how["dtype"] = _DTYPES[like.dtype]
+        if volume:
+            cuda_volume.run(what, arrays, lookup, **how)
+        else:
+            cuda.run(what, arrays, lookup, scale, **how)
 
 
 def _dense(tensor: Tensor) -> Tensor:
