@@ -223,6 +223,9 @@ def correlate(
             "allow_tf32 must be left out for torch tensors, got True; they follow "
             "torch.set_float32_matmul_precision"
         )
+    if library.startswith("torch") and layer.geometry.descends:
+        axes = [axis for axis, step in enumerate(layer.geometry.dilation_patch, 1) if step < 0]
+        return correlate(fmap1, fmap2, layer.ascending, names).flip(axes)
     if library == "torch.fx":
         from cupycorr.torch import operators
 
@@ -277,10 +280,16 @@ def _on_cpu(
     for name, array in arrays.items():
         if type(array) is not np.ndarray or array.dtype not in _STORED:
             arrays[name] = storage(array)
+    if layer.geometry.descends:
+        for name in VOLUMES & {*arrays}:
+            arrays[name] = arrays[name][layer.geometry.reversal]
+        layer = layer.ascending
     cpu.run(what, arrays, layer)
     return results
 
 
+VOLUMES = {"cost", "grad_cost"}
+"""The arrays that have displacements."""
 _STORED = {np.dtype(name) for name in DTYPES if name != "bfloat16"}
 """The dtypes that the engine takes as they are."""
 
@@ -301,6 +310,14 @@ def _on_device(
     if fmap1.device.id != cuda.current_device():
         with fmap1.device:
             return _on_device(what, inputs, shapes, layer, allow_tf32)
+    if layer.geometry.descends:
+        reversal, turned = layer.geometry.reversal, dict(inputs)
+        if "grad_cost" in inputs:
+            turned["grad_cost"] = inputs["grad_cost"][reversal]
+        results = _on_device(what, turned, shapes, layer.ascending, allow_tf32)
+        if "cost" in results:
+            results["cost"] = cupy.ascontiguousarray(results["cost"][reversal])
+        return results
     maps = [array for name, array in inputs.items() if name in cuda.MAPS]
     channels_last = not fmap1.flags.c_contiguous and all(
         array.transpose(0, 2, 3, 1).flags.c_contiguous for array in maps

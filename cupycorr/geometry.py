@@ -104,17 +104,17 @@ class Geometry:
     dilation : int or (int, int), pixels, default 1
         Spacing of the taps.
     dilation_patch : int or (int, int), pixels, default 1
-        Spacing of the displacements.
+        Spacing of the displacements; below 0 they run downwards.
     first_displacement : int or (int, int), pixels, optional
-        The smallest displacement; by default ``-((patch_size - 1) // 2) * dilation_patch``.
+        The first displacement; by default ``-((patch_size - 1) // 2) * dilation_patch``.
 
     Raises
     ------
     TypeError
         If a parameter is not an int or a pair of ints.
     ValueError
-        If a parameter other than padding and first_displacement is below 1, or one is above
-        2**31 - 1.
+        If a parameter is above 2**31 - 1, dilation_patch is 0, or one other than dilation_patch,
+        padding and first_displacement is below 1.
 
     Notes
     -----
@@ -150,7 +150,11 @@ class Geometry:
         first_displacement: IntOrPair | None = None,
     ) -> None:
         patch = pair("patch_size", patch_size, least=1)
-        spacing = pair("dilation_patch", dilation_patch, least=1)
+        spacing = pair("dilation_patch", dilation_patch)
+        if 0 in spacing:
+            raise ValueError(
+                f"dilation_patch must be at least 1 or at most -1, got {dilation_patch!r}"
+            )
         pairs = (
             pair("kernel_size", kernel_size, least=1),
             patch,
@@ -297,6 +301,27 @@ class Geometry:
                 self.first_displacement, self.patch_size, self.dilation_patch, strict=True
             )
         )
+
+    @property
+    def descends(self) -> bool:
+        """Whether the displacements of some axis run downwards."""
+        y, x = self.dilation_patch
+        return y < 0 or x < 0
+
+    @property
+    def reversal(self) -> tuple[slice, ...]:
+        """The index that brings a cost volume from `ascending`'s order to this one, and back."""
+        y, x = (slice(None, None, -1 if step < 0 else None) for step in self.dilation_patch)
+        return slice(None), y, x
+
+    @property
+    def ascending(self) -> Geometry:
+        """The geometry with the same displacements in ascending order; engines take no other."""
+        fields = {name: getattr(self, name) for name in Axis._fields}
+        runs = [sorted((run[0], run[-1])) for run in self.displacements]
+        fields["first_displacement"] = tuple(run[0] for run in runs)
+        fields["dilation_patch"] = tuple(map(abs, self.dilation_patch))
+        return Geometry(**fields)
 
     @property
     def taps_extent(self) -> Pair:

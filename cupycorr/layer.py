@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -57,6 +57,11 @@ class Layer:
     def l1(self) -> bool:
         """Whether absolute differences are summed."""
         return self.similarity == "l1"
+
+    @cached_property
+    def ascending(self) -> Layer:
+        """The layer with `Geometry.ascending`."""
+        return replace(self, geometry=self.geometry.ascending)
 
     def divisor(self, channels: int) -> int:
         """Return what sums over so many channels are divided by."""

@@ -98,8 +98,8 @@ def plain_cost(fmap1: Any, fmap2: Any, layer: Layer) -> Any:
 
     cost = cupy.empty(layer.geometry.cost_shape(fmap1.shape), fmap1.dtype)
     arrays = {"fmap1": fmap1, "fmap2": fmap2, "cost": cost}
-    engine.run("cost", arrays, layer, plain=True)
-    return cost
+    engine.run("cost", arrays, layer.ascending, plain=True)
+    return cost[layer.geometry.reversal]
 
 
 def plain_grads(grad_cost: Any, fmap1: Any, fmap2: Any, layer: Layer) -> tuple[Any, Any]:
@@ -109,9 +109,10 @@ def plain_grads(grad_cost: Any, fmap1: Any, fmap2: Any, layer: Layer) -> tuple[A
     from cupycorr.cuda import engine
 
     grad1, grad2 = cupy.empty_like(fmap1), cupy.empty_like(fmap2)
-    arrays = {"fmap1": fmap1, "fmap2": fmap2, "grad_cost": grad_cost}
+    upstream = cupy.ascontiguousarray(grad_cost[layer.geometry.reversal])
+    arrays = {"fmap1": fmap1, "fmap2": fmap2, "grad_cost": upstream}
     arrays |= {"grad_fmap1": grad1, "grad_fmap2": grad2}
-    engine.run("grads", arrays, layer, plain=True)
+    engine.run("grads", arrays, layer.ascending, plain=True)
     return grad1, grad2
 
 
@@ -333,8 +334,11 @@ def _framed(
         first = -geometry.padding[a]
         last = first + (outputs[a] - 1) * geometry.stride[a]
         last += (geometry.kernel_size[a] - 1) * geometry.dilation[a]
-        least = geometry.first_displacement[a]
-        most = least + (geometry.patch_size[a] - 1) * geometry.dilation_patch[a]
+        run = (
+            geometry.first_displacement[a],
+            (geometry.patch_size[a] - 1) * geometry.dilation_patch[a],
+        )
+        least, most = sorted((run[0], sum(run)))
         margins.append(max(0, -first - min(0, least), last + max(0, most) - shape[2 + a] + 1))
     y, x = margins
     framed = [np.pad(array, ((0, 0), (0, 0), (y, y), (x, x))) for array in maps]

@@ -112,6 +112,6 @@ def _divided(fmap: Tensor, groups: int) -> Tensor:
 
 def _volume(one: Tensor, two: Tensor, maxdisp: int, groups: int, normalize: str | bool) -> Tensor:
     count = integer("maxdisp", maxdisp, least=1)
-    geometry = Geometry(patch_size=(1, count), first_displacement=(0, 1 - count))
+    geometry = Geometry(patch_size=(1, count), dilation_patch=(1, -1), first_displacement=0)
     volume: Tensor = correlation(one, two, geometry, normalize=normalize, groups=groups)
-    return volume[:, :, 0].flip(2)
+    return volume[:, :, 0]

@@ -166,7 +166,11 @@ def _autocast_kernel(operator: Operator, fmap1: Tensor, fmap2: Tensor, *fields: 
 
 @lru_cache(maxsize=1024)
 def _layer(similarity: str, normalize: bool, *fields: tuple[int, int]) -> Layer:
-    return Layer(Geometry(*fields), similarity, normalize)
+    layer = Layer(Geometry(*fields), similarity, normalize)
+    if layer.geometry.descends:
+        spacing = layer.geometry.dilation_patch
+        raise ValueError(f"dilation_patch of an operator must be at least 1, got {spacing}")
+    return layer
 
 
 def _parse(operator: Operator, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Layer]:

@@ -23,7 +23,7 @@ PARAMETERS = (
     "dilation_patch",
     "first_displacement",
 )
-AT_LEAST_ONE = ("kernel_size", "patch_size", "stride", "dilation", "dilation_patch")
+AT_LEAST_ONE = ("kernel_size", "patch_size", "stride", "dilation")
 
 
 # Sizes.
@@ -143,6 +143,22 @@ def test_parameter_below_one_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name) as error:
         Geometry(**{name: value})
     assert str(error.value) == f"{name} must be at least 1, got {value!r}"
+
+
+@pytest.mark.parametrize("value", [0, (0, -1), [1, 0], np.int32(0)], ids=repr)
+def test_displacements_must_differ(value):
+    with pytest.raises(
+        ValueError, match="dilation_patch must be at least 1 or at most -1"
+    ) as error:
+        Geometry(dilation_patch=value)
+    assert str(error.value).endswith(f"got {value!r}")
+
+
+def test_displacements_may_run_downwards():
+    geometry = Geometry(patch_size=(3, 4), dilation_patch=(2, -3), first_displacement=(1, 2))
+    assert geometry.displacements == (range(1, 7, 2), range(2, -10, -3))
+    assert geometry.ascending.displacements == (range(1, 7, 2), range(-7, 5, 3))
+    assert Geometry(patch_size=5, dilation_patch=-1).first_displacement == (2, 2)
 
 
 @pytest.mark.parametrize("name", [n for n in PARAMETERS if n != "first_displacement"])

@@ -387,3 +387,22 @@ def differences(shape, geometry, normalize, rng):
         for engine in (verify.definition(), definition.engine())
     )
     return [verify.difference(*both) for both in zip(got, want, strict=True)]
+
+
+DOWNWARDS = [
+    Geometry(patch_size=(1, 5), dilation_patch=(1, -1), first_displacement=0),
+    Geometry(3, (4, 3), 2, 1, 2, dilation_patch=(-2, 1)),
+    Geometry(patch_size=(2, 3), dilation_patch=(-1, -3), first_displacement=(4, 1)),
+]
+
+
+@pytest.mark.parametrize("similarity", ["product", "l1"])
+@pytest.mark.parametrize("geometry", DOWNWARDS, ids=repr)
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_displacements_that_run_downwards_are_those_of_the_definition(
+    library, geometry, similarity
+):
+    engine = verify.numpy_engine() if library == "numpy" else verify.torch_engine()
+    layer = Layer(geometry, similarity)
+    checks = verify.check(engine, (2, 3, 9, 8), layer, "float64", oracle=verify.definition())
+    assert [check for check in checks if check.error] == []
