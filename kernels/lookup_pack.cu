@@ -12,8 +12,8 @@
 // memory, so that both sides move neighbours. A thread of lookup_pool owns one channel of one cell
 // and adds row by row, in `accumulator`, before it divides.
 //
-// Launch: samples * blocks_c * blocks_p blocks of `threads` threads with 32 * 33 results of dynamic
-// shared memory; of lookup_pool, as many as cover the level.
+// Launch: samples * blocks_c * blocks_p blocks of `threads` threads with 32 * 33 accumulators of
+// dynamic shared memory; of lookup_pool, as many as cover the level.
 
 #include "device.cuh"
 
@@ -36,17 +36,17 @@ struct Sizes {
 extern "C" __global__ void __launch_bounds__(threads) lookup_pack(
     const element* __restrict__ map, result* __restrict__ packed, const Sizes s,
     const accumulator) {
-  DYNAMIC_SHARED(result, square);
+  DYNAMIC_SHARED(accumulator, square);
   const int along = threadIdx.x % side, across = threadIdx.x / side;
   int rest = blockIdx.x;
   const int p0 = pop(rest, s.blocks_p) * side, c0 = pop(rest, s.blocks_c) * side;
   const long long sample = static_cast<long long>(rest) * s.positions;
   for (int k = across; k < side; k += threads / side) {
     const int c = c0 + k, p = p0 + along;
-    result value = {};
+    accumulator value = 0;
     if (c < s.channels && p < s.positions) {
-      value = narrow<result>(widen(map[sample * s.channels + static_cast<long long>(c) *
-                             s.channel_step + static_cast<long long>(p) * s.position_step]));
+      value = widen(map[sample * s.channels + static_cast<long long>(c) * s.channel_step +
+                        static_cast<long long>(p) * s.position_step]);
     }
     square[k * pitch + along] = value;
   }
@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(threads) lookup_pack(
   for (int k = across; k < side; k += threads / side) {
     const int c = c0 + along, p = p0 + k;
     if (c >= s.padded || p >= s.positions) continue;
-    packed[(sample + p) * s.padded + c] = square[along * pitch + k];
+    packed[(sample + p) * s.padded + c] = narrow<result>(square[along * pitch + k]);
   }
 }
 

@@ -228,7 +228,7 @@ def _prepared(
     if what == "pyramid":
         plan = plan_pyramid(problem, lookup, dtype, copied=copied)
     else:
-        plan = plan_cost(problem, lookup, dtype, device_of(number), plain=plain)
+        plan = plan_cost(problem, lookup, dtype, device_of(number), aligned=aligned, plain=plain)
     scalar = np.dtype(DTYPES[dtype].accumulator).type
     launches = []
     for one in plan.launches:

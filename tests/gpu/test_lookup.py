@@ -49,18 +49,21 @@ def compare(cp, name, dtype, **how):
     return verify.difference(got, verify.round_to(want, dtype))
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["tiled", "plain"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", CASES)
-def test_every_case_is_exact(cp, name, dtype, plain):
-    assert compare(cp, name, dtype, plain=plain) is None
+def test_the_plain_kernel_computes_every_case_right(cp, name):
+    assert compare(cp, name, "float32", plain=True) is None
+
+
+# Fewer, because a tile takes long to compile.
+@pytest.mark.parametrize("name", ["RAFT", "RAFT, rough", "special", "stereo", "large radius"])
+def test_tiles_are_exact(cp, name):
+    assert compare(cp, name, "float32") is None
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels apart"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["four levels", "special", "RAFT"])
-def test_every_dtype_is_exact(cp, name, dtype, last):
-    assert compare(cp, name, dtype, last=last) is None
+def test_every_dtype_is_exact(cp, dtype, last):
+    assert compare(cp, "RAFT", dtype, last=last) is None
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["tiled", "plain"])

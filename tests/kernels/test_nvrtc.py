@@ -413,6 +413,7 @@ FILES = {
     "tensor_adjoint.cu": "tensor_gradient",
     "lookup_pack.cu": "lookup_pack",
     "lookup_plain.cu": "lookup_plain",
+    "lookup_tiled.cu": "lookup_tiled",
     "transpose.cu": "transpose",
 }
 

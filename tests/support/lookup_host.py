@@ -52,7 +52,7 @@ def cost(
     arrays["cost"] = host._guarded(
         lookup.cost_shape(fmap1.shape, coords.shape), dtype, aligned, mode
     )
-    plan = lookup_plan.plan_cost(problem, lookup, dtype, device, plain=plain)
+    plan = lookup_plan.plan_cost(problem, lookup, dtype, device, aligned=aligned, plain=plain)
     plan = plan if planned is None else planned(plan)
     run_plan(plan, arrays, lookup, scale, **how)
     for name, value in given.items():
