@@ -9,8 +9,8 @@
 // than finer has groups of pool_y x pool_x, not more.
 //
 // Threads. A block of lookup_pack owns 32 channels of 32 positions and turns them around in shared
-// memory, so that both sides move neighbours. A thread of lookup_pool owns one channel of one cell
-// and adds row by row, in `accumulator`, before it divides.
+// memory, so that neighbouring threads read and write neighbours. A thread of lookup_pool owns one
+// channel of one cell and adds row by row, in `accumulator`, before it divides.
 //
 // Launch: samples * blocks_c * blocks_p blocks of `threads` threads with 32 * 33 accumulators of
 // dynamic shared memory; of lookup_pool, as many as cover the level.
@@ -42,13 +42,14 @@ extern "C" __global__ void __launch_bounds__(threads) lookup_pack(
   const int p0 = pop(rest, s.blocks_p) * side, c0 = pop(rest, s.blocks_c) * side;
   const long long sample = static_cast<long long>(rest) * s.positions;
   for (int k = across; k < side; k += threads / side) {
-    const int c = c0 + k, p = p0 + along;
+    const int dc = s.channel_step == 1 ? along : k, dp = s.channel_step == 1 ? k : along;
+    const int c = c0 + dc, p = p0 + dp;
     accumulator value = 0;
     if (c < s.channels && p < s.positions) {
       value = widen(map[sample * s.channels + static_cast<long long>(c) * s.channel_step +
                         static_cast<long long>(p) * s.position_step]);
     }
-    square[k * pitch + along] = value;
+    square[dc * pitch + dp] = value;
   }
   __syncthreads();
   for (int k = across; k < side; k += threads / side) {

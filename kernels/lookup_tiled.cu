@@ -1,19 +1,19 @@
-// The flow-guided lookup: tiles of positions, which share the cells that their windows have in common.
+// The flow-guided lookup: tiles of positions, which share cells that their windows have in common.
 //
 // The sum, the arrays and what is a term: lookup.cuh. Arrays are contiguous, in the order of their
-// indices there. Floats are multiplied by the FMA units; with `tensor` elements have 16 bits and are
-// multiplied by the tensor cores. Sums over channels are taken before the interpolation.
+// indices there. Floats are multiplied by the FMA units; with `tensor` elements have 16 bits and
+// are multiplied by the tensor cores. Channels are summed up before the interpolation.
 //
 // Groups. Some neighbouring positions, 8 or with `tensor` 16, are a group. Its box is the rectangle
-// of cells around their windows, inside of the level. All products of the positions and the cells of
-// the box are computed, as a product of matrices: a step is 8 positions of a half-warp by 16 cells,
-// or 16 positions of a warp by 16 cells.
+// of cells around their windows, inside of the level. All products of the positions and the cells
+// of the box are computed, as a product of matrices: a step is 8 positions of a half-warp by 16
+// cells, or 16 positions of a warp by 16 cells.
 //
-//     2 x 4 positions, radius 1, flow of (0.4, 0.3):       a a a a b b b      box of 5 x 7 cells
-//     windows of 4 x 4 cells, a for the first position     a a a a b b b      for 8 windows of 16,
-//                                                          a a a a b b b      128 cells otherwise
-//                                                          a a a a b b b
-//                                                          b b b b b b b
+//     2 x 4 positions, radius 1:             a a a a . . .     the box has 5 x 7 cells; in the
+//     a window has 4 x 4 cells, `a` is       a a a a . . .     order of its rows they make 3 steps
+//     that of the first position             a a a a . . .
+//                                            a a a a . . .
+//                                            . . . . . . .
 //
 // Where flow is rough a box might have more than `most_cells`. Then the group falls into 2, 4 ...
 // equal parts, single positions at last. Nothing else is special about it:
@@ -26,14 +26,15 @@
 // A pass takes all channels of its entries and writes their outputs. So each sum takes its channels
 // in their order, whatever the neighbours do, and nothing is added in two places.
 //
-// Shared memory. A chunk of a cell's channels is `units` units of 16 bytes. Unit u of a region's cell
-// (y, x) is stored in place u ^ s of the cell, s = (x + skew * y) / (8 / units) mod units. With skew
-// the columns of a box, 8 cells in the order of the box lie in different banks, over ends of rows too.
+// Shared memory. A chunk of a cell's channels is `units` units of 16 bytes. Unit u of a region's
+// cell (y, x) is stored in place u ^ s of the cell, s = (x + skew * y) / (8 / units) mod units.
+// With skew the columns of a box, 8 cells in the order of the box lie in different banks, over ends
+// of rows too.
 //
-// Launch: samples * tiles_y * tiles_x * bands * levels blocks of `threads` threads with `shared_bytes`
-// of dynamic shared memory; levels come first, because they share fmap1. With `asynchronous`, the
-// compute capability is at least 8.0. Maps begin at multiples of 16 bytes, which their channels fill,
-// and a map of a level has fewer than 2^31 units.
+// Launch: samples * tiles_y * tiles_x * bands * levels blocks of `threads` threads with
+// `shared_bytes` of dynamic shared memory; levels come first, because they share fmap1. With
+// `asynchronous`, the compute capability is at least 8.0. Maps begin at multiples of 16 bytes,
+// which their channels fill, and each has fewer than 2^31 units.
 
 #include "device.cuh"
 
@@ -77,8 +78,8 @@ constexpr int cells_at_once = threads / units;  // that the block copies
 constexpr int cell_copies = ceil_div(capacity, cells_at_once);
 constexpr int first_own = cell_copies * cells_at_once;
 constexpr int copies = cell_copies + positions / cells_at_once;
-// Sums leave through shared memory, of so many positions of every slot at a time. Words from position
-// to position: odd, or for fragments, whose rows are written at once, 8 more than a multiple of 32.
+// Sums leave through shared memory, of so many positions of every slot at a time. Words from
+// position to position: odd, or for fragments, whose rows are written at once, 8 modulo 32.
 constexpr int at_once = tensor || group_x == 8 ? 8 : 4;
 constexpr int pitch = tensor ? round_up(most_cells, 32) + 8 : most_cells + 1;
 constexpr int staged_bytes =
@@ -242,8 +243,8 @@ __device__ __forceinline__ void plan_copies(Plan& plan, const Sizes& s, int from
   }
 }
 
-// Queue a copy of a unit to shared memory if it is `wanted`: of zeros, if nothing `exists`. (A branch
-// in C would cost more: see staging.cuh.)
+// Queue a copy of a unit to shared memory if it is `wanted`: of zeros, if nothing `exists`. (A
+// branch in C would cost more: see staging.cuh.)
 __device__ __forceinline__ void copy_unit(SharedAddress to, const void* from, bool wanted,
                                           bool exists) {
 #if defined(CUPYCORR_HOST)
@@ -318,8 +319,8 @@ __device__ __forceinline__ void multiply_steps(int needed, const char* buffer,
   }
 }
 
-// Write rows [j, end) of outputs, as the band counts them, of a position: its raw values are those of
-// the cells of a box.
+// Write rows [j, end) of outputs, as the band counts them, of a position: its raw values are those
+// of the cells of a box.
 __device__ __forceinline__ void write_outputs(result* __restrict__ cost, const Plan& plan,
                                               const Sizes& s, accumulator scale, int position,
                                               const Box& box, const float* raw, int j, int end) {

@@ -9,7 +9,8 @@ from __future__ import annotations
 from math import prod
 from typing import NamedTuple
 
-from cupycorr.cuda.cost import RESERVED_BYTES, Constants, Device, round_up
+from cupycorr.cuda import lookup_tiles
+from cupycorr.cuda.cost import Constants, Device, round_up
 from cupycorr.cuda.launch import Launch, Plan, Shape, Workspace, pairs, types
 from cupycorr.layer import DTYPES
 from cupycorr.lookup import Lookup
@@ -17,12 +18,7 @@ from cupycorr.lookup import Lookup
 THREADS = 256
 SIDE = 32  # of a square of lookup_pack
 MOST_BLOCKS = 2**31 - 1
-# Of lookup_tiled.cu.
-UNIT_BYTES = 16
-STEP_CELLS = 16
-MOST_STEPS, MOST_TENSOR_STEPS = 11, 12  # as registers allow
-SPARE_STEPS = 2  # for boxes that are larger than those of constant flow
-BUFFERS = 2
+MOST_UNITS = 2**31 - 1  # of a map, with an offset of 32 bits
 
 
 class Problem(NamedTuple):
@@ -85,7 +81,11 @@ def plan_cost(
     RuntimeError
         If the device cannot launch the plan.
     """
-    tile = None if plain else _tile(problem, lookup, dtype, device)
+    tile = None
+    if not plain and _reaches(problem):
+        tile = lookup_tiles.tile(
+            lookup, problem.samples, problem.channels, problem.size, dtype, device
+        )
     if tile is None:
         packs, workspaces, names = _packed(problem, dtype, problem.channels)
         outputs = problem.samples * lookup.levels * prod(lookup.patch_size) * prod(problem.size)
@@ -100,7 +100,7 @@ def plan_cost(
             sizes(problem, problem.channels),
         )
         return _checked(Plan((*packs, launch), workspaces))
-    channels = round_up(problem.channels, UNIT_BYTES // DTYPES[tile.element].itemsize)
+    channels = round_up(problem.channels, lookup_tiles.UNIT_BYTES // DTYPES[tile.element].itemsize)
     packs, workspaces, names = _packed(
         problem, dtype, channels, tile.element,
         every=not aligned or channels != problem.channels or tile.element != dtype,
@@ -112,7 +112,6 @@ def plan_cost(
             *types(tile.element, result=dtype),
             *constants(lookup, problem),
             *tile.constants,
-            ("shared_bytes", tile.shared_bytes),
         ),
         tile.blocks,
         tile.threads,
@@ -176,87 +175,6 @@ def plan_pyramid(problem: Problem, lookup: Lookup, dtype: str, *, copied: bool) 
             )
         )
     return _checked(Plan(tuple(launches), ()))
-
-
-class _Tile(NamedTuple):
-    """The tile of lookup_tiled.cu."""
-
-    element: str
-    """Dtype of the maps that it reads."""
-    constants: Constants
-    blocks: int
-    threads: int
-    shared_bytes: int
-    cycles: float
-
-
-def _tile(problem: Problem, lookup: Lookup, dtype: str, device: Device) -> _Tile | None:
-    """Return the tile, or None where the plain kernel is better or the only one."""
-    if dtype == "float64":
-        return None
-    asynchronous = device.copies_asynchronously
-    tensor = dtype != "float32" and asynchronous
-    element = dtype if tensor else "float32"
-    height, width = problem.size
-    in_row = lookup.radius[0] == 0 or height == 1
-    if in_row:
-        group, most = ((2, 8), (2, 32)) if tensor else ((1, 8), (1, 64))
-    else:
-        group, most = ((4, 4), (4, 16)) if tensor else ((2, 4), (8, 8))
-    tile_y, tile_x = (
-        min(largest, round_up(size, of_group))
-        for largest, size, of_group in zip(most, (height, width), group, strict=True)
-    )
-    if not tensor and tile_y * tile_x % 16:
-        tile_x += group[1]  # a warp has two groups
-    slots = tile_y * tile_x // (group[0] * group[1])
-    threads = slots * (32 if tensor else 16)
-    most_steps = MOST_TENSOR_STEPS if tensor else MOST_STEPS
-    span_x = 2 * lookup.reach[1] + 2
-    bands = 0
-    while True:
-        bands += 1
-        band = -(-lookup.patch_size[0] // bands)
-        span_y = (band - 1) * lookup.dilation_patch[0] + 2
-        box = (group[0] - 1 + span_y) * (group[1] - 1 + span_x)
-        if box <= STEP_CELLS * most_steps or band == 1:
-            break
-    if span_y * span_x > STEP_CELLS * most_steps:
-        return None
-    steps = min(most_steps, -(-box // STEP_CELLS) + SPARE_STEPS)
-    # A row, and a column, to spare.
-    capacity = (tile_y + span_y) * (tile_x + span_x)
-    capacity = max(capacity, STEP_CELLS * steps)
-    units = 2 if not asynchronous else 4
-    positions = tile_y * tile_x
-    at_once = 8 if tensor or group[1] == 8 else 4
-    cells = STEP_CELLS * steps
-    pitch = round_up(cells, 32) + 8 if tensor else cells + 1
-    staged = max(BUFFERS * (capacity + positions) * units * UNIT_BYTES, slots * at_once * pitch * 4)
-    copied = round_up(capacity, threads // units) + positions
-    plan = 8 * copied + 40 * positions + 40 * slots + 48
-    shared_bytes = round_up(staged, UNIT_BYTES) + round_up(plan, UNIT_BYTES)
-    resident = min(3, device.shared_bytes_of_multiprocessor // (shared_bytes + RESERVED_BYTES))
-    if resident < 1:
-        return None
-    blocks = problem.samples * -(-height // tile_y) * -(-width // tile_x)
-    return _Tile(
-        element,
-        (
-            ("tensor", tensor),
-            ("asynchronous", asynchronous),
-            ("band", band),
-            *pairs(group=group, tile=(tile_y, tile_x)),
-            ("steps", steps),
-            ("units", units),
-            ("capacity", capacity),
-            ("resident", resident),
-        ),
-        blocks * -(-lookup.patch_size[0] // band) * lookup.levels,
-        threads,
-        shared_bytes,
-        0.0,
-    )
 
 
 def constants(lookup: Lookup, problem: Problem) -> Constants:
@@ -325,6 +243,12 @@ def _pack(
             *(("blocks_c", blocks_c), ("blocks_p", blocks_p)),
         ),
     )
+
+
+def _reaches(problem: Problem) -> bool:
+    """Whether 32-bit offsets reach all units of 16 bytes of each map, were they of float32."""
+    most = max(prod(cells) for cells in (problem.size, *problem.cells))
+    return most * round_up(problem.channels, 8) // 4 <= MOST_UNITS
 
 
 def _map(problem: Problem, which: int) -> tuple[int, int]:

@@ -1,5 +1,7 @@
 """The CUDA kernels of the flow-guided lookup, run on the processor by hostcuda.h."""
 
+import math
+
 import host
 import lookup_definition
 import lookup_host
@@ -9,11 +11,23 @@ from host import ORDERS, SM_75, SM_80
 from lookup_cases import CASES, arguments
 
 from cupycorr import verify
+from cupycorr.cuda import lookup_tiles
 from cupycorr.lookup import Lookup
 
 pytestmark = pytest.mark.skipif(host.unavailable() is not None, reason=str(host.unavailable()))
 
 SCALE = 0.25
+
+
+@pytest.fixture(autouse=True)
+def _tiles_that_do_not_pay(monkeypatch):
+    """Tile small problems too, for which the plain kernel would be faster."""
+    lookup_tiles.tile.cache_clear()
+    monkeypatch.setattr(lookup_tiles, "_plain_cycles", lambda *_: math.inf)
+    yield
+    lookup_tiles.tile.cache_clear()
+
+
 EVERY_CASE = pytest.mark.parametrize("name", CASES)
 
 
@@ -222,7 +236,8 @@ PLANTED_IN_TILES = {
         "RAFT", "sm_80 float32", "shuffled"),
     "a barrier before the products": (
         "land(c);\n      __syncthreads();", "land(c);", "RAFT", "sm_75 float32", "shuffled"),
-    "no wait for copies": ("\n        wait_for_copies();", "", "RAFT", "sm_80 float32", "ascending"),
+    "no wait for copies": (
+        "\n        wait_for_copies();", "", "RAFT", "sm_80 float32", "ascending"),
     "one buffer": ("c % buffers", "0", "RAFT", "sm_75 float32", "shuffled"),
     "a box one row short": (
         "smaller(y + span_y - (w", "smaller(y + span_y - 1 - (w", "RAFT", "sm_80 float16",
@@ -232,7 +247,7 @@ PLANTED_IN_TILES = {
         "ascending"),
     "no zeros behind the last channel": (
         "const bool exists = (c * units", "const bool exists = true || (c * units",
-        "edges of patches", "sm_80 float32", "ascending"),
+        "integers", "sm_80 float32", "ascending"),
     "regions overlap": (
         "plan.start[r] = stored;", "plan.start[r] = 0;", "RAFT, rough", "sm_80 float16",
         "ascending"),

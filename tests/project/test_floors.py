@@ -37,6 +37,7 @@ ROOMS = {
     "cupycorr.cuda.tensor": Room(2.25),
     "cupycorr.cuda.tensor_adjoint": Room(2.27),
     "cupycorr.cuda.plan": Room(2.3),
+    "cupycorr.cuda.lookup_tiles": Room(2.32),
     "cupycorr.cuda.lookup_plan": Room(2.35),
     "cupycorr.cuda.sources": Room(2.4),
     "cupycorr.cuda.engine": Room(2.5, NUMPY | {"cupy"}),
