@@ -2,8 +2,9 @@
 //
 // With HOST_TRACE the kernel's object is compiled with -fsanitize=thread, which calls a function
 // before every access to memory. These functions replace the sanitizer's own: they find
-// data races in shared memory (two threads use a word between the same two barriers, and one
-// writes it), whatever the order of the threads, and keep a record of accesses to be counted.
+// data races in shared memory (two threads use a word between the same two barriers, of the block
+// or of their warp, and one writes it), whatever the order of the threads, and keep a record of
+// accesses to be counted.
 #include "hostcuda.h"
 
 #include <stdarg.h>
@@ -62,6 +63,7 @@ struct Fiber {
   bool waits_for_warp;       // not for the block
   Shown shown[2];            // in this operation of the warp, and in the one before it
   int operations;            // of the warp, so far
+  int warp_barriers;         // among them
 };
 
 std::vector<Fiber> fibers;
@@ -167,9 +169,10 @@ struct Access {
   int16_t bytes, written;
 };
 
-struct Use {  // of a word of shared memory, since a barrier
-  int round, thread;
+struct Use {  // of a word of shared memory: by its last user's warp since a barrier of that warp
+  int round, thread, warp_barriers;
   bool several, written;
+  bool by_warps, written_before;  // since a barrier of the block: by several warps, by any thread
 };
 
 int round_number;
@@ -179,18 +182,26 @@ std::vector<Use> uses;
 
 void use_word(size_t word, bool writes) {
   Use& use = uses[word];
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x), barriers = current->warp_barriers;
   if (use.round != round_number) {
-    use = {round_number, thread, false, writes};
+    use = {round_number, thread, barriers, false, writes, false, writes};
     return;
   }
+  const bool of_warp = thread / lanes_of_warp == use.thread / lanes_of_warp;
+  const bool together = of_warp && barriers == use.warp_barriers;
   const bool other = thread != use.thread;
-  if ((other && (writes || use.written)) || (use.several && writes)) {
+  if (use.by_warps ? writes : !of_warp ? writes || use.written_before
+                            : together && ((other && (writes || use.written)) ||
+                                           (use.several && writes))) {
     fail("data race: threads %d and %d use word %zu of shared memory between two barriers",
          use.thread, thread, word);
   }
-  use.several |= other;
-  use.written |= writes;
+  use.several = together && (use.several || other);
+  use.written = writes || (together && use.written);
+  use.by_warps |= !of_warp;
+  use.written_before |= writes;
+  use.thread = thread;
+  use.warp_barriers = barriers;
 }
 
 void trace(const void* address, size_t bytes, bool writes) {
@@ -286,7 +297,7 @@ void run_block(const HostLaunch& launch, uint32_t& random) {
     fibers[i].ended = false;
     fibers[i].copies.clear();
     fibers[i].waits_for_warp = false;
-    fibers[i].operations = 0;
+    fibers[i].operations = fibers[i].warp_barriers = 0;
     begin(fibers[i].context, stacks + i * stack_bytes, run_thread);
   }
   for (;;) {
@@ -327,6 +338,19 @@ void host_barrier(const char* file, int line) {
   current->file = file;
   current->line = line;
   suspend(current->context);
+}
+
+void host_warp_barrier() {
+  show("a barrier of a warp", {nullptr, {}, {}});
+  ++current->warp_barriers;
+}
+
+unsigned host_ballot(bool vote) {
+  const int which = current->operations % 2;
+  const Fiber* const lanes = show("a vote", {nullptr, {vote}, {}});
+  unsigned votes = 0;
+  for (int i = 0; i < lanes_of_warp; ++i) votes |= lanes[i].shown[which].one[0] << i;
+  return votes;
 }
 
 void host_copy_async(void* to, const void* from, int bytes, bool exists) {

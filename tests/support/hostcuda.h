@@ -8,9 +8,9 @@
 //   - shared memory that is used before it is written: a block starts with NaN everywhere
 //   - asynchronous copies without a wait: the target is NaN until the wait, which makes the copy
 //   - copies and vectors that are not aligned, and copies from or to elsewhere
-//   - operations on matrices that not all lanes of a warp reach together
+//   - operations of a warp that not all of its lanes reach together
 //
-// Of warps it knows these operations only; of banks, caches, registers and time nothing.
+// Of banks, caches, registers and time it knows nothing.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -24,6 +24,8 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __syncthreads() host_barrier(__FILE__, __LINE__)
+#define __syncwarp() host_warp_barrier()
+#define __ballot_sync(lanes, vote) host_ballot(vote)
 #define DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(host_shared_memory())
 
 struct HostIndex {
@@ -36,6 +38,8 @@ void host_barrier(const char* file, int line);
 void host_copy_async(void* to, const void* from, int bytes, bool exists = true);
 void host_wait_for_copies();
 // Operations of a warp: every lane calls them (fragments as in kernels/matrices.cuh).
+void host_warp_barrier();
+unsigned host_ballot(bool vote);
 void host_load_matrices(unsigned* fragments, int count, const void* row, bool transposed);
 void host_multiply_matrices(float* sums, const unsigned* one, const unsigned* two,
                             float (*added)(float sum, unsigned, unsigned));
@@ -51,6 +55,8 @@ inline unsigned __float_as_uint(float value) {
   __builtin_memcpy(&bits, &value, 4);
   return bits;
 }
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 // ---- launching
 
