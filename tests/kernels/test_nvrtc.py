@@ -414,6 +414,10 @@ FILES = {
     "lookup_pack.cu": "lookup_pack",
     "lookup_plain.cu": "lookup_plain",
     "lookup_tiled.cu": "lookup_tiled",
+    "lookup_grad.cu": "lookup_grad_levels",
+    "lookup_grad_plain.cu": "plain_grad_levels",
+    "lookup_grad_lists.cu": "bound_tiles",
+    "lookup_grad_pool.cu": "pool_adjoint",
     "transpose.cu": "transpose",
 }
 

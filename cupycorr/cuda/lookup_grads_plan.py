@@ -1,0 +1,461 @@
+"""Plan the CUDA launches of a flow-guided lookup's gradients.
+
+Pure arithmetic, as `cuda.plan` is. All gradients are computed with the channels of a position or
+cell side by side; maps that lie otherwise are turned first, and the gradient of fmap1 last.
+"""
+
+from __future__ import annotations
+
+from math import gcd, prod
+from typing import NamedTuple
+
+from cupycorr.cuda import tensor
+from cupycorr.cuda.cost import Constants, Device
+from cupycorr.cuda.launch import Launch, Workspace, pairs, types
+from cupycorr.cuda.lookup_plan import Problem, constants, sizes
+from cupycorr.layer import DTYPES
+from cupycorr.lookup import Lookup
+
+RESULTS = ("grad_fmap1", "grad_levels", "grad_coords")
+THREADS = 256
+LANES = 32
+MOST_WARPS = 6  # of a block of lookup_grad.cu: twelve fit the registers of a multiprocessor
+RESIDENT = 2  # blocks of lookup_grad.cu that a multiprocessor holds
+TARGETS = 8  # of a warp of lookup_grad.cu
+SIDE = 32  # of a square of lookup_grad_pool.cu
+PITCH = 33  # words between the outputs of a window in spread_windows
+MOST_WINDOW = 1024  # cells of a window that are worth storing
+WINDOWS_BYTES = 256 << 20  # of all windows, unless one sample needs more
+MOST_ELEMENTS = 2**31 - 1  # of a map: within reach of a 32-bit offset
+WORD = "float32"  # the dtype of a workspace of 4-byte words, whatever they are
+ITEM = 20  # instructions of a warp per item, beside the multiply-adds; read off compiled kernels
+
+
+class Plan(NamedTuple):
+    """The launches that compute gradients, in order."""
+
+    launches: tuple[Launch, ...]
+    workspaces: tuple[Workspace, ...]
+    structs: tuple[tuple[str, tuple[str, ...]], ...]
+    """The arguments that are structs of addresses, and the arrays they hold, by name."""
+
+
+class _Shape(NamedTuple):
+    """How a block's warps, and a warp's targets, lie side by side, (y, x)."""
+
+    group: tuple[int, int]
+    warps: tuple[int, int]
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Targets of a block."""
+        return self.group[0] * self.warps[0], self.group[1] * self.warps[1]
+
+    @property
+    def threads(self) -> int:
+        return LANES * prod(self.warps)
+
+
+def samples_at_once(problem: Problem, lookup: Lookup, indexed: bool) -> int:
+    """Return how many samples to plan for at a time, so that the workspace stays bounded.
+
+    With indices it is all: samples that read one map add up.
+    """
+    if indexed:
+        return problem.samples
+    of_sample = _windows(problem._replace(samples=1), lookup) * DTYPES["float32"].itemsize
+    return max(1, min(problem.samples, WINDOWS_BYTES // of_sample))
+
+
+def plan_grads(
+    results: tuple[str, ...],
+    problem: Problem,
+    lookup: Lookup,
+    dtype: str,
+    device: Device,
+    *,
+    indexed: tuple[bool, bool] = (False, False),
+    last: bool = True,
+    aligned: bool = True,
+    plain: bool = False,
+) -> Plan:
+    """Plan the gradients of a lookup.
+
+    Parameters
+    ----------
+    results : tuple of "grad_fmap1", "grad_levels" and "grad_coords"
+        The gradients to compute.
+    problem : Problem
+        Shapes; no size is 0.
+    lookup : Lookup
+        What is sampled.
+    dtype : {"float16", "bfloat16", "float32", "float64"}
+        The maps' dtype.
+    device : Device
+        Where the plan will run.
+    indexed : (bool, bool), default (False, False)
+        Whether there are "index1" and "index2".
+    last : bool, default True
+        Whether the channels of "grad_fmap1" lie side by side. Those of "grad_levels" always do.
+    aligned : bool, default True
+        Whether all arrays begin at multiples of 16 bytes.
+    plain : bool, default False
+        Use the plain kernels only.
+
+    Returns
+    -------
+    Plan
+        Its arrays are "grad_cost", "fmap1", "level0", "level1" ..., "coords", "index1", "index2",
+        "grad_fmap1", "grad_level0", "grad_level1" ... and "grad_coords".
+
+    Raises
+    ------
+    RuntimeError
+        If the device cannot launch the plan.
+    """
+    drawn = _Drawing(problem, lookup, dtype, device, aligned)
+    fast = not plain and _windows_apply(problem, lookup, dtype, device)
+    fmap1 = "fmap1"
+    if "grad_levels" in results or "grad_coords" in results:
+        fmap1 = drawn.turn_map("fmap1", 0)
+    levels = tuple(f"level{number}" for number in range(lookup.levels))
+    if "grad_fmap1" in results or "grad_coords" in results:
+        levels = tuple(drawn.turn_map(name, n + 1) for n, name in enumerate(levels))
+    if fast and results != ("grad_coords",):
+        drawn.spread()
+    if "grad_fmap1" in results:
+        readers = drawn.list_readers(1) if indexed[0] else "readers1"
+        written = "grad_fmap1" if last else "grad_fmap1_turned"
+        drawn.grad_fmap1(fast, readers, written)
+        if not last:
+            drawn.turn_back(written, "grad_fmap1")
+    if "grad_levels" in results:
+        readers = drawn.list_readers(2) if indexed[1] else "readers2"
+        drawn.grad_levels(fast, fmap1, readers)
+    if "grad_coords" in results:
+        drawn.grad_coords(fmap1)
+    structs = (
+        ("levels", levels),
+        ("grad_levels", tuple(f"grad_level{number}" for number in range(lookup.levels))),
+    )
+    used = {name for launch in drawn.launches for name in launch.arrays}
+    return _checked(
+        Plan(
+            tuple(drawn.launches),
+            tuple(drawn.workspaces),
+            tuple(struct for struct in structs if struct[0] in used),
+        ),
+        device,
+    )
+
+
+def plan_pyramid_grads(problem: Problem, lookup: Lookup, dtype: str, device: Device) -> Plan:
+    """Plan the gradient of a map from those of its levels.
+
+    Its arrays are "grad_level0", "grad_level1" ... and "grad_fmap2". The positions and the first of
+    ``maps`` of the problem are those of the map.
+    """
+    channels, pixels = problem.channels, prod(problem.cells[0])
+    names = tuple(f"grad_level{number}" for number in range(lookup.levels))
+    launch = Launch(
+        "lookup_grad_pool.cu",
+        "pool_adjoint",
+        (*types(dtype), *constants(lookup, problem), ("threads", THREADS)),
+        problem.maps[1] * -(-channels // SIDE) * -(-pixels // SIDE),
+        THREADS,
+        SIDE * (SIDE + 1) * DTYPES[DTYPES[dtype].accumulator].itemsize,
+        ("grad_levels", "grad_fmap2"),
+        sizes(problem, channels),
+    )
+    return _checked(Plan((launch,), (), (("grad_levels", names),)), device)
+
+
+class _Drawing:
+    """A plan that is being drawn: each method adds the launches and workspaces of one step."""
+
+    def __init__(
+        self, problem: Problem, lookup: Lookup, dtype: str, device: Device, aligned: bool
+    ) -> None:
+        self.problem, self.lookup, self.dtype, self.device = problem, lookup, dtype, device
+        self.aligned = aligned
+        self.launches: list[Launch] = []
+        self.workspaces: list[Workspace] = []
+        self.tile = _tile(problem.size)
+        self.constants: Constants = (*types(dtype), *constants(lookup, problem))
+        self.sizes = sizes(problem, problem.channels)
+
+    def turn_map(self, name: str, which: int) -> str:
+        """Lay the channels of fmap1 (0) or of a level side by side; return the array to read."""
+        problem = self.problem
+        if problem.last[which]:
+            return name
+        maps, size = problem.maps[0], problem.size
+        if which > 0:
+            maps, size = problem.maps[1], problem.cells[which - 1]
+        shape = (maps, problem.channels, *size)
+        turned = f"{name}_turned"
+        self.workspaces.append(Workspace(turned, shape, self.dtype))
+        self.launches.append(
+            tensor.turning(shape, self.dtype, name, turned, aligned=self.aligned, back=False)
+        )
+        return turned
+
+    def turn_back(self, name: str, turned: str) -> None:
+        """Lay the positions of a gradient of fmap1 side by side."""
+        shape = (self.problem.maps[0], self.problem.channels, *self.problem.size)
+        self.workspaces.append(Workspace(name, shape, self.dtype))
+        self.launches.append(
+            tensor.turning(shape, self.dtype, name, turned, aligned=self.aligned, back=True)
+        )
+
+    def list_readers(self, which: int) -> str:
+        """List the samples that read each map of fmap1 (1) or fmap2 (2); return the array."""
+        problem, name = self.problem, f"readers{which}"
+        starts = problem.maps[which - 1] + 1
+        self.workspaces.append(Workspace(name, (starts + problem.samples,), WORD))
+        self._list(
+            "list_readers", which, -(-max(starts, problem.samples) // THREADS), THREADS, 0,
+            (f"index{which}", name),
+        )  # fmt: skip
+        return name
+
+    def bound_tiles(self) -> int:
+        """Find the windows of tiles of positions; return the number of tiles of a sample."""
+        problem, tile = self.problem, prod(self.tile)
+        tiles = _blocks(problem.size, self.tile)
+        shape = (problem.samples, self.lookup.levels, tiles, 4)
+        self.workspaces.append(Workspace("bounds", shape, WORD))
+        self._list("bound_tiles", 2, prod(shape[:3]), tile, 16 * tile, ("coords", "bounds"))
+        return tiles
+
+    def spread(self) -> None:
+        """Spread grad_cost over the cells of the windows."""
+        problem, lookup = self.problem, self.lookup
+        self.workspaces.append(Workspace("windows", (_windows(problem, lookup),), WORD))
+        self._matrices(
+            "spread_windows", _Shape((2, 4), (3, 2)),
+            problem.samples * lookup.levels * -(-prod(problem.size) // LANES),
+            _spread_bytes(lookup), ("grad_cost", "coords", "windows"),
+        )  # fmt: skip
+
+    def grad_fmap1(self, fast: bool, readers: str, written: str) -> None:
+        """Compute the gradient of fmap1."""
+        problem, operands = self.problem, ("levels", "coords", readers, "index2", written)
+        if not fast:
+            elements = problem.maps[0] * prod(problem.size) * problem.channels
+            self._plain("plain_grad_fmap1", elements, ("grad_cost", *operands))
+            return
+        shape = _shape_of_positions(problem.size)
+        self._matrices(
+            "lookup_grad_fmap1", shape,
+            self._slices() * problem.maps[0] * _blocks(problem.size, shape.block),
+            4 * prod(shape.warps) * (LANES + 6) * (TARGETS + 1), ("windows", *operands),
+        )  # fmt: skip
+
+    def grad_levels(self, fast: bool, fmap1: str, readers: str) -> None:
+        """Compute the gradients of all levels."""
+        problem, tiles = self.problem, self.bound_tiles()
+        elements = [problem.maps[1] * prod(size) * problem.channels for size in problem.cells]
+        operands = (fmap1, "coords", "index1", readers, "bounds")
+        if not fast:
+            arrays = ("grad_cost", *operands, "grad_levels")
+            self._plain("plain_grad_levels", sum(elements), arrays)
+            return
+        shape, slices = _shape_of_cells(problem.cells[0]), self._slices()
+        segments = _segments(problem, self.lookup, shape, slices, tiles, self.device)
+        blocks = sum(
+            slices * problem.maps[1] * _blocks(size, shape.block) * count
+            for size, count in zip(problem.cells, segments, strict=True)
+        )
+        warps, tile = prod(shape.warps), prod(self.tile)
+        self._matrices(
+            "lookup_grad_levels", shape, blocks,
+            4 * (warps * (LANES * (TARGETS + 1) + LANES + 1 + tile) + 2 * tile),
+            ("windows", *operands, "parts", "grad_levels"), segments,
+        )  # fmt: skip
+        cut = [(count, size) for count, size in zip(segments, elements, strict=True) if count > 1]
+        if cut:
+            parts = sum(count * size for count, size in cut)
+            self.workspaces.append(Workspace("parts", (parts,), WORD))
+            self._matrices(
+                "add_parts", shape, -(-sum(size for _, size in cut) // shape.threads), 0,
+                ("parts", "grad_levels"), segments,
+            )  # fmt: skip
+
+    def grad_coords(self, fmap1: str) -> None:
+        """Compute the gradient of coords."""
+        problem = self.problem
+        self._plain(
+            "plain_grad_coords", problem.samples * prod(problem.size) * LANES,
+            ("grad_cost", fmap1, "levels", "coords", "index1", "index2", "grad_coords"),
+            2 * THREADS * DTYPES[DTYPES[self.dtype].accumulator].itemsize,
+        )  # fmt: skip
+
+    def _list(
+        self,
+        kernel: str,
+        which: int,
+        blocks: int,
+        threads: int,
+        shared_bytes: int,
+        arrays: tuple[str, ...],
+    ) -> None:
+        """Launch a kernel of lookup_grad_lists.cu."""
+        more = (("which", which), *pairs(tile=self.tile), ("threads", THREADS))
+        self._add(
+            "lookup_grad_lists.cu", kernel, more, blocks, threads, shared_bytes, arrays
+        )  # fmt: skip
+
+    def _plain(
+        self, kernel: str, threads: int, arrays: tuple[str, ...], shared_bytes: int = 0
+    ) -> None:
+        """Launch so many threads of a kernel of lookup_grad_plain.cu."""
+        self._add(
+            "lookup_grad_plain.cu", kernel, (*pairs(tile=self.tile), ("threads", THREADS)),
+            -(-threads // THREADS), THREADS, shared_bytes, arrays,
+        )  # fmt: skip
+
+    def _matrices(
+        self,
+        kernel: str,
+        shape: _Shape,
+        blocks: int,
+        shared_bytes: int,
+        arrays: tuple[str, ...],
+        segments: tuple[int, ...] = (),
+    ) -> None:
+        """Launch a kernel of lookup_grad.cu."""
+        channels, itemsize = self.problem.channels, DTYPES[self.dtype].itemsize
+        of_lane = _lane_channels(channels)
+        unit = gcd(channels, 16 // itemsize, of_lane) if self.aligned else 1
+        segments = segments or (1,) * self.lookup.levels
+        self._add(
+            "lookup_grad.cu", kernel,
+            (
+                *pairs(group=shape.group, warps=shape.warps),
+                ("unit", unit),
+                ("loads", of_lane // unit),
+                *pairs(tile=self.tile),
+                ("resident", RESIDENT),
+            ),
+            blocks, shape.threads, shared_bytes, arrays,
+            tuple((f"segments[{number}]", count) for number, count in enumerate(segments)),
+        )  # fmt: skip
+
+    def _add(
+        self,
+        source: str,
+        kernel: str,
+        more: Constants,
+        blocks: int,
+        threads: int,
+        shared_bytes: int,
+        arrays: tuple[str, ...],
+        fields: tuple[tuple[str, int], ...] = (),
+    ) -> None:
+        self.launches.append(
+            Launch(
+                source, kernel, (*self.constants, *more), blocks, threads, shared_bytes, arrays,
+                (*self.sizes, *fields),
+            )
+        )  # fmt: skip
+
+    def _slices(self) -> int:
+        return -(-self.problem.channels // (LANES * _lane_channels(self.problem.channels)))
+
+
+def _span(lookup: Lookup) -> tuple[int, int]:
+    """Return the rows and columns of a window."""
+    return 2 * lookup.reach[0] + 2, 2 * lookup.reach[1] + 2
+
+
+def _windows(problem: Problem, lookup: Lookup) -> int:
+    """Return the cells of all windows."""
+    return problem.samples * lookup.levels * prod(problem.size) * prod(_span(lookup))
+
+
+def _spread_bytes(lookup: Lookup) -> int:
+    # A window's place is two numbers for each axis.
+    return 4 * (prod(lookup.patch_size) * PITCH + LANES * 4)
+
+
+def _windows_apply(problem: Problem, lookup: Lookup, dtype: str, device: Device) -> bool:
+    """Whether windows are stored, and gradients of the maps computed from them."""
+    of_map = problem.channels * max(prod(problem.size), *map(prod, problem.cells))
+    return (
+        dtype != "float64"
+        and prod(_span(lookup)) <= MOST_WINDOW
+        and _spread_bytes(lookup) <= device.shared_bytes
+        and of_map <= MOST_ELEMENTS
+    )
+
+
+def _lane_channels(channels: int) -> int:
+    """Return how many channels a lane owns: as few slices as there can be, but no idle lanes."""
+    return min(
+        (8, 4, 2, 1),
+        key=lambda count: -(-channels // (LANES * count)) * (TARGETS * count + ITEM),
+    )
+
+
+def _power_of_two(size: int, most: int) -> int:
+    """Return the least power of two that is not below a size, or ``most``."""
+    return min(most, 1 << (size - 1).bit_length())
+
+
+def _tile(size: tuple[int, int]) -> tuple[int, int]:
+    """Return a tile of positions (y, x) of 32 to 128, as the positions lie."""
+    rows = _power_of_two(size[0], 8)
+    return rows, max(LANES // rows, _power_of_two(size[1], 128 // rows))
+
+
+def _shape_of_positions(size: tuple[int, int]) -> _Shape:
+    """Return blocks of up to 64 positions, as positions lie."""
+    group = (1, 8) if size[0] == 1 else (2, 4)
+    warps_y = min(-(-size[0] // group[0]), MOST_WARPS // 2)
+    return _Shape(group, (warps_y, min(-(-size[1] // group[1]), MOST_WARPS // warps_y)))
+
+
+def _shape_of_cells(size: tuple[int, int]) -> _Shape:
+    """Return blocks of 64 cells."""
+    return _Shape((1, 8), (1, 6)) if size[0] == 1 else _Shape((2, 4), (3, 2))
+
+
+def _blocks(size: tuple[int, int], block: tuple[int, int]) -> int:
+    """Return how many blocks of a size cover positions or cells."""
+    return -(-size[0] // block[0]) * -(-size[1] // block[1])
+
+
+def _segments(
+    problem: Problem, lookup: Lookup, shape: _Shape, slices: int, tiles: int, device: Device
+) -> tuple[int, ...]:
+    """Return how many blocks share the positions that reach a block's cells, for each level.
+
+    So many that no block has more to do than a multiprocessor has on average for each of the
+    blocks that it holds.
+    """
+    samples = problem.samples / problem.maps[1]  # of a map
+    span, found, total = _span(lookup), [], 0.0
+    for size in problem.cells:
+        reach = prod(block + extent for block, extent in zip(shape.block, span, strict=True))
+        positions = samples * prod(problem.size) * min(1, reach / prod(size))
+        found.append(positions)
+        total += positions * problem.maps[1] * _blocks(size, shape.block) * slices
+    share = total / (RESIDENT * device.multiprocessors)
+    most = max(1, int(samples * tiles))
+    return tuple(max(1, min(most, -int(-positions // share))) for positions in found)
+
+
+def _checked(plan: Plan, device: Device) -> Plan:
+    """Refuse what the device cannot launch."""
+    for launch in plan.launches:
+        limits = (
+            ("blocks", launch.blocks, 2**31 - 1),
+            ("bytes of shared memory per block", launch.shared_bytes, device.shared_bytes),
+        )
+        for what, wanted, most in limits:
+            if wanted > most:
+                raise RuntimeError(
+                    f"{launch.kernel} must have at most {most} {what} on this device, got {wanted}"
+                )
+    return plan

@@ -1,0 +1,97 @@
+// What the kernels of the lookup's gradients share: who reads a map, and what a cell is passed.
+//
+//   R[e, l, p](v, u) = scale * sum of w_d(b) * w_k(a) * grad_cost[e, l, j, i, p] over all outputs
+//                      (j, i) and corners (d, k) that read cell (v, u)
+//   grad_fmap1[m, p, c]       = sum over e with index1[e] = m, l, v, u of
+//                                   R[e, l, p](v, u) * fmap2_l[index2[e], v, u, c]
+//   grad_fmap2_l[m, v, u, c]  = sum over e with index2[e] = m, p of
+//                                   R[e, l, p](v, u) * fmap1[index1[e], p, c]
+//
+// The rest is as in lookup.cuh. R is called a share: of the cell in what the position passes on. A
+// cell that no corner of the window reads, but for corners of weight 0, is no term of either sum.
+#pragma once
+#include "lookup.cuh"
+
+// The window: all cells from the first corner to the last.
+constexpr int span_y = 2 * reach_y + 2, span_x = 2 * reach_x + 2;
+// Its rows and columns that outputs read. They are dense where the spacing is 1 or 2.
+constexpr int read_y = spacing_y == 1 ? outputs_y + 1 : 2 * outputs_y;
+constexpr int read_x = spacing_x == 1 ? outputs_x + 1 : 2 * outputs_x;
+
+// The row of the window that is read as number k.
+__device__ __forceinline__ int read_row(int k, int spacing) {
+  return spacing == 1 ? k : k / 2 * spacing + k % 2;
+}
+
+__device__ __forceinline__ int first_row(const Window& w) { return w.y.cell - reach_y; }
+__device__ __forceinline__ int first_column(const Window& w) { return w.x.cell - reach_x; }
+
+// The share of a cell that is no term; a term that is 0 is +0.
+constexpr accumulator no_term = -accumulator(0);
+
+__device__ __forceinline__ bool is_term(accumulator share) { return share != 0 || 1 / share > 0; }
+
+// The share of cell (v, u) of a window, counted from the window's first; grad(j, i) is grad_cost.
+template <typename Grad>
+__device__ __forceinline__ accumulator share_of(const Window& w, int v, int u, accumulator scale,
+                                                Grad grad) {
+  accumulator sum = 0;
+  bool exists = false;
+#pragma unroll
+  for (int d = 0; d < 2; ++d) {
+    const int j = lattice_index(v, d, spacing_y, outputs_y);
+    const accumulator wy = d ? w.y.weight : 1 - w.y.weight;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int i = lattice_index(u, k, spacing_x, outputs_x);
+      const accumulator wx = k ? w.x.weight : 1 - w.x.weight;
+      if (j < 0 || i < 0 || wy == 0 || wx == 0) continue;
+      sum += wy * wx * grad(j, i);
+      exists = true;
+    }
+  }
+  sum *= scale;
+  return !exists ? no_term : sum == 0 ? 0 : sum;
+}
+
+// The samples that read a map, in order. `readers` holds, for every map, where its samples begin in
+// the list that follows, and where the last ends. Without it a map is read by one sample, its own.
+struct Readers {
+  const int* list;
+  int first, behind;
+
+  __device__ __forceinline__ Readers(const int* readers, int m, int maps)
+      : list(readers ? readers + maps + 1 : nullptr),
+        first(readers ? readers[m] : m),
+        behind(readers ? readers[m + 1] : m + 1) {}
+  __device__ __forceinline__ int sample(int k) const { return list ? list[k] : k; }
+};
+
+// The first and the last of the windows of a tile of positions: their first rows and columns.
+struct alignas(16) Bounds {
+  int top, bottom, left, right;
+};
+
+// Whether one of a tile's windows may reach some of the cells from (y, x) on.
+__device__ __forceinline__ bool reaches(const Bounds& b, int y, int x, int rows, int columns) {
+  return b.top < y + rows && b.bottom + span_y > y && b.left < x + columns &&
+         b.right + span_x > x;
+}
+
+// The levels' gradients.
+struct Grads {
+  element* of_level[levels];
+};
+
+__device__ __forceinline__ element* grad_of(const Grads& grads, int level) {
+  element* found = grads.of_level[0];
+#pragma unroll
+  for (int l = 1; l < levels; ++l) {
+    if (l == level) found = grads.of_level[l];
+  }
+  return found;
+}
+
+__device__ __forceinline__ long long cells_of(const Level& level) {
+  return static_cast<long long>(level.rows) * level.columns;
+}
