@@ -1,11 +1,12 @@
-// The gradients of the flow-guided lookup with respect to the maps, without atomic additions.
+// The gradients of the flow-guided lookup, without atomic additions.
 //
 //   spread_windows      windows[e, l, p, v, u]   the share of each cell of a window; no_term: none
 //   lookup_grad_fmap1   grad_fmap1[m, p, c]
 //   lookup_grad_levels  grad_fmap2_l[m, v, u, c], or the part of it that a segment finds
 //   add_parts           grad_fmap2_l             of levels with several segments
+//   lookup_grad_coords  grad_coords
 //
-// The sums, and what a share is: lookup_grad.cuh. Both gradients are products of small matrices.
+// The sums, and what a share is: lookup_grad.cuh. The maps' gradients are products of small matrices.
 // A warp owns 8 targets, group_y x group_x neighbours, and its lanes their channels. It lists what
 // its targets are passed something from, 32 at a time, and adds
 //
@@ -23,6 +24,9 @@
 // An item that is no term for some of the 8 targets has the share -0 there. That changes no sum,
 // unless the source is infinite: a sum that is not finite is added up anew, from its terms alone.
 //
+// For coords a warp owns a position. Its lanes own channels: each multiplies its own part of a cell's
+// product by the cell's slopes, and the lanes' sums are added last.
+//
 // Threads. Lane i owns `loads` times `unit` neighbouring channels, from (i + 32 * load) * unit on.
 // Lanes behind the last channel compute the last ones again, and store nothing.
 //
@@ -33,6 +37,7 @@
 //   lookup_grad_levels  sum of slices * blocks of cells * maps2 * segments over the levels
 //                                           warps * (321 + tile_y * tile_x) + 2 * tile_y * tile_x
 //   add_parts           enough to cover the levels with several segments
+//   lookup_grad_coords  a warp for each position                    warps * 96
 //
 // A block is warps_y * group_y x warps_x * group_x targets, and a slice 32 * loads * unit channels.
 // unit divides the channels, and arrays are aligned to as many elements. A map has fewer than 2^31
@@ -141,6 +146,10 @@ __device__ __forceinline__ void add(Sums& sums, const Items& items, int count, c
   }
 }
 
+__device__ __forceinline__ bool is_finite(float value) {
+  return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u;
+}
+
 // Store a target's channels. Returns whether all of them are finite.
 template <typename Result>
 __device__ __forceinline__ bool store(Result* to, const float (&sums)[lane_channels],
@@ -153,7 +162,7 @@ __device__ __forceinline__ bool store(Result* to, const float (&sums)[lane_chann
 #pragma unroll
     for (int k = 0; k < unit; ++k) {
       const float sum = sums[load * unit + k];
-      finite &= (__float_as_uint(sum) & 0x7f800000u) != 0x7f800000u;
+      finite &= is_finite(sum);
       values[k] = narrow<Result>(sum);
     }
     store_neighbours(to + channels.of(load), values);
@@ -547,4 +556,82 @@ extern "C" __global__ void __launch_bounds__(threads) add_parts(const float* __r
   float sum = 0;
   for (int k = 0; k < segments; ++k) sum += parts[k * elements + at];
   grad_of(grads, number)[at] = narrow<element>(sum);
+}
+
+// ---- coords
+
+extern "C" __global__ void __launch_bounds__(threads, resident) lookup_grad_coords(
+    const element* __restrict__ grad_cost, const element* __restrict__ fmap1, const Maps fmap2,
+    const accumulator* __restrict__ coords, const map_index* __restrict__ index1,
+    const map_index* __restrict__ index2, accumulator* __restrict__ grad_coords,
+    const GradSizes s, const accumulator scale) {
+  DYNAMIC_SHARED(float, shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float* const slopes = shared + warp * 96;  // y and x of 32 cells, one after the other
+  int* const at = reinterpret_cast<int*>(slopes + 64);
+  long long rest = static_cast<long long>(blockIdx.x) * warps + warp;
+  const int p = pop(rest, s.height * s.width);
+  if (rest >= s.samples) return;
+  const int e = static_cast<int>(rest);
+  const int one = map_of(index1, e, s.maps1), two = map_of(index2, e, s.maps2);
+  Slopes sum{0, 0};
+#pragma unroll 1
+  for (int part = 0; one >= 0 && two >= 0 && part < ceil_div(s.channels, slice); ++part) {
+    const Channels channels(part, lane, s.channels);
+    float own[lane_channels];
+#pragma unroll
+    for (int c = 0; c < lane_channels; ++c) own[c] = 0;
+    const element* const position = fmap1 + (one * positions_of(s) + p) * s.channels;
+#pragma unroll
+    for (int load = 0; load < loads; ++load) {
+      if (!channels.exist(load)) continue;
+#pragma unroll
+      for (int k = 0; k < unit; ++k) own[load * unit + k] = widen(position[channels.of(load) + k]);
+    }
+#pragma unroll 1
+    for (int number = 0; number < levels; ++number) {
+      const Level level = level_of(s, fmap2, number);
+      const Window w = window_of(coords, s, level, e, p);
+      const element* const map = level.map + two * cells_of(level) * s.channels;
+#pragma unroll 1
+      for (int first = 0; first < read_y * read_x; first += 32) {
+        // A cell that does not exist has no slopes; the first of the map stands for it.
+        const int k = first + lane;
+        const int v = read_row(k / read_x, spacing_y), u = read_row(k % read_x, spacing_x);
+        const int y = first_row(w) + v, x = first_column(w) + u;
+        const bool exists = k < read_y * read_x && inside(y, level.rows) && inside(x, level.columns);
+        Slopes found{0, 0};
+        if (exists) {
+          add_slopes(found, w, level, v, u, 1, [&](int j, int i) {
+            return widen(grad_cost[cost_at(s, e, number, j, i, p)]);
+          });
+        }
+        slopes[2 * lane] = found.y;
+        slopes[2 * lane + 1] = found.x;
+        at[lane] = exists ? (y * level.columns + x) * s.channels : 0;
+        __syncwarp();
+#pragma unroll 4
+        for (int i = 0; i < smaller(32, read_y * read_x - first); ++i) {
+          float product = 0;
+#pragma unroll
+          for (int load = 0; load < loads; ++load) {
+            const auto values = *reinterpret_cast<const Pack<element, unit>*>(
+                map + at[i] + channels.to_read(load));
+#pragma unroll
+            for (int c = 0; c < unit; ++c) {
+              product += own[load * unit + c] * widen(values.values[c]);
+            }
+          }
+          sum.y += slopes[2 * i] * product;
+          sum.x += slopes[2 * i + 1] * product;
+        }
+        __syncwarp();
+      }
+    }
+  }
+  sum = add_lanes(sum, slopes);
+  if (one >= 0 && two >= 0 && !(is_finite(sum.y) && is_finite(sum.x))) {
+    sum = add_lanes(slopes_of_lane(grad_cost, fmap1, fmap2, coords, s, e, p, one, two), slopes);
+  }
+  store_slopes(sum, coords, grad_coords, s, e, p, scale);
 }

@@ -54,6 +54,90 @@ __device__ __forceinline__ accumulator share_of(const Window& w, int v, int u, a
   return !exists ? no_term : sum == 0 ? 0 : sum;
 }
 
+// ---- the gradient of coords: a warp owns a position
+
+struct Slopes {
+  accumulator y, x;
+};
+
+// Add what cell (v, u) of a window, counted from the window's first, adds to the slopes: its share,
+// with -1 and 1 in place of one axis' weights, times the product of the maps there. A derivative at
+// an integer is the one from the right: it reads the cell behind, though that has no weight in cost.
+template <typename Grad>
+__device__ __forceinline__ void add_slopes(Slopes& sum, const Window& w, const Level& level, int v,
+                                           int u, accumulator product, Grad grad) {
+#pragma unroll
+  for (int d = 0; d < 2; ++d) {
+    const int j = lattice_index(v, d, spacing_y, outputs_y);
+    const accumulator wy = d ? w.y.weight : 1 - w.y.weight;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int i = lattice_index(u, k, spacing_x, outputs_x);
+      const accumulator wx = k ? w.x.weight : 1 - w.x.weight;
+      if (j < 0 || i < 0) continue;
+      const accumulator term = grad(j, i) * product;
+      if (wx != 0) sum.y += term * (d ? wx : -wx) / level.pool_y;
+      if (wy != 0) sum.x += term * (k ? wy : -wy) / level.pool_x;
+    }
+  }
+}
+
+// The slopes that a lane finds, of every 32nd cell, each with its whole product.
+__device__ __forceinline__ Slopes slopes_of_lane(const element* grad_cost, const element* fmap1,
+                                                 const Maps& fmap2, const accumulator* coords,
+                                                 const Sizes& s, int e, int p, int one, int two) {
+  Slopes sum{0, 0};
+  const element* const own = fmap1 + (one * positions_of(s) + p) * s.channels;
+#pragma unroll 1
+  for (int number = 0; number < levels; ++number) {
+    const Level level = level_of(s, fmap2, number);
+    const Window w = window_of(coords, s, level, e, p);
+    const element* const map =
+        level.map + static_cast<long long>(two) * level.rows * level.columns * s.channels;
+#pragma unroll 1
+    for (int k = threadIdx.x % 32; k < read_y * read_x; k += 32) {
+      const int v = read_row(k / read_x, spacing_y), u = read_row(k % read_x, spacing_x);
+      const int y = first_row(w) + v, x = first_column(w) + u;
+      if (!inside(y, level.rows) || !inside(x, level.columns)) continue;
+      const element* const cell =
+          map + (static_cast<long long>(y) * level.columns + x) * s.channels;
+      accumulator product = 0;
+      for (int c = 0; c < s.channels; ++c) product += widen(own[c]) * widen(cell[c]);
+      add_slopes(sum, w, level, v, u, product, [&](int j, int i) {
+        return widen(grad_cost[cost_at(s, e, number, j, i, p)]);
+      });
+    }
+  }
+  return sum;
+}
+
+// Add the lanes' slopes in their order, by way of 64 accumulators of shared memory.
+__device__ __forceinline__ Slopes add_lanes(const Slopes& own, accumulator* shared) {
+  const int lane = threadIdx.x % 32;
+  shared[2 * lane] = own.y;
+  shared[2 * lane + 1] = own.x;
+  __syncwarp();
+  Slopes sum{0, 0};
+  for (int k = 0; k < 32; ++k) sum.y += shared[2 * k], sum.x += shared[2 * k + 1];
+  __syncwarp();
+  return sum;
+}
+
+// Lane 0 stores the slope by x, lane 1 that by y, as coords have them; where one of the coordinates
+// is NaN, both are.
+__device__ __forceinline__ void store_slopes(const Slopes& sum, const accumulator* coords,
+                                             accumulator* grad_coords, const Sizes& s, int e, int p,
+                                             accumulator scale) {
+  const int lane = threadIdx.x % 32;
+  if (lane > 1) return;
+  const long long at = 2 * e * positions_of(s) + p;
+  const accumulator x = coords[at], y = coords[at + positions_of(s)];
+  const accumulator slope = scale * (lane == 0 ? sum.x : sum.y);
+  grad_coords[at + lane * positions_of(s)] = x == x && y == y ? slope : x + y;
+}
+
+// ---- lists
+
 // The samples that read a map, in order. `readers` holds, for every map, where its samples begin in
 // the list that follows, and where the last ends. Without it a map is read by one sample, its own.
 struct Readers {

@@ -6,12 +6,11 @@
 //                           sum over d of w_d(b) * (S_l(.., + 1) - S_l(.., + 0))
 //                       grad_coords[e, 1, p] likewise
 //
-// The sums: lookup_grad.cuh. A derivative at an integer is the one from the right: it reads the cell
-// behind, though that has no weight in cost.
+// The sums: lookup_grad.cuh.
 //
 // Threads. In the maps' gradients a thread owns one element and gathers all of its terms; it passes
 // over tiles of positions whose windows do not reach its cell (bound_tiles). For coords a warp owns
-// a position; its lanes share out the cells, and lane 0 adds what they found in their order.
+// a position; its lanes share out the cells, and add what they find in their order.
 //
 // Launch: blocks of `threads` threads that cover the elements of fmap1, or those of all levels; or a
 // warp for each position, with 2 * threads accumulators of dynamic shared memory.
@@ -114,58 +113,16 @@ extern "C" __global__ void __launch_bounds__(threads, 1) plain_grad_coords(
     const accumulator* __restrict__ coords, const map_index* __restrict__ index1,
     const map_index* __restrict__ index2, accumulator* __restrict__ grad_coords, const Sizes s,
     const accumulator scale) {
-  DYNAMIC_SHARED(accumulator, found);
-  const int lane = threadIdx.x % 32;
+  DYNAMIC_SHARED(accumulator, shared);
   long long rest = (static_cast<long long>(blockIdx.x) * threads + threadIdx.x) / 32;
   const int p = pop(rest, s.height * s.width);
-  const bool exists = rest < s.samples;
-  const int e = exists ? static_cast<int>(rest) : 0;
+  if (rest >= s.samples) return;  // a whole warp
+  const int e = static_cast<int>(rest);
   const int one = map_of(index1, e, s.maps1), two = map_of(index2, e, s.maps2);
-  accumulator sum_y = 0, sum_x = 0;
-  for (int number = 0; exists && one >= 0 && two >= 0 && number < levels; ++number) {
-    const Level level = level_of(s, fmap2, number);
-    const Window w = window_of(coords, s, level, e, p);
-    const element* const own = fmap1 + (one * positions_of(s) + p) * s.channels;
-    const element* const map = level.map + two * cells_of(level) * s.channels;
-    for (int k = lane; k < read_y * read_x; k += 32) {
-      const int v = read_row(k / read_x, spacing_y), u = read_row(k % read_x, spacing_x);
-      const int y = first_row(w) + v, x = first_column(w) + u;
-      if (!inside(y, level.rows) || !inside(x, level.columns)) continue;
-      // The cell's slopes: its share, with a weight's derivative in place of the weight.
-      const auto grad = [&](int j, int i) {
-        return widen(grad_cost[cost_at(s, e, number, j, i, p)]);
-      };
-      accumulator slope_y = 0, slope_x = 0;
-      bool reads_y = false, reads_x = false;
-#pragma unroll
-      for (int corner = 0; corner < 4; ++corner) {
-        const int d = corner / 2, right = corner % 2;
-        const int j = lattice_index(v, d, spacing_y, outputs_y);
-        const int i = lattice_index(u, right, spacing_x, outputs_x);
-        if (j < 0 || i < 0) continue;
-        const accumulator wy = d ? w.y.weight : 1 - w.y.weight;
-        const accumulator wx = right ? w.x.weight : 1 - w.x.weight;
-        if (wx != 0) slope_y += (d ? wx : -wx) * grad(j, i), reads_y = true;
-        if (wy != 0) slope_x += (right ? wy : -wy) * grad(j, i), reads_x = true;
-      }
-      const long long cell = static_cast<long long>(y) * level.columns + x;
-      accumulator product = 0;
-      for (int c = 0; c < s.channels; ++c) {
-        product += widen(own[c]) * widen(map[cell * s.channels + c]);
-      }
-      if (reads_y) sum_y += slope_y * product / level.pool_y;
-      if (reads_x) sum_x += slope_x * product / level.pool_x;
-    }
+  Slopes own{0, 0};
+  if (one >= 0 && two >= 0) {
+    own = slopes_of_lane(grad_cost, fmap1, fmap2, coords, s, e, p, one, two);
   }
-  found[2 * threadIdx.x] = sum_y;
-  found[2 * threadIdx.x + 1] = sum_x;
-  __syncthreads();
-  if (!exists || lane > 1) return;
-  // Lane 0 is for x and lane 1 for y, as coords have them.
-  accumulator sum = 0;
-  for (int k = 0; k < 32; ++k) sum += found[2 * (threadIdx.x - lane + k) + 1 - lane];
-  const accumulator* const at = coords + 2 * e * positions_of(s) + p;
-  const accumulator both = at[0] + at[positions_of(s)];
-  grad_coords[(2 * e + lane) * positions_of(s) + p] =
-      at[0] == at[0] && at[positions_of(s)] == at[positions_of(s)] ? scale * sum : both;
+  const Slopes sum = add_lanes(own, shared + threadIdx.x / 32 * 64);
+  store_slopes(sum, coords, grad_coords, s, e, p, scale);
 }

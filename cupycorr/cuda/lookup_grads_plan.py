@@ -133,7 +133,7 @@ def plan_grads(
         readers = drawn.list_readers(2) if indexed[1] else "readers2"
         drawn.grad_levels(fast, fmap1, readers)
     if "grad_coords" in results:
-        drawn.grad_coords(fmap1)
+        drawn.grad_coords(fast, fmap1)
     structs = (
         ("levels", levels),
         ("grad_levels", tuple(f"grad_level{number}" for number in range(lookup.levels))),
@@ -282,13 +282,18 @@ class _Drawing:
                 ("parts", "grad_levels"), segments,
             )  # fmt: skip
 
-    def grad_coords(self, fmap1: str) -> None:
+    def grad_coords(self, fast: bool, fmap1: str) -> None:
         """Compute the gradient of coords."""
-        problem = self.problem
-        self._plain(
-            "plain_grad_coords", problem.samples * prod(problem.size) * LANES,
-            ("grad_cost", fmap1, "levels", "coords", "index1", "index2", "grad_coords"),
-            2 * THREADS * DTYPES[DTYPES[self.dtype].accumulator].itemsize,
+        positions = self.problem.samples * prod(self.problem.size)
+        arrays = ("grad_cost", fmap1, "levels", "coords", "index1", "index2", "grad_coords")
+        if not fast:
+            shared_bytes = 2 * THREADS * DTYPES[DTYPES[self.dtype].accumulator].itemsize
+            self._plain("plain_grad_coords", LANES * positions, arrays, shared_bytes)
+            return
+        shape = _Shape((2, 4), (3, 2))
+        self._matrices(
+            "lookup_grad_coords", shape, -(-positions // MOST_WARPS), 4 * MOST_WARPS * 3 * LANES,
+            arrays,
         )  # fmt: skip
 
     def _list(
