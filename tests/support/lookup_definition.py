@@ -58,6 +58,8 @@ def grads(grad, fmap1, levels, coords, lookup, scale, index1=None, index2=None):
         if np.isnan(coords[(e, slice(None), *p)]).any():
             grad_coords[(e, slice(None), *p)] = np.nan
             continue
+        if one is None or two is None:
+            continue
         upstream = {}
         for at, (v, u), weight in _terms(place, lookup):
             if weight and _inside(sums, v, u):
