@@ -1,12 +1,12 @@
 // What the lookup's gradients look up: who reads a map, and where the windows of positions lie.
 //
-//   list_readers   readers[m]             number of samples whose map is below m, m <= maps
+//   list_readers   readers[m]             how many samples have a map below m, m <= maps
 //                  readers[maps + 1 + k]  the samples in the order of their maps, then of their own
 //   bound_tiles    bounds[e, l, tile]     the first and the last of the windows of tile_y x tile_x
 //                                         positions that reach the level; none: beyond each other
 //
-// Maps are those of `which`: fmap1, or fmap2 and its levels. A sample whose map does not exist is
-// in no list.
+// Maps are those of `which`: fmap1, or fmap2 and its levels. A sample whose map does not exist comes
+// before all others, where no map begins; its place in the list is not written.
 //
 // Threads. In list_readers a thread owns a map and a sample: it counts what comes before them. In
 // bound_tiles a thread owns a position.
@@ -36,8 +36,7 @@ extern "C" __global__ void __launch_bounds__(threads) list_readers(
   const int own_map = own < s.samples ? map_of(index, own, maps) : -1;
   int below = 0, before = 0;  // samples of maps below number `own`; samples listed before `own`
   for (int e = 0; e < s.samples; ++e) {
-    const int m = map_of(index, e, maps);
-    if (m < 0) continue;
+    const int m = map_of(index, e, maps);  // -1, where there is none, comes before all
     below += m < own;
     before += m < own_map || (m == own_map && e < own);
   }

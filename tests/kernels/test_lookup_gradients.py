@@ -1,5 +1,7 @@
 """The CUDA kernels of the lookup's gradients, run on the processor by hostcuda.h."""
 
+import re
+
 import host
 import lookup_definition
 import lookup_grads_host
@@ -12,6 +14,7 @@ from lookup_grads_host import SCALE, differences, problem
 
 from cupycorr import verify
 from cupycorr.cuda import lookup_grads_plan
+from cupycorr.cuda import sources as cuda_sources
 from cupycorr.lookup import Lookup
 
 pytestmark = pytest.mark.skipif(host.unavailable() is not None, reason=str(host.unavailable()))
@@ -132,6 +135,24 @@ def test_gradients_are_adjoint_to_the_cost(name, plain):
     assert sum((one * two).sum() for one, two in pairs) == product
 
 
+def compare_many(**how):
+    """As `compare`, of more samples with one map than a block has threads."""
+    rng, lookup = np.random.default_rng(0), Lookup(1, 2)
+    fmap1 = rng.integers(-2, 3, (1, 4, 1, 2)).astype(float)
+    levels = lookup_definition.pyramid(16.0 * rng.integers(-2, 3, (1, 4, 5, 6)), lookup)
+    coords = rng.integers(-8, 56, (400, 2, 1, 2)) / 8
+    coords[:250] += 100  # no tile of the first that a block's threads look at reaches it
+    grad = rng.integers(-2, 3, lookup.cost_shape(fmap1.shape, coords.shape)).astype(float)
+    indices = dict.fromkeys(("index1", "index2"), np.zeros(400, np.int64))
+    given = grad, fmap1, levels, coords, lookup, SCALE
+    want = lookup_definition.grads(*given, **indices)
+    return differences(lookup_grads_host.grads(ONE, *given, **indices, **how), want, "float32")
+
+
+def test_more_tiles_than_threads_are_exact():
+    assert not compare_many()
+
+
 @pytest.mark.parametrize("result", lookup_grads_plan.RESULTS)
 def test_one_gradient_alone_is_computed_from_what_it_needs(result):
     given, indices = problem("RAFT, rough")
@@ -181,3 +202,125 @@ def test_the_gradient_of_a_pyramid_is_exact(pool, dtype):
 
 def test_threads_share_no_word_of_a_pyramid_without_a_barrier():
     assert compare_pyramid(2, mode="trace") is None
+
+
+# ---- planted errors: (text, what takes its place, the case that finds it, options of `compare`)
+
+INFINITE = {"special": (np.inf, ("fmap1", "levels"))}
+PLAIN = {"plain": True}
+PLANTED = {
+    # lookup_grad.cuh
+    "corners of weight 0": ("wy == 0 || wx == 0", "false", "integers", INFINITE),
+    "dilated corners": (
+        "j = lattice_index(v, d,", "j = lattice_index(v, d * spacing_y,",
+        "dilated", {}),
+    "axes exchanged": ("wy * wx * grad(j, i)", "wy * wx * grad(i, j)", "square", {}),
+    "weights exchanged": (
+        "wx = k ? w.x.weight : 1 - w.x", "wx = k ? 1 - w.x.weight : w.x",
+        "square", {}),
+    "no scale": ("  sum *= scale;\n", "", "square", {}),
+    "zero is no term": ("!exists ? no_term : sum == 0 ? 0 : sum", "sum == 0 ? no_term : sum",
+                        "RAFT", {"special": (np.inf, ("fmap1", "levels"))}),
+    "all terms": ("return share != 0 || 1 / share > 0;", "return true;", "integers", INFINITE),
+    "a wrong sample": ("list ? list[k] : k", "k", "edges of patches", {}),
+    "a reader lost": ("behind(readers ? readers[m + 1]", "behind(readers ? readers[m] + 1",
+                      "edges of patches", {}),
+    "a tile lost above": ("b.bottom + span_y > y", "b.bottom + span_y > y + 1", "RAFT", PLAIN),
+    "a tile lost on the right": ("b.left < x + columns", "b.left < x", "RAFT, rough", {}),
+    "right-sided": ("if (wy != 0) sum.x", "if (wy != 0 && wx != 0) sum.x", "integers", {}),
+    "no pool of coords": ("(d ? wx : -wx) / level.pool_y", "(d ? wx : -wx)", "four levels", {}),
+    "pools exchanged": (
+        "(k ? wy : -wy) / level.pool_x", "(k ? wy : -wy) / level.pool_y",
+        "stereo", {}),
+    "NaN lost": ("x == x && y == y ? slope", "x == x || y == y ? slope", "special", {}),
+    "coords exchanged": ("lane == 0 ? sum.x : sum.y", "lane == 0 ? sum.y : sum.x", "square", {}),
+    # lookup_grad_lists.cu
+    "readers not sorted": ("m < own_map || (m == own_map && e < own)", "e < own",
+                           "edges of patches", {}),
+    "bounds of the first position": (
+        "for (int half = positions / 2; half > 0;", "for (int half = positions / 2; half > 16;",
+        "RAFT, rough", {}),
+    # lookup_grad.cu
+    "a window's column lost": (
+        "inside(u, span_x);\n            return reads ? window[v",
+        "inside(u, span_x - 1);\n            return reads ? window[v",
+        "RAFT", {}),
+    "windows one by one": ("entry == targets || entry == target", "true", "RAFT, rough", {}),
+    "tiles of other segments": ("first + thread * segments", "first + thread", "RAFT, rough", {}),
+    "tiles in one segment": ("int first = segment;", "int first = 0;", "RAFT, rough", {}),
+    "a part lost": (
+        "k < segments; ++k) sum +=", "k < segments - 1; ++k) sum +=",
+        "RAFT, rough", {}),
+    "a wrong part": ("parts += segments * elements_of(s, l)", "parts += 0", "RAFT, rough", {}),
+    "a wrong item": ("listed[count + __popc", "listed[__popc", "RAFT", {}),
+    "hits of other warps": ("before += k < warp", "before += k <= warp", "edges of patches", {}),
+    "nothing added anew": ("again |= 1u << i;", "again = 0;", "RAFT, rough", INFINITE),
+    "the last channels": (
+        "smaller(of(load), count - unit)", "of(load)",
+        "one channel", {"mode": "trace"}),
+    "a vote of 31 lanes": (
+        "__ballot_sync(~0u, reads)", "(__ballot_sync(~0u, reads) & ~1u)",
+        "RAFT", {}),
+    "slopes of the first cells": (
+        "at[lane] = exists ?", "at[lane] = exists && first == 0 ?",
+        "RAFT", {}),
+    # lookup_grad_plain.cu
+    "plain: one level": (
+        "if (l == number && output >= of_level)", "if (false)",
+        "four levels", PLAIN),
+    "plain: every term": ("if (is_term(share)) sum +=", "sum +=", "integers", INFINITE | PLAIN),
+    "plain: a row lost": ("row < read_y", "row < read_y - 1", "square", PLAIN),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("error", PLANTED)
+def test_a_planted_error_is_found(error):
+    *patch, name, options = PLANTED[error]
+    assert found(lambda: compare(name, SM_80, patch=tuple(patch), **options))
+
+
+def found(*comparisons):
+    """Whether one of some comparisons differs, or the shim notices what is wrong."""
+    try:
+        return any(comparison() for comparison in comparisons)
+    except host.HostError:
+        return True
+
+
+def barriers():
+    """Return the barriers of the kernels, each with the lines before it that make it unique."""
+    for file in ("lookup_grad.cuh", "lookup_grad.cu", "lookup_grad_lists.cu"):
+        lines = cuda_sources._read(file).splitlines(keepends=True)
+        text = "".join(lines)
+        for last, line in enumerate(lines):
+            if re.fullmatch(r" *__sync(warp|threads)\(\);\n", line):
+                first = last
+                while text.count("".join(lines[first : last + 1])) > 1:
+                    first -= 1
+                yield f"{file}:{last + 1}", "".join(lines[first : last + 1]), line
+
+
+BARRIERS = {where: (old, old[: -len(line)]) for where, old, line in barriers()}
+
+
+@pytest.mark.parametrize("where", BARRIERS)
+def test_a_missing_barrier_is_a_race(where):
+    how = {"patch": BARRIERS[where], "mode": "trace"}
+    assert found(
+        lambda: compare("RAFT, rough", SM_80, **how),
+        lambda: compare("edges of patches", SM_80, **how, **INFINITE),
+        lambda: compare_many(**how),
+    )
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        ("v /= pool_y, u /= pool_x;", "v /= pool_x, u /= pool_y;"),
+        ("sum / static_cast<accumulator>(pool_y * pool_x)", "sum / pool_y"),
+        ("square[along * pitch + k]", "square[k * pitch + along]"),
+        ("v >= s.rows[l]", "v > s.rows[l]"),
+    ],
+)
+def test_a_planted_error_in_a_pyramid_is_found(patch):
+    assert found(*(lambda pool=pool: compare_pyramid(pool, patch=patch) for pool in (2, (1, 2))))

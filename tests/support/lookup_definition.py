@@ -65,10 +65,9 @@ def grads(grad, fmap1, levels, coords, lookup, scale, index1=None, index2=None):
             if weight and _inside(sums, v, u):
                 term = scale * weight * grad[(e, level, *at, *p)]
                 upstream[v, u] = upstream.get((v, u), 0.0) + term
-        if one is not None and two is not None:
-            for (v, u), value in upstream.items():
-                grad_fmap1[(one, slice(None), *p)] += value * levels[level][two, :, v, u]
-                grad_levels[level][two, :, v, u] += value * fmap1[(one, slice(None), *p)]
+        for (v, u), value in upstream.items():
+            grad_fmap1[(one, slice(None), *p)] += value * levels[level][two, :, v, u]
+            grad_levels[level][two, :, v, u] += value * fmap1[(one, slice(None), *p)]
         for axis in (0, 1):
             slope = 0.0
             for at, (v, u), weight in _terms(place, lookup, differentiated=axis):
