@@ -32,7 +32,7 @@
 //
 // Launch, in blocks of `threads` threads with this dynamic shared memory, in 4-byte words:
 //
-//   spread_windows      samples * levels * ceil(positions / 32)     outputs * 33 + 128
+//   spread_windows      samples * levels * ceil(positions / 32)     outputs * 33 + 32 * (cells + 1)
 //   lookup_grad_fmap1   slices * blocks of positions * maps1        warps * 342
 //   lookup_grad_levels  sum of slices * blocks of cells * maps2 * segments over the levels
 //                                           warps * (321 + tile_y * tile_x) + 2 * tile_y * tile_x
@@ -199,36 +199,54 @@ __device__ __forceinline__ const float* window_at(const float* windows, const Si
   return windows + window * (span_y * span_x);
 }
 
-// ---- the shares of all windows; a block owns 32 positions of a level
+// ---- the shares of all windows; a block owns 32 positions of a level, its warps rows of windows
 
 extern "C" __global__ void __launch_bounds__(threads) spread_windows(
     const element* __restrict__ grad_cost, const accumulator* __restrict__ coords,
     float* __restrict__ windows, const GradSizes s, const accumulator scale) {
-  DYNAMIC_SHARED(float, shared);
-  Window* const places = reinterpret_cast<Window*>(shared);
-  float* const upstream = shared + 32 * sizeof(Window) / sizeof(float);
-  constexpr int pitch = 33;
-  const int thread = threadIdx.x, area = s.height * s.width;
+  DYNAMIC_SHARED(float, upstream);
+  constexpr int cells = span_y * span_x, pitch = 33, cell_pitch = cells + 1;  // both odd
+  float* const shares = upstream + outputs * pitch;
+  const int thread = threadIdx.x, lane = thread % 32, area = s.height * s.width;
   int rest = blockIdx.x;
   const int p0 = pop(rest, ceil_div(area, 32)) * 32, number = pop(rest, levels), e = rest;
-  const int here = smaller(32, area - p0);
-  if (thread < here) {
-    places[thread] = window_of(coords, s, level_of(s, {}, number), e, p0 + thread);
-  }
+  const int here = smaller(32, area - p0), p = p0 + smaller(lane, here - 1);
   for (int k = thread / 32; k < outputs; k += warps) {
-    const int i = thread % 32;
-    if (i >= here) continue;
-    upstream[k * pitch + i] =
-        widen(grad_cost[cost_at(s, e, number, k / outputs_x, k % outputs_x, p0 + i)]);
+    const long long at = cost_at(s, e, number, k / outputs_x, k % outputs_x, p);
+    upstream[k * pitch + lane] = scale * widen(grad_cost[at]);
+  }
+  const Window w = window_of(coords, s, level_of(s, {}, number), e, p);
+  const accumulator before = 1 - w.x.weight, behind = w.x.weight;
+  __syncthreads();
+  for (int v = thread / 32; v < span_y; v += warps) {
+    // What a row of the window gets from each column of outputs: as the first corner, and the second.
+    const int above = lattice_index(v, 0, spacing_y, outputs_y);
+    const int below = lattice_index(v, 1, spacing_y, outputs_y);
+    const bool is_first = above >= 0 && w.y.weight != 1, is_second = below >= 0 && w.y.weight != 0;
+    float columns[outputs_x];
+#pragma unroll
+    for (int i = 0; i < outputs_x; ++i) {
+      columns[i] = 0;
+      const float* const of_column = upstream + i * pitch + lane;
+      if (is_first) columns[i] += (1 - w.y.weight) * of_column[above * outputs_x * pitch];
+      if (is_second) columns[i] += w.y.weight * of_column[below * outputs_x * pitch];
+    }
+#pragma unroll
+    for (int u = 0; u < span_x; ++u) {
+      const int left = lattice_index(u, 0, spacing_x, outputs_x);
+      const int right = lattice_index(u, 1, spacing_x, outputs_x);
+      const bool is_left = left >= 0 && before != 0, is_right = right >= 0 && behind != 0;
+      float sum = 0;
+      if (is_left) sum += before * columns[larger(left, 0)];
+      if (is_right) sum += behind * columns[larger(right, 0)];
+      const bool exists = (is_first || is_second) && (is_left || is_right);
+      shares[lane * cell_pitch + v * span_x + u] = !exists ? no_term : sum == 0 ? 0 : sum;
+    }
   }
   __syncthreads();
   float* const to = const_cast<float*>(window_at(windows, s, e, number, p0));
-  for (int at = thread; at < here * (span_y * span_x); at += threads) {
-    int cell = at;
-    const int u = pop(cell, span_x), v = pop(cell, span_y), i = cell;
-    to[at] = share_of(places[i], v, u, scale, [&](int j, int k) {
-      return upstream[(j * outputs_x + k) * pitch + i];
-    });
+  for (int at = thread; at < here * cells; at += threads) {
+    to[at] = shares[at / cells * cell_pitch + at % cells];
   }
 }
 

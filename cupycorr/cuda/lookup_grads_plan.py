@@ -23,8 +23,6 @@ MOST_WARPS = 6  # of a block of lookup_grad.cu: twelve fit the registers of a mu
 RESIDENT = 2  # blocks of lookup_grad.cu that a multiprocessor holds
 TARGETS = 8  # of a warp of lookup_grad.cu
 SIDE = 32  # of a square of lookup_grad_pool.cu
-PITCH = 33  # words between the outputs of a window in spread_windows
-MOST_WINDOW = 1024  # cells of a window that are worth storing
 WINDOWS_BYTES = 256 << 20  # of all windows, unless one sample needs more
 MOST_ELEMENTS = 2**31 - 1  # of a map: within reach of a 32-bit offset
 WORD = "float32"  # the dtype of a workspace of 4-byte words, whatever they are
@@ -380,8 +378,8 @@ def _windows(problem: Problem, lookup: Lookup) -> int:
 
 
 def _spread_bytes(lookup: Lookup) -> int:
-    # A window's place is two numbers for each axis.
-    return 4 * (prod(lookup.patch_size) * PITCH + LANES * 4)
+    """Return the shared memory of spread_windows: outputs and windows of 32 positions."""
+    return 4 * (prod(lookup.patch_size) * (LANES + 1) + LANES * (prod(_span(lookup)) + 1))
 
 
 def _windows_apply(problem: Problem, lookup: Lookup, dtype: str, device: Device) -> bool:
@@ -389,7 +387,6 @@ def _windows_apply(problem: Problem, lookup: Lookup, dtype: str, device: Device)
     of_map = problem.channels * max(prod(problem.size), *map(prod, problem.cells))
     return (
         dtype != "float64"
-        and prod(_span(lookup)) <= MOST_WINDOW
         and _spread_bytes(lookup) <= device.shared_bytes
         and of_map <= MOST_ELEMENTS
     )
