@@ -59,7 +59,10 @@ constexpr int warp_rows = 2;       // rows of fmap2 of a warp
 constexpr int row_groups = 2;      // warps that share the rows of fmap2 that a tile meets
 constexpr int chunk = 32;          // channels staged at a time, a multiple of 32 bytes
 constexpr int buffers = 2;         // 1 only if a chunk holds all channels
-constexpr int vector = 8;         // channels per copy; 1: through registers
+constexpr bool channels_last = true;  // whether a pixel's channels lie side by side
+constexpr int vector = 8;  // of those per copy, 1: through registers; or pixels per load
+constexpr int lead1 = 0, lead2 = 0;  // pixels before the first, so that loads are aligned
+constexpr int pieces = 1;            // in which a chunk is loaded, if channels lie apart
 constexpr int result_vector = 8;  // elements per store to global memory
 constexpr int threads = 256;
 constexpr int shared_words = 38272;
@@ -85,7 +88,6 @@ constexpr int block_rows = row_groups * warp_rows;            // of those, in a 
 constexpr int rows2 = advance_y * tile_rows * (row_tiles - 1) + block_rows;
 constexpr int columns2 = span * (x_groups * x_tiles - 1) + 8 * column_tiles;
 constexpr int met_columns = advance_x * (columns1 - 1) + displacements;  // the others stay 0
-constexpr int pixels1 = rows1 * phases * columns1, pixels2 = rows2 * phases * columns2;
 constexpr int phase_groups = ceil_div(phases_x, phases);
 constexpr int q_groups = ceil_div(patch_x, displacements);
 constexpr int blocks_e = ceil_div(meeting, block_rows);
@@ -95,7 +97,24 @@ constexpr int unit = 16 / element_bytes;  // elements of a row of ldmatrix
 constexpr int depth = 2 * unit;           // of a product of matrices
 // An odd number of 16-byte units: then neighbouring pixels lie in different banks.
 constexpr int pitch = chunk + unit;  // elements of a pixel
-constexpr int buffer_bytes = (pixels1 + pixels2) * pitch * element_bytes;
+constexpr int slot_bytes = pitch * element_bytes;
+// Pixels lie in slots [phase][row][column], eight slots in a group. If channels lie apart, a row
+// has the slots of whole runs, and what a tile reads behind them counts for nothing.
+constexpr int period1 = spacing_x * advance_x, period2 = spacing_x;  // pixels
+constexpr int last_phase = step_x * (phases - 1);
+constexpr int runs1 = ceil_div(lead1 + last_phase + period1 * (columns1 - 1) + 1, 8 * period1);
+constexpr int runs2 = ceil_div(lead2 + last_phase + period2 * (met_columns - 1) + 1, 8 * period2);
+constexpr int groups1 = channels_last ? columns1 / 8 : runs1;  // of a row
+constexpr int groups2 = channels_last ? columns2 / 8 : runs2;
+constexpr int before1 = channels_last ? 0 : ceil_div((lead1 + last_phase) / period1, 8);
+constexpr int before2 = channels_last ? 0 : ceil_div((lead2 + last_phase) / period2, 8);
+constexpr int behind2 = larger(0, columns2 / 8 - groups2);
+constexpr int of_phase1 = before1 + rows1 * groups1;  // groups
+constexpr int of_phase2 = before2 + rows2 * groups2 + behind2;
+constexpr int group_bytes = 8 * slot_bytes + (channels_last ? 0 : 32);
+constexpr int pixels1 = 8 * phases * of_phase1, pixels2 = 8 * phases * of_phase2;
+constexpr int buffer_bytes = phases * (of_phase1 + of_phase2) * group_bytes;
+constexpr int offsets_begin = buffers * buffer_bytes;  // of pixels, if channels lie side by side
 constexpr int strips = rows1 * row_groups;  // rows of results, per row of a warp
 constexpr int line = phases * columns1 + 4;  // words of a row of results; odd multiples of 4
 // Results leave through shared memory, of so many horizontal displacements at a time.
@@ -105,16 +124,30 @@ constexpr int run = result_vector > 1 ? result_vector : 4;  // results of a thre
 static_assert(element_bytes <= 4, "tensor cores multiply elements of 16 bits, and TF32");
 static_assert(threads == 32 * row_tiles * row_groups * phases * x_groups, "a warp for each share");
 static_assert(chunk % depth == 0 && 4 * depth % chunk == 0, "chunks are multiples of a matrix");
-static_assert(slices >= 1 && buffers * buffer_bytes + 4 * (pixels1 + pixels2) <= 4 * shared_words,
+static_assert(slices >= 1 && offsets_begin + (channels_last ? 4 * (pixels1 + pixels2) : 0) <=
+                                 4 * shared_words,
               "shared memory is too small");
 static_assert(phases == phases_x || result_vector == 1, "results of some phases lie apart");
+static_assert(channels_last || chunk == depth, "channels are turned as many as are multiplied");
+static_assert(channels_last || vector == 1 || phases == phases_x, "leads are those of phase 0");
+
+template <int ROWS, int RUNS, int PERIOD, int LEAD, int OF_PHASE>
+using RunsOf = Runs<element, threads, chunk, ROWS, RUNS, PERIOD, LEAD, step_x, phases,
+                    OF_PHASE * group_bytes, group_bytes, slot_bytes, vector>;
+using Runs1 = RunsOf<rows1, runs1, period1, lead1, of_phase1>;
+using Runs2 = RunsOf<rows2, runs2, period2, lead2, of_phase2>;
+
+// Where a slot lies, in bytes.
+__device__ __forceinline__ constexpr int at_slot(int slot) {
+  return slot / 8 * group_bytes + slot % 8 * slot_bytes;
+}
 
 extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
     const element* __restrict__ fmap1, const element* __restrict__ fmap2,
     result* __restrict__ cost, const Sizes s, const accumulator scale) {
   DYNAMIC_SHARED(accumulator, shared);
   char* const bytes = reinterpret_cast<char*>(shared);
-  int* const offsets = reinterpret_cast<int*>(bytes + buffers * buffer_bytes);
+  int* const offsets = reinterpret_cast<int*>(bytes + offsets_begin);
   const SharedAddress address = shared_address(shared);
   const int thread = threadIdx.x, lane = thread % 32;
 
@@ -136,29 +169,80 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
   const int y2 = y1 + s.first_y + spacing_y * e0;
   const int x1 = s.origin_x + step_x * phase0 + spacing_x * advance_x * m0;
   const int x2 = x1 + s.first_x + spacing_x * q0;
-  for (int i = thread; i < pixels1 + pixels2; i += threads) {
-    const bool first = i < pixels1;
-    int at = first ? i : i - pixels1;
-    const int column = pop(at, first ? columns1 : columns2), of_phase = pop(at, phases);
-    const int y = first ? y1 + spacing_y * advance_y * at : y2 + spacing_y * at;
-    const int x = step_x * of_phase +
-                  (first ? x1 + spacing_x * advance_x * column : x2 + spacing_x * column);
-    const bool is_met = first || column < met_columns;
-    const bool exists = is_met && inside(y, s.height) && inside(x, s.width);
-    offsets[i] = exists ? (y * s.width + x) * s.channels : -1;
+  const int plane = s.height * s.width;
+  Runs1 one;
+  Runs2 two;
+  if constexpr (channels_last) {
+    for (int i = thread; i < pixels1 + pixels2; i += threads) {
+      const bool first = i < pixels1;
+      int at = first ? i : i - pixels1;
+      const int column = pop(at, first ? columns1 : columns2), row = pop(at, first ? rows1 : rows2);
+      const int y = first ? y1 + spacing_y * advance_y * row : y2 + spacing_y * row;
+      const int x = step_x * at + (first ? x1 + period1 * column : x2 + period2 * column);
+      const bool is_met = first || column < met_columns;
+      const bool exists = is_met && inside(y, s.height) && inside(x, s.width);
+      offsets[i] = exists ? (y * s.width + x) * s.channels : -1;
+    }
+    __syncthreads();
+  } else {
+    one.find(thread, x1, last_phase + period1 * (columns1 - 1) + 1, s.width, s.height,
+             [&](int row) { return y1 + spacing_y * advance_y * row; });
+    two.find(thread, x2, last_phase + period2 * (met_columns - 1) + 1, s.width, s.height,
+             [&](int row) { return y2 + spacing_y * row; });
+    // Slots behind the last row that no run fills.
+    constexpr int unfilled = (before2 + behind2) * group_bytes / 16;
+    for (int i = thread; i < buffers * phases * unfilled; i += threads) {
+      int at = i;
+      const int word = pop(at, unfilled) * 4, of_phase = pop(at, phases);
+      const accumulator zeros[4] = {};
+      store_words(shared + (at * buffer_bytes + phases * of_phase1 * group_bytes +
+                            ((of_phase + 1) * of_phase2 - before2 - behind2) * group_bytes) / 4 +
+                      word,
+                  zeros);
+    }
+    if (unfilled > 0) __syncthreads();
   }
-  __syncthreads();
 
-  const long long sample = static_cast<long long>(n) * s.height * s.width * s.channels;
+  const long long sample = static_cast<long long>(n) * plane * s.channels;
+  const element* const map1 = fmap1 + sample;
+  const element* const map2 = fmap2 + sample;
+  constexpr int begin2 = phases * of_phase1 * group_bytes;
   const auto buffer = [&](int c) { return c / chunk % buffers * buffer_bytes; };
-  const auto fetch = [&](int c) {
-    constexpr int begin2 = pixels1 * pitch * element_bytes;
+  const auto copy = [&](int c) {
     const int begin = buffer(c);
-    stage_pixels<threads, chunk, pixels1, vector>(
-        fmap1 + sample, offsets, c, s.channels, bytes + begin, address + begin, thread);
-    stage_pixels<threads, chunk, pixels2, vector>(
-        fmap2 + sample, offsets + pixels1, c, s.channels, bytes + begin + begin2,
-        address + begin + begin2, thread);
+    stage_pixels<threads, chunk, pixels1, vector>(map1, offsets, c, s.channels, bytes + begin,
+                                                  address + begin, thread);
+    stage_pixels<threads, chunk, pixels2, vector>(map2, offsets + pixels1, c, s.channels,
+                                                  bytes + begin + begin2, address + begin + begin2,
+                                                  thread);
+  };
+  // Runs of both maps, in pieces.
+  constexpr int runs = Runs1::count + Runs2::count, of_piece = ceil_div(runs, pieces);
+  Runs1::Fetched fetched1[Runs1::count];
+  Runs2::Fetched fetched2[Runs2::count];
+  const auto fetch = [&](int c, int piece) {
+#pragma unroll
+    for (int i = 0; i < runs; ++i) {
+      if (i / of_piece != piece) continue;
+      if (i < Runs1::count) {
+        one.fetch(map1, c, s.channels, plane, i, fetched1[i]);
+      } else {
+        two.fetch(map2, c, s.channels, plane, i - Runs1::count, fetched2[i - Runs1::count]);
+      }
+    }
+  };
+  const auto land = [&](int c, int piece) {
+#pragma unroll
+    for (int i = 0; i < runs; ++i) {
+      if (i / of_piece != piece) continue;
+      char* const to = bytes + buffer(c);
+      if (i < Runs1::count) {
+        one.land(to + before1 * group_bytes, i, fetched1[i]);
+      } else {
+        two.land(to + begin2 + before2 * group_bytes, i - Runs1::count,
+                 fetched2[i - Runs1::count]);
+      }
+    }
   };
 
   // Rows of fmap2 of this warp that exist and that its tiles meet: bit r is row r.
@@ -174,19 +258,18 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
   // The row of a matrix that this lane points to: a position, or a column.
   const int position = lane % 16;
   const int row1 = row_tile * tile_rows + position / tile_columns;
-  const int pixel1 = (row1 * phases + phase) * columns1 +
-                     x_group * x_tiles * tile_columns + position % tile_columns;
-  const int pixel2 = pixels1 + (row2 * phases + phase) * columns2 + x_group * x_tiles * span +
-                     lane / 16 * 8 + lane % 8;
-  const SharedAddress at1 = address + (pixel1 * pitch + lane / 16 * unit) * element_bytes;
-  const SharedAddress at2 = address + (pixel2 * pitch + lane / 8 % 2 * unit) * element_bytes;
+  const int slot1 = 8 * (phase * of_phase1 + before1 + row1 * groups1) +
+                    x_group * x_tiles * tile_columns + position % tile_columns;
+  const int slot2 = 8 * (phase * of_phase2 + before2 + row2 * groups2) + x_group * x_tiles * span +
+                    lane / 16 * 8 + lane % 8;
+  const SharedAddress at1 = address + at_slot(slot1) + lane / 16 * 16;
+  const SharedAddress at2 = address + begin2 + at_slot(slot2) + lane / 8 % 2 * 16;
 
   // Read the columns of row r of this warp, as many channels of them as are multiplied at a time.
   const auto load_row = [&](unsigned* two, int begin, int r) {
 #pragma unroll
     for (int t = 0; t < warp_column_tiles; t += 2) {
-      const SharedAddress at =
-          at2 + begin + (r * phases * columns2 + 8 * t) * pitch * element_bytes;
+      const SharedAddress at = at2 + begin + (r * groups2 + t) * group_bytes;
       if (t + 1 < warp_column_tiles) {
         load_matrices<4>(two + 2 * t, at);
         round_matrices<element, 4>(two + 2 * t);
@@ -198,31 +281,41 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
   };
 
   accumulator sums[warp_rows][x_tiles][column_tiles][4] = {};
-  const auto multiply = [&](int c) {
+  const auto multiply = [&](int c, bool more) {
     const int end = smaller(chunk, s.channels - c);
 #pragma unroll 1
     for (int k = 0; k < end; k += depth) {
       const int begin = buffer(c) + k * element_bytes;
-      unsigned one[x_tiles][4], two[2][2 * round_up(warp_column_tiles, 2)];
+      unsigned first[x_tiles][4], second[2][2 * round_up(warp_column_tiles, 2)];
 #pragma unroll
       for (int i = 0; i < x_tiles; ++i) {
-        load_matrices<4>(one[i], at1 + begin + i * tile_columns * pitch * element_bytes);
-        round_matrices<element, 4>(one[i]);
+        load_matrices<4>(first[i], at1 + begin + i * tile_columns / 8 * group_bytes);
+        round_matrices<element, 4>(first[i]);
       }
-      load_row(two[0], begin, 0);
+      load_row(second[0], begin, 0);
 #pragma unroll
       for (int r = 0; r < warp_rows; ++r) {
-        if (r + 1 < warp_rows) load_row(two[(r + 1) % 2], begin, r + 1);
+        if constexpr (!channels_last) {
+#pragma unroll
+          for (int piece = 0; piece < pieces; ++piece) {
+            if (!more || r != piece * warp_rows / pieces) continue;
+            if (piece > 0) land(c + chunk, piece - 1);
+            fetch(c + chunk, piece);
+          }
+        }
+        if (r + 1 < warp_rows) load_row(second[(r + 1) % 2], begin, r + 1);
         if (!(rows_exist >> r & 1)) continue;
 #pragma unroll
         for (int i = 0; i < x_tiles; ++i) {
 #pragma unroll
           for (int t = 0; t < column_tiles; ++t) {
-            multiply_matrices<element>(sums[r][i][t], one[i], two[r % 2] + 2 * (i * span / 8 + t));
+            multiply_matrices<element>(sums[r][i][t], first[i],
+                                       second[r % 2] + 2 * (i * span / 8 + t));
           }
         }
       }
     }
+    if (!channels_last && more) land(c + chunk, pieces - 1);
   };
 
   // A thread that passes the barrier of chunk c knows that all have finished with chunk c - 1,
@@ -230,13 +323,21 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
   const long long last = y2 + static_cast<long long>(spacing_y) * (rows2 - 1);
   const bool some = y2 < s.height && last >= 0;
   const int channels = some ? s.channels : 0;
-  if (some) fetch(0);
+  if (some && channels_last) copy(0);
+  if (some && !channels_last) {
+#pragma unroll
+    for (int piece = 0; piece < pieces; ++piece) {
+      fetch(0, piece);
+      land(0, piece);
+    }
+  }
 #pragma unroll 1
   for (int c = 0; c < channels; c += chunk) {
-    wait_for_copies();
+    const bool more = c + chunk < channels;
+    if (channels_last) wait_for_copies();
     __syncthreads();
-    if (c + chunk < channels) fetch(c + chunk);
-    multiply(c);
+    if (channels_last && more) copy(c + chunk);
+    multiply(c, more);
   }
 
   // A strip is a row of positions on a row of fmap2. Its results leave through shared memory, so

@@ -56,7 +56,9 @@ constexpr int phases = 2;          // column phases of a block
 constexpr int channel_groups = 2;  // warps that share the targets
 constexpr int at_once = 1;         // rows of the source that are staged at a time
 constexpr int buffers = 2;         // 1 only if those are all rows
-constexpr int vector = 8;            // channels per copy; 1: through registers
+constexpr bool channels_last = true;  // whether a pixel's channels lie side by side
+constexpr int vector = 8;  // of those per copy, 1: through registers; or pixels per load
+constexpr int source_lead = 0;       // pixels before the first, so that loads are aligned
 constexpr int unit = 8;              // elements of G per copy; 1: through registers
 constexpr int lead = 0;              // elements of G before the first, so that copies are aligned
 constexpr int result_vector = 8;     // elements per store to global memory
@@ -87,24 +89,40 @@ constexpr int meeting = patch_y + advance_y * (tile_rows - 1);  // rows that a t
 constexpr int source_rows = patch_y + advance_y * (rows - 1);   // and a block
 constexpr int source_columns = advance_x * (columns - tile_columns) + 16 * depths;
 constexpr int met_columns = advance_x * (columns - 1) + patch_x;  // the others stay 0
-constexpr int pixels = phases * source_columns;
 constexpr int block_channels = 8 * channel_tiles * channel_groups;
 constexpr int phase_groups = ceil_div(phases_x, phases);
 constexpr int element_bytes = static_cast<int>(sizeof(element));
 
 // Odd numbers of 16-byte units: then neighbouring rows lie in different banks.
 constexpr int pitch = block_channels + 8;  // elements of a pixel
+constexpr int slot_bytes = pitch * element_bytes;
+// Pixels lie in slots [phase][column], eight slots in a group. If channels lie apart, a row has the
+// slots of whole runs.
+constexpr int last_phase = step_x * (phases - 1);
+constexpr int row_pixels = last_phase + spacing_x * (met_columns - 1) + 1;
+constexpr int runs = ceil_div(source_lead + row_pixels, 8 * spacing_x);
+constexpr int before_runs = channels_last ? 0 : ceil_div((source_lead + last_phase) / spacing_x, 8);
+constexpr int behind_runs = larger(0, source_columns / 8 - runs);
+constexpr int of_phase = channels_last ? source_columns / 8 : before_runs + runs + behind_runs;
+constexpr int group_bytes = 8 * slot_bytes + (channels_last ? 0 : 32);
+constexpr int pixels = 8 * phases * of_phase;
 constexpr int own_columns = phases * columns;  // of G, in a row of displacements
-constexpr int columns_g = lead + (which == 1 ? own_columns : pixels);  // as its rows lie
+constexpr int columns_g = lead + (which == 1 ? own_columns : phases * source_columns);  // as its rows lie
 constexpr int pitch_g = 8 * (ceil_div(columns_g, 8) | 1);
 constexpr int rows_g = 16 * depths;  // from target row to target row, with rows of zeros
 constexpr int g_elements = (before + rows * rows_g) * pitch_g;
-constexpr int source_bytes = pixels * pitch * element_bytes;
+constexpr int source_bytes = phases * of_phase * group_bytes;
 constexpr int row_bytes = source_bytes + g_elements * element_bytes;
 constexpr int buffer_bytes = at_once * row_bytes;
 // Elements of G from one column of the source to the next, and from one target to the next.
 constexpr int along = pitch_g + (which == 1 ? 0 : phases);
 constexpr int across = (which == 1 ? phases : 0) - advance_x * pitch_g;
+// Results of a tile, if channels lie apart: words of two channels, [pair][row][phase][column]. The
+// pitch is an odd number of 8 words: four pairs lie in different banks.
+constexpr int targets = tile_rows * phases * columns;
+constexpr int pitch_out = 8 * (targets / 8 | 1);
+constexpr int out_bytes =
+    channels_last ? targets * slot_bytes : block_channels * pitch_out * 2;
 // A lane reads two columns at a time, neighbours or 4 apart: so that lanes use different banks.
 constexpr int apart = which == 2 && phases % 2 == 0 ? 4 : 1;
 
@@ -112,11 +130,22 @@ static_assert(sizeof(element) == 2, "tensor cores multiply elements of 16 bits")
 static_assert(threads == 32 * x_groups * phases * channel_groups, "a warp for each share");
 static_assert(channel_tiles % 2 == 0, "channels are loaded 16 at a time");
 static_assert(buffers == 2 || at_once >= source_rows, "a copy must not meet what is in use");
-static_assert(buffers * buffer_bytes + 4 * pixels <= 4 * shared_words &&
-                  tile_rows * columns * phases * pitch * element_bytes <= 4 * shared_words,
+static_assert(buffers * buffer_bytes + (channels_last ? 4 * pixels : 0) <= 4 * shared_words &&
+                  out_bytes <= 4 * shared_words,
               "shared memory is too small");
 static_assert(which == 1 || (advance_x == 1 && advance_y == 1), "sources are on the lattice");
 static_assert(phases == phases_x || unit == 1, "targets of some phases lie apart");
+static_assert(channels_last || vector == 1 || phases == phases_x, "the lead is that of phase 0");
+static_assert(channels_last || result_vector == 1 || (phases == phases_x && step_x == 1),
+              "targets are no neighbours");
+
+using SourceRuns = Runs<element, threads, block_channels, 1, runs, spacing_x, source_lead, step_x,
+                        phases, of_phase * group_bytes, group_bytes, slot_bytes, vector>;
+
+// Where an element of a map lies.
+__device__ __forceinline__ int at_pixel(int channels, int height, int width, int c, int y, int x) {
+  return channels_last ? (y * width + x) * channels + c : (c * height + y) * width + x;
+}
 
 __device__ __forceinline__ bool is_finite(Half value) { return (value.bits & 0x7c00u) != 0x7c00u; }
 __device__ __forceinline__ bool is_finite(Bfloat16 value) {
@@ -243,7 +272,7 @@ __device__ __forceinline__ accumulator sum_terms(const element* grad_cost, const
       if (!inside(x, s.width) || !inside(v, s.lattice_width)) continue;
       const int displacement = p * patch_x + OfBlock::cost_q(q);
       const element g = grad_cost[(displacement * s.lattice_height + u) * s.lattice_width + v];
-      sum += widen(g) * widen(source[(y * s.width + x) * s.channels + c]);
+      sum += widen(g) * widen(source[at_pixel(s.channels, s.height, s.width, c, y, x)]);
     }
   }
   return sum;
@@ -270,33 +299,60 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
   const bool owns = block.c0 + channel0 < s.channels;
 
   // Columns of the source; G's rows of zeros, which no copy writes.
-  for (int i = thread; i < pixels; i += threads) {
-    const int column = i % source_columns, of_phase = i / source_columns;
-    const int x = block.source_x0 + step_x * of_phase + spacing_x * column;
-    offsets[i] = column < met_columns && inside(x, s.width) ? x * s.channels : -1;
+  SourceRuns row_runs;
+  if constexpr (channels_last) {
+    for (int i = thread; i < pixels; i += threads) {
+      const int column = i % source_columns, of_phase = i / source_columns;
+      const int x = block.source_x0 + step_x * of_phase + spacing_x * column;
+      offsets[i] = column < met_columns && inside(x, s.width) ? x * s.channels : -1;
+    }
+  } else {
+    row_runs.find(thread, block.source_x0, row_pixels, s.width, 1, [](int) { return 0; });
   }
   for (int i = 0; i < buffers * at_once; ++i) {
     clear<threads>(shared + (i * row_bytes + source_bytes) / 4, g_elements * element_bytes / 4,
                    thread);
+    // Slots behind those of runs.
+    constexpr int unfilled = before_runs + behind_runs;
+    for (int f = 1; f <= (channels_last ? 0 : phases); ++f) {
+      clear<threads>(shared + (i * row_bytes + (f * of_phase - unfilled) * group_bytes) / 4,
+                     unfilled * group_bytes / 4, thread);
+    }
   }
   __syncthreads();
 
-  const auto fetch_row = [&](int e, int begin) {
-    const element* const row = source + block.source_y(e) * s.width * s.channels;
-    stage_pixels<threads, block_channels, pixels, vector>(
-        row, offsets, block.c0, s.channels, bytes + begin, address + begin, thread);
+  const auto copy_row = [&](int e, int begin) {
+    if constexpr (channels_last) {
+      const element* const row = source + block.source_y(e) * s.width * s.channels;
+      stage_pixels<threads, block_channels, pixels, vector>(
+          row, offsets, block.c0, s.channels, bytes + begin, address + begin, thread);
+    }
     const int begin_g = begin + source_bytes;
     stage_g(grad_cost, e, reinterpret_cast<element*>(bytes + begin_g), address + begin_g, block,
             thread);
+  };
+  SourceRuns::Fetched fetched[SourceRuns::count];
+  const auto fetch_runs = [&](int e) {
+    const element* const row = source + block.source_y(e) * s.width;
+#pragma unroll
+    for (int n = 0; n < SourceRuns::count; ++n) {
+      row_runs.fetch(row, block.c0, s.channels, s.height * s.width, n, fetched[n]);
+    }
+  };
+  const auto land_runs = [&](int begin) {
+#pragma unroll
+    for (int n = 0; n < SourceRuns::count; ++n) {
+      row_runs.land(bytes + begin + before_runs * group_bytes, n, fetched[n]);
+    }
   };
 
   // The pixel that this lane points to: that of row `slot` of a matrix of 8 columns, of which the
   // lane also reads 2 * (lane % 4) and the next of G, for target lane / 4 of its tile.
   const auto column_of = [](int slot) { return apart == 1 ? slot : slot / 2 + slot % 2 * apart; };
-  const int pixel = phase * source_columns + advance_x * x_group * tile_columns +
-                    column_of(lane % 8) + lane / 8 % 2 * 8;
-  const SharedAddress at_source =
-      address + (pixel * pitch + channel0 + lane / 16 * 8) * element_bytes;
+  const int group = phase * of_phase + before_runs + advance_x * x_group * tile_columns / 8;
+  const SharedAddress at_source = address + (group + lane / 8 % 2) * group_bytes +
+                                  column_of(lane % 8) * slot_bytes +
+                                  (channel0 + lane / 16 * 8) * element_bytes;
   const int at_g = lead + phase + phases * x_group * tile_columns + before * pitch_g +
                    lane / 4 * across + column_of(lane % 4 * 2) * along;
 
@@ -308,9 +364,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
       unsigned two[channel_tiles][2];
 #pragma unroll
       for (int n = 0; n < channel_tiles; n += 2) {
-        constexpr int of_depth = 16 * pitch;
         load_matrices<4, true>(two[n],
-                               at_source + begin + (d * of_depth + 8 * n) * element_bytes);
+                               at_source + begin + 2 * d * group_bytes + 8 * n * element_bytes);
       }
 #pragma unroll
       for (int i = 0; i < row_tiles; ++i) {
@@ -329,35 +384,43 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
     }
   };
 
-  const auto fetch = [&](int e, int begin) {
+  // Queue copies of the rows from e on.
+  const auto copy = [&](int e, int begin) {
 #pragma unroll 1
     for (int i = 0; i < at_once; ++i) {
-      if (block.counts(e + i)) fetch_row(e + i, begin + i * row_bytes);
-    }
-  };
-  const auto multiply = [&](int e, int begin) {
-#pragma unroll 1
-    for (int i = 0; i < at_once; ++i) {
-      if (block.counts(e + i)) multiply_row(e + i, begin + i * row_bytes);
+      if (block.counts(e + i)) copy_row(e + i, begin + i * row_bytes);
     }
   };
 
   // A thread that passes the barrier of a step knows that all have finished with the step before,
-  // whose buffer is the one that the next fetch fills.
+  // whose buffer is the one that the next copies fill.
   int begin = 0, e = block.next(0);
-  if (e < source_rows) fetch(e, begin);
+  if (e < source_rows) copy(e, begin);
+#pragma unroll 1
+  for (int i = 0; i < (channels_last ? 0 : at_once); ++i) {
+    if (!block.counts(e + i)) continue;
+    fetch_runs(e + i);
+    land_runs(begin + i * row_bytes);
+  }
 #pragma unroll 1
   while (e < source_rows) {
     const int next = block.next(e + at_once), other = (buffers - 1) * buffer_bytes - begin;
     wait_for_copies();
     __syncthreads();
-    if (next < source_rows) fetch(next, other);
-    if (owns) multiply(e, begin);
+    if (next < source_rows) copy(next, other);
+#pragma unroll 1
+    for (int i = 0; i < at_once; ++i) {
+      const bool more = !channels_last && block.counts(next + i);
+      if (more) fetch_runs(next + i);
+      if (owns && block.counts(e + i)) multiply_row(e + i, begin + i * row_bytes);
+      if (more) land_runs(other + i * row_bytes);
+    }
     begin = other;
     e = next;
   }
 
-  // Results leave through shared memory, so that neighbouring threads write neighbouring channels.
+  // Results leave through shared memory, so that neighbouring threads write neighbouring channels,
+  // or neighbouring pixels.
   element* const rounded = reinterpret_cast<element*>(shared);
 #pragma unroll 1
   for (int tile = 0; tile < row_tiles; ++tile) {
@@ -369,52 +432,103 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
       for (int half = 0; half < 2; ++half) {
         const int own = lane / 4 + 8 * half;  // target in its tile
         const int column = x_group * tile_columns + own % tile_columns;
-        const int target = (own / tile_columns * columns + column) * phases + phase;
+        const int target =
+            channels_last ? (own / tile_columns * columns + column) * phases + phase
+                          : (own / tile_columns * phases + phase) * columns + column;
 #pragma unroll
         for (int n = 0; n < channel_tiles; ++n) {
           Pack<element, 2> pack;
           pack.values[0] = narrow<element>(sums[i][n][2 * half] * scale);
           pack.values[1] = narrow<element>(sums[i][n][2 * half + 1] * scale);
-          *reinterpret_cast<Pack<element, 2>*>(rounded + target * pitch + channel0 + 8 * n +
-                                               lane % 4 * 2) = pack;
+          const int c = channel0 + 8 * n + lane % 4 * 2;
+          *reinterpret_cast<Pack<element, 2>*>(
+              rounded + (channels_last ? target * pitch + c : c * pitch_out + 2 * target)) = pack;
         }
       }
     }
     __syncthreads();
-    constexpr int units = block_channels / result_vector;
+    // A thread has some channels of a target, or two channels of some targets.
+    constexpr int pairs = channels_last ? 1 : 2;
+    constexpr int units = (channels_last ? block_channels : phases * columns) / result_vector;
+    constexpr int others = channels_last ? targets : block_channels / 2 * tile_rows;
 #pragma unroll 1
-    for (int at = thread; at < tile_rows * columns * phases * units; at += threads) {
-      int rest = at / units;
-      const int channel = at % units * result_vector, c = block.c0 + channel;
-      element* const from = rounded + rest * pitch + channel;
-      const int f = pop(rest, phases), m = pop(rest, columns), row = tile * tile_rows + rest;
+    for (int at = thread; at < others * units; at += threads) {
+      int rest = at;
+      const int first = pop(rest, units) * result_vector;
+      int k = first, j, channel = first;  // the first target in its row, the row, the channel
+      if constexpr (channels_last) {
+        k = pop(rest, phases * columns);
+        j = rest;
+      } else {
+        j = pop(rest, tile_rows);
+        channel = 2 * rest;
+      }
+      const int f = k % phases, m = k / phases, row = tile * tile_rows + j, c = block.c0 + channel;
       const int t_y = phases_y * (block.row0 + row) + block.phase_y;
       const int t_x = phases_x * (block.m0 + m) + block.phase0 + f;
       if (c >= s.channels || t_y >= s.targets_y || t_x >= s.targets_x) continue;
       if (phases < phases_x && block.phase0 + f >= phases_x) continue;
+      element* const from =
+          rounded + (channels_last ? (j * phases * columns + k) * pitch + channel
+                                   : channel * pitch_out + 2 * j * phases * columns);
+      const auto result = [&](int i) -> element& {  // one channel after another, or target
+        if (channels_last) return from[i];
+        const int target = k + i / 2;
+        return from[2 * (target % phases * columns + target / phases) + i % 2];
+      };
+      element values[pairs][result_vector];
+      const auto load = [&] {
+        if constexpr (channels_last) {
+          const auto pack = *reinterpret_cast<const Pack<element, result_vector>*>(from);
+#pragma unroll
+          for (int i = 0; i < result_vector; ++i) values[0][i] = pack.values[i];
+        } else {
+          constexpr int part = smaller(result_vector, 4 * phases);
+#pragma unroll
+          for (int i = 0; i < result_vector; i += part) {
+            unsigned both[part];
+            load_columns<phases, columns>(both, reinterpret_cast<const unsigned*>(from), k + i);
+#pragma unroll
+            for (int n = 0; n < part; ++n) {
+              values[0][i + n].bits = static_cast<unsigned short>(both[n]);
+              values[pairs - 1][i + n].bits = static_cast<unsigned short>(both[n] >> 16);
+            }
+          }
+        }
+      };
+      load();
       bool finite = true;
 #pragma unroll
-      for (int k = 0; k < result_vector; ++k) finite = finite && is_finite(from[k]);
+      for (int i = 0; i < pairs * result_vector; ++i) {
+        finite = finite && is_finite(values[i % pairs][i / pairs]);
+      }
       if (!finite) {
 #pragma unroll 1
-        for (int k = 0; k < result_vector; ++k) {
-          if (is_finite(from[k])) continue;
-          from[k] = narrow<element>(sum_terms(grad_cost, source, row, t_x, c + k, block) * scale);
+        for (int i = 0; i < pairs * result_vector; ++i) {
+          const int x = t_x + (channels_last ? 0 : i / 2), own = c + (channels_last ? i : i % 2);
+          if (is_finite(result(i)) || own >= s.channels) continue;
+          result(i) = narrow<element>(sum_terms(grad_cost, source, row, x, own, block) * scale);
         }
+        load();
       }
-      const auto pack = *reinterpret_cast<const Pack<element, result_vector>*>(from);
       // The first target of an axis brings the pixels before it along.
       const int y = block.target_y(row), x = s.target_x + step_x * t_x;
-      const int bottom = smaller(s.height, y + step_y), right = smaller(s.width, x + step_x);
-      for (int to_y = t_y == 0 ? 0 : y; to_y < bottom; ++to_y) {
-        for (int to_x = t_x == 0 ? 0 : x; to_x < right; ++to_x) {
-          element values[result_vector];
+      const int top = step_y > 1 && t_y == 0 ? 0 : y, left = step_x > 1 && t_x == 0 ? 0 : x;
+      const int bottom = step_y > 1 ? smaller(s.height, y + step_y) : y + 1;
+      const int right = step_x > 1 ? smaller(s.width, x + step_x) : x + 1;
 #pragma unroll
-          for (int k = 0; k < result_vector; ++k) {
-            values[k] = to_y == y && to_x == x ? pack.values[k] : element{0};
+      for (int pair = 0; pair < pairs; ++pair) {
+        if (c + pair >= s.channels) continue;
+        for (int to_y = top; to_y < bottom; ++to_y) {
+          for (int to_x = left; to_x < right; ++to_x) {
+            element written[result_vector];
+#pragma unroll
+            for (int i = 0; i < result_vector; ++i) {
+              written[i] = to_y == y && to_x == x ? values[pair][i] : element{0};
+            }
+            store_neighbours(
+                grad + at_pixel(s.channels, s.height, s.width, c + pair, to_y, to_x), written);
           }
-          store_neighbours(
-              grad + (to_y * s.width + to_x) * s.channels + c, values);
         }
       }
     }

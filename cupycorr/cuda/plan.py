@@ -30,7 +30,6 @@ from cupycorr.geometry import Geometry
 from cupycorr.layer import DTYPES, Layer
 
 THREADS = 256  # per block of the plain and the taps kernels
-MATRICES = ("tensor.cu", "tensor_adjoint.cu")  # kernels of maps whose channels lie side by side
 MOST_ELEMENTS = 2**31 - 1  # within reach of a 32-bit offset
 WORKSPACE_BYTES = 256 << 20  # of the product volume, unless one sample needs more; of turned maps
 
@@ -102,7 +101,7 @@ def plan(
         elif tiled:
             launch = _gradient(
                 layer, shape, dtype, device, aligned, channels_last, int(result[-1]), rank,
-                turned=0 if channels_last else 2 * len(results),
+                turned=2 * len(results),
             )  # fmt: skip
         if launch is None:
             kernel = "plain_tangent" if tangent else f"plain_{result}"
@@ -131,7 +130,7 @@ def _turned(
     found: list[Launch] = []
     last: list[Launch] = []
     for launch in launches:
-        if (launch.source in MATRICES) != channels_last:
+        if dict(launch.constants).get("channels_last", False) != channels_last:
             names = {name: f"{name}_turned" for name in _of_maps(launch)}
             for name, turned in sorted(names.items()):
                 to = turned if name in MAPS else name
@@ -266,12 +265,12 @@ def _cost(
 ) -> Launch | None:
     """Plan the tiled product volume, by whichever kernel is faster; None where no tile fits."""
     scalar = _product(layer, shape, dtype, device, aligned, rank)
-    turned = 0 if channels_last else 2 * prod(shape) * DTYPES[dtype].itemsize
-    if rank > 0 or turned > WORKSPACE_BYTES:
+    if rank > 0:
         return scalar
     matrices = tensor.cost(
         layer, shape, dtype, device,
         aligned=aligned, channels_last=channels_last, tf32=tf32,
+        turn=2 * prod(shape) * DTYPES[dtype].itemsize <= WORKSPACE_BYTES,
         scalar_cycles=_cycles(scalar),
     )  # fmt: skip
     return matrices or scalar
@@ -375,7 +374,8 @@ def _gradient(
 ) -> Launch | None:
     """Plan the tiled gradient with respect to one map, by whichever kernel is faster.
 
-    On tensor cores all gradients need ``turned`` turned arrays. None where no tile applies.
+    Where maps are turned for tensor cores, all gradients need ``turned`` turned arrays. None where
+    no tile applies.
     """
     y, x = (
         targets(axis, size, which)
@@ -384,11 +384,12 @@ def _gradient(
     if which == 2 and x.step != layer.geometry.x.lattice_step:
         return None  # sources would lie between the lattice's columns
     scalar = _product_gradient(layer, shape, dtype, device, aligned, which, rank, y, x)
-    if rank > 0 or turned * prod(shape) * DTYPES[dtype].itemsize > WORKSPACE_BYTES:
+    if rank > 0:
         return scalar
     matrices = tensor_adjoint.gradient(
         layer, shape, dtype, device, which, (y, x),
         aligned=aligned, channels_last=channels_last,
+        turn=turned * prod(shape) * DTYPES[dtype].itemsize <= WORKSPACE_BYTES,
         scalar_cycles=_cycles(scalar),
     )  # fmt: skip
     return matrices or scalar

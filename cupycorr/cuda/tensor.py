@@ -1,10 +1,10 @@
 """Plan the cost volume on tensor cores: its tile, its launch, and when it pays.
 
 Maps have 16 bits, or are float32 that may be rounded to TF32. The kernel (``kernels/tensor.cu``)
-reads maps whose channels lie side by side; contiguous maps are turned first
-(``kernels/transpose.cu``). Tiles are chosen by the model of `cuda.cost`: it counts the products of
-matrices, with the columns that a tile wastes, the wavefronts of shared memory that feed them, and
-the bytes that are staged.
+reads maps whose channels lie side by side or apart. Contiguous maps are turned first
+(``kernels/transpose.cu``) where that is faster. Tiles are chosen by the model of `cuda.cost`: it
+counts the products of matrices, with the columns that a tile wastes, the wavefronts of shared
+memory that feed them, and the bytes that are staged.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from operator import attrgetter
 from typing import NamedTuple, Protocol, TypeVar
 
 from cupycorr.cuda.cost import (
+    SECTOR_BYTES,
     WAVEFRONT_BYTES,
     Block,
     Constants,
@@ -37,6 +38,7 @@ MULTIPLY_ADDS = POSITIONS * COLUMNS * 16  # of one product; TF32 has half as man
 MOST_COLUMN_TILES = 16  # of a tile: wider patches are shared among blocks
 MOST_PHASES = 4  # column phases of a block
 MOST_WARPS = 16
+MOST_PIECES = 4  # in which contiguous maps are loaded
 MOST_ROWS = 11  # of fmap2, of a warp
 MOST_SUMS = 176  # registers of a thread
 OFFSETS = 36  # registers beside sums and operands; an estimate, fitted to compiled kernels
@@ -47,8 +49,23 @@ COPY, MULTIPLY = 9, 1.5
 RUN, STORE, STORE_ALONE = 55, 3.5, 9.5
 SHORT_RUN = 4  # results that a thread stores side by side, but alone
 
+# Instructions of a thread per run of contiguous maps that it turns, and per load of it.
+OF_RUN, LOAD = 15, 6.5
+MORE = 32  # bytes of eight slots, beside those of pixels: neighbouring runs lie in other banks
+
 SIDE, TURNING_THREADS = 64, 256  # of a block of transpose.cu
 LAUNCH_CYCLES = 4000  # that a further launch costs; a guess
+
+
+class Apart(NamedTuple):
+    """How the pixels of contiguous maps lie, along a row."""
+
+    step: int
+    """Pixels between phases."""
+    spacing: int
+    """Pixels between displacements."""
+    leads: tuple[int, ...]
+    """Pixels before the first of a row of each map that is read, where loads are aligned."""
 
 
 class _Problem(NamedTuple):
@@ -66,10 +83,12 @@ class _Problem(NamedTuple):
     advance: tuple[int, int]
     element_bytes: int
     vector: int
-    """Channels per copy; 1: through registers."""
+    """Channels per copy, 1: through registers; or pixels per load."""
     result_bytes: int
     result_vector: int
     """Results that are stored at once, if a block has all column phases."""
+    apart: Apart | None = None
+    """Of contiguous maps. None if channels lie side by side."""
 
 
 class Tile(NamedTuple):
@@ -114,6 +133,7 @@ def cost(
     *,
     aligned: bool = True,
     channels_last: bool = False,
+    turn: bool = True,
     tf32: bool = False,
     scalar_cycles: float = inf,
 ) -> Launch | None:
@@ -123,15 +143,17 @@ def cost(
     ----------
     layer, shape, dtype, device, aligned, channels_last, tf32
         As for `cuda.plan.plan`.
+    turn : bool, default True
+        Whether contiguous maps may be turned first.
     scalar_cycles : float, optional
         What the model gives product.cu for contiguous maps.
 
     Returns
     -------
     Launch or None
-        Its maps "fmap1" and "fmap2" are (N, H, W, C), whatever ``channels_last`` says. None where
-        tensor cores do not compute the layer, where no tile fits, or where turning the maps would
-        cost more than it gains.
+        Its constant "channels_last" says how its maps lie: otherwise than ``channels_last`` says
+        where turning them costs less than it gains. None where tensor cores do not compute the
+        layer, where no tile fits, or where product.cu is faster.
     """
     if not applies(layer, dtype, device, tf32=tf32):
         return None
@@ -142,28 +164,34 @@ def cost(
     rows, columns = -(-lattice_height // phases_y), -(-lattice_width // phases_x)
     result = dtype if geometry.taps == 1 else DTYPES[dtype].accumulator
     result_vector = gcd(lattice_width, 16 // DTYPES[result].itemsize) if aligned else 1
-    # Workspace is aligned.
+    origin, first = -geometry.x.padding, geometry.first_displacement[1]
     unit = UNIT_BYTES // DTYPES[dtype].itemsize
-    vector = gcd(channels, unit) if aligned or not channels_last else 1
-    tile = _tile(
-        _Problem(
-            samples=size_class(shape[0] * phases_y),
-            channels=size_class(channels),
-            rows=size_class(rows),
-            columns=size_class(columns),
-            patch=geometry.patch_size,
-            phases_x=phases_x,
-            advance=(advance_y, advance_x),
-            element_bytes=DTYPES[dtype].itemsize,
-            vector=vector,
-            result_bytes=DTYPES[result].itemsize,
-            result_vector=result_vector,
-        ),
-        device,
+    problem = _Problem(
+        samples=size_class(shape[0] * phases_y),
+        channels=size_class(channels),
+        rows=size_class(rows),
+        columns=size_class(columns),
+        patch=geometry.patch_size,
+        phases_x=phases_x,
+        advance=(advance_y, advance_x),
+        element_bytes=DTYPES[dtype].itemsize,
+        # Workspace is aligned.
+        vector=gcd(channels, unit) if aligned or not channels_last else 1,
+        result_bytes=DTYPES[result].itemsize,
+        result_vector=result_vector,
     )
-    if tile is None or not (
-        channels_last or turning_pays(tile.cycles, scalar_cycles, shape, dtype, device)
-    ):
+    tile = _tile(problem, device) if channels_last or turn else None
+    if not channels_last:
+        cycles = inf if tile is None else tile.cycles + turning_cycles(shape, dtype, device)
+        vector = gcd(shape[3], unit) if aligned else 1
+        leads = origin % vector, (origin + first) % vector
+        apart = Apart(geometry.x.lattice_step, geometry.dilation_patch[1], leads)
+        native = _tile(problem._replace(vector=vector, apart=apart), device)
+        if native is not None and native.cycles < cycles:
+            tile, cycles = native, native.cycles
+        if cycles >= scalar_cycles:
+            return None
+    if tile is None:
         return None
     blocks_y = -(-rows // tile.rows)
     blocks_x = -(-columns // tile.columns)
@@ -180,7 +208,6 @@ def cost(
                 advance=(advance_y, advance_x),
             ),
             *tile.constants,
-            ("vector", vector),
             ("result_vector", result_vector if tile.phases == phases_x else 1),
         ),
         shape[0] * phases_y * blocks_y * blocks_x * tile.shares,
@@ -243,13 +270,63 @@ def turning(
     )
 
 
-def turning_pays(
-    tensor_cycles: float, scalar_cycles: float, shape: Shape, dtype: str, device: Device
-) -> bool:
-    """Whether two arrays are turned and the rest is done in less time than without tensor cores."""
+def turning_cycles(shape: Shape, dtype: str, device: Device) -> float:
+    """Return the cycles in which two arrays are turned."""
     moved = 2 * 2 * prod(shape) * DTYPES[dtype].itemsize  # each is read and written
-    turning = moved / multiprocessor_bytes(device) + 2 * LAUNCH_CYCLES
-    return tensor_cycles + turning < scalar_cycles
+    return moved / multiprocessor_bytes(device) + 2 * LAUNCH_CYCLES
+
+
+class Staged(NamedTuple):
+    """What it takes to turn rows of contiguous maps on their way to shared memory.
+
+    Counts are those of a block, and of as many channels as are loaded at a time.
+    """
+
+    runs: int
+    """Of a row."""
+    groups: int
+    """Of eight slots of a phase, those before the first row too."""
+    lanes: int
+    """Pairs of a run and a word of channels."""
+    registers: int
+    """Of a run, on its way."""
+    instructions: float
+    wavefronts: float
+    bytes: float
+    """In whole sectors."""
+
+
+def staged(
+    rows: int,
+    columns: int,
+    period: int,
+    lead: int,
+    channels: int,
+    step: int,
+    phases: int,
+    vector: int,
+    element_bytes: int,
+) -> Staged:
+    """Count what it takes to stage ``columns`` pixels, ``period`` apart, of each phase and row."""
+    pixels = COLUMNS * period
+    before = lead + step * (phases - 1)
+    needed = before + period * (columns - 1) + 1
+    runs = -(-needed // pixels)
+    of_word = 4 // element_bytes
+    lanes = rows * runs * channels // of_word
+    # Through registers one by one, only those of a phase are loaded.
+    loads = of_word * (COLUMNS * phases if vector == 1 else pixels // vector)
+    words = COLUMNS * phases
+    return Staged(
+        runs,
+        -(-(before // period) // COLUMNS) + rows * runs,
+        lanes,
+        loads if vector == 1 else of_word * pixels * element_bytes // 4,
+        lanes * (OF_RUN + loads * LOAD + words * of_word),
+        # A load of a warp takes pixels of four runs and eight words of channels.
+        lanes * (words + loads * 8 * max(1, pixels * element_bytes / SECTOR_BYTES)) / 32,
+        rows * channels * (needed + SECTOR_BYTES // element_bytes - vector) * element_bytes,
+    )
 
 
 def fastest(tiles: Iterable[AnyTile]) -> AnyTile | None:
@@ -362,40 +439,113 @@ def _tiles_of_rows(
     results = strips * warp_rows * own.displacements * own.phases * own.columns1
     vector = problem.result_vector if own.phases == problem.phases_x else 1
     store = RUN / vector + STORE if vector > 1 else RUN / SHORT_RUN + STORE_ALONE
+    least = Block(
+        32 * warps,
+        registers,
+        4 * strips * line,
+        multiply_adds=0,
+        wavefronts=loaded + results * 3 / 32,
+        instructions=32 * (MULTIPLY * multiplied + 2 * sums * warps + rounded) + results * store,
+        words=0,
+        bytes=results * problem.result_bytes,
+        matrix_cycles=multiplied * MULTIPLY_ADDS / matrix_rate(device),
+    )
+    constants = {
+        "tile_rows": own.tile_rows, "x_tiles": own.x_tiles, "x_groups": own.x_groups,
+        "row_tiles": row_tiles, "phases": own.phases, "displacements": own.displacements,
+        "warp_rows": warp_rows, "row_groups": row_groups, "threads": 32 * warps,
+        "channels_last": problem.apart is None,
+    }  # fmt: skip
+
+    def tile(block: Block, **more: int) -> Tile:
+        words = -(-block.shared_bytes // 4)
+        return Tile(
+            (*constants.items(), *more.items(), ("shared_words", words)), rows1, own.columns1,
+            shares, own.phases, 32 * warps, 4 * words,
+            cycles_in_rounds(block, blocks, "float32", device),
+        )  # fmt: skip
+
+    if problem.apart is not None:
+        rows = rows1, rows2
+        for block, more in _apart(problem, problem.apart, own, rows, warp_rows, least, device):
+            yield tile(block, **more)
+        return
     for chunk in (depth, 2 * depth, 4 * depth):
         if chunk > depth and chunk >= 2 * problem.channels:
             continue
         rounds = -(-problem.channels // chunk)
         buffers = min(2, rounds)
         staged = pixels * (chunk + unit) * problem.element_bytes
-        shared_bytes = max(buffers * staged + 4 * pixels, 4 * strips * line)
+        shared_bytes = max(buffers * staged + 4 * pixels, least.shared_bytes)
         if shared_bytes > device.shared_bytes:
             continue
         copies = pixels * chunk // max(2, problem.vector) * rounds
-        block = Block(
-            32 * warps,
-            registers,
-            shared_bytes,
-            rounds,
-            multiply_adds=0,
-            wavefronts=loaded
-            + pixels * chunk * rounds * problem.element_bytes / WAVEFRONT_BYTES
-            + results * 3 / 32,
-            instructions=copies * COPY
-            + 32 * (MULTIPLY * multiplied + 2 * sums * warps + rounded)
-            + results * store,
-            words=0,
-            bytes=read * problem.channels * problem.element_bytes + results * problem.result_bytes,
+        block = least._replace(
+            shared_bytes=shared_bytes,
+            rounds=rounds,
+            wavefronts=least.wavefronts
+            + pixels * chunk * rounds * problem.element_bytes / WAVEFRONT_BYTES,
+            instructions=least.instructions + copies * COPY,
+            bytes=least.bytes + read * problem.channels * problem.element_bytes,
             ahead=rounds > 1,
-            matrix_cycles=multiplied * MULTIPLY_ADDS / matrix_rate(device),
         )
-        constants = {
-            "tile_rows": own.tile_rows, "x_tiles": own.x_tiles, "x_groups": own.x_groups,
-            "row_tiles": row_tiles, "phases": own.phases, "displacements": own.displacements,
-            "warp_rows": warp_rows, "row_groups": row_groups, "chunk": chunk, "buffers": buffers,
-            "threads": 32 * warps, "shared_words": shared_bytes // 4,
-        }  # fmt: skip
-        yield Tile(
-            tuple(constants.items()), rows1, own.columns1, shares, own.phases, 32 * warps,
-            shared_bytes, cycles_in_rounds(block, blocks, "float32", device),
-        )  # fmt: skip
+        yield tile(
+            block, chunk=chunk, buffers=buffers, vector=problem.vector, lead1=0, lead2=0, pieces=1
+        )
+
+
+def _apart(
+    problem: _Problem,
+    apart: Apart,
+    own: _Columns,
+    rows: tuple[int, int],
+    warp_rows: int,
+    least: Block,
+    device: Device,
+) -> Iterator[tuple[Block, dict[str, int]]]:
+    """Yield the blocks that read contiguous maps, each with its constants."""
+    depth = DEPTH_UNITS * UNIT_BYTES // problem.element_bytes
+    rounds = -(-problem.channels // depth)
+    buffers = min(2, rounds)
+    met = problem.advance[1] * (own.columns1 - 1) + own.displacements
+    in_line = own.phases == problem.phases_x and (
+        own.displacements == problem.patch[1]
+        or own.displacements * apart.spacing % problem.vector == 0
+    )
+    for vector in dict.fromkeys((problem.vector if in_line else 1, 1)):
+        leads = apart.leads if vector > 1 else (0, 0)
+        periods = apart.spacing * problem.advance[1], apart.spacing
+        one, two = (
+            staged(*of, depth, apart.step, own.phases, vector, problem.element_bytes)
+            for of in zip(rows, (own.columns1, met), periods, leads, strict=True)
+        )
+        groups = one.groups + two.groups + max(0, own.columns2 // COLUMNS - two.runs)
+        group_bytes = COLUMNS * (DEPTH_UNITS + 1) * UNIT_BYTES + MORE
+        shared_bytes = max(buffers * own.phases * groups * group_bytes, least.shared_bytes)
+        if shared_bytes > device.shared_bytes:
+            continue
+        of_thread = [-(-part.lanes // least.threads) for part in (one, two)]
+        found = set()
+        for pieces in range(1, MOST_PIECES + 1):
+            of_piece = -(-sum(of_thread) // pieces)
+            if of_piece in found or pieces > warp_rows:
+                continue
+            found.add(of_piece)
+            registers = least.registers + 2 * sum(of_thread)
+            registers += of_piece * max(one.registers, two.registers)
+            if registers > MOST_REGISTERS:
+                continue
+            yield (
+                least._replace(
+                    registers=registers,
+                    shared_bytes=shared_bytes,
+                    rounds=rounds * pieces,
+                    wavefronts=least.wavefronts + rounds * (one.wavefronts + two.wavefronts),
+                    instructions=least.instructions
+                    + rounds * (one.instructions + two.instructions),
+                    bytes=least.bytes + rounds * (one.bytes + two.bytes),
+                    ahead=rounds > 1,
+                ),
+                {"chunk": depth, "buffers": buffers, "vector": vector,
+                 "lead1": leads[0], "lead2": leads[1], "pieces": pieces},
+            )  # fmt: skip

@@ -1,8 +1,8 @@
 """Plan the gradients of 16-bit cost volumes on tensor cores: tiles, launches, and when they pay.
 
-The kernel (``kernels/tensor_adjoint.cu``) reads a map whose channels lie side by side, and writes a
-gradient of that kind. It takes volumes of one tap: with several, what comes from the taps is in
-float32, and the kernel would have to round it. Tiles are chosen as in `cuda.tensor`.
+The kernel (``kernels/tensor_adjoint.cu``) reads a map whose channels lie side by side or apart, and
+writes a gradient of that kind. It takes volumes of one tap: with several, what comes from the taps
+is in float32, and the kernel would have to round it. Tiles are chosen as in `cuda.tensor`.
 """
 
 from __future__ import annotations
@@ -26,23 +26,28 @@ from cupycorr.cuda.cost import (
 from cupycorr.cuda.launch import Launch, Shape, Targets, pairs, types, volume_shape
 from cupycorr.cuda.tensor import (
     COPY,
+    MORE,
     MOST_REGISTERS,
     MOST_SUMS,
     MOST_WARPS,
     MULTIPLY,
     MULTIPLY_ADDS,
     POSITIONS,
+    Apart,
     applies,
     column_phases,
     fastest,
-    turning_pays,
+    staged,
+    turning_cycles,
 )
 from cupycorr.layer import Layer
 
 ELEMENT_BYTES = 2
 UNIT = 8  # elements of a 16-byte copy
 CHANNELS, DEPTH = 8, 16  # of one product of matrices
-STORE = 3  # instructions of a warp per 8 results
+# Instructions of a thread per run of results that it stores (of two runs, if channels lie apart),
+# and for each of them; read off compiled kernels.
+STORE, RESULT = 40, 3
 BESIDE = 52  # registers beside sums and operands; an estimate, fitted to compiled kernels
 # Instructions of a warp per copy of the upstream gradient, per band (8 loads, 4 of pairs, a
 # branch), and per row of the source; read off compiled kernels.
@@ -64,11 +69,13 @@ class _Problem(NamedTuple):
     advance: tuple[int, int]
     which: int
     vector: int
-    """Channels per copy; 1: through registers."""
+    """Channels per copy, 1: through registers; or pixels per load."""
     unit: int
     """Elements of the upstream gradient per copy, if a block has all phases."""
     lead: int
     """Elements before those that a block needs, so that copies are aligned."""
+    apart: Apart | None = None
+    """Of contiguous maps. None if channels lie side by side."""
 
 
 class Tile(NamedTuple):
@@ -98,6 +105,7 @@ def gradient(
     *,
     aligned: bool = True,
     channels_last: bool = False,
+    turn: bool = True,
     scalar_cycles: float = inf,
 ) -> Launch | None:
     """Plan the gradient with respect to one map on tensor cores.
@@ -110,15 +118,17 @@ def gradient(
         The map.
     targets : (Targets, Targets)
         Its positions along both axes.
+    turn : bool, default True
+        Whether contiguous maps may be turned first, and gradients back.
     scalar_cycles : float, optional
         What the model gives product_adjoint.cu for contiguous maps.
 
     Returns
     -------
     Launch or None
-        Its map and its gradient are (N, H, W, C), whatever ``channels_last`` says. None where
-        tensor cores do not compute the layer, where no tile fits, or where turning the arrays would
-        cost more than it gains.
+        Its constant "channels_last" says how its map and its gradient lie: otherwise than
+        ``channels_last`` says where turning them costs less than it gains. None where tensor cores
+        do not compute the layer, where no tile fits, or where product_adjoint.cu is faster.
     """
     geometry = layer.geometry
     if not applies(layer, dtype, device) or geometry.taps > 1:
@@ -128,27 +138,32 @@ def gradient(
     lattice = volume_shape(geometry, shape)[3:]
     rows, columns = -(-y.number // y.phases), -(-x.number // x.phases)
     unit = gcd(lattice[1], UNIT) if aligned else 1
-    # Workspace is aligned.
-    vector = gcd(channels, UNIT) if aligned or not channels_last else 1
-    tile = _tile(
-        _Problem(
-            samples=size_class(samples * y.phases),
-            channels=size_class(channels),
-            rows=size_class(rows),
-            columns=size_class(columns),
-            patch=geometry.patch_size,
-            phases_x=x.phases,
-            advance=(y.advance, x.advance),
-            which=which,
-            vector=vector,
-            unit=unit,
-            lead=x.shift % unit,
-        ),
-        device,
+    problem = _Problem(
+        samples=size_class(samples * y.phases),
+        channels=size_class(channels),
+        rows=size_class(rows),
+        columns=size_class(columns),
+        patch=geometry.patch_size,
+        phases_x=x.phases,
+        advance=(y.advance, x.advance),
+        which=which,
+        # Workspace is aligned.
+        vector=gcd(channels, UNIT) if aligned or not channels_last else 1,
+        unit=unit,
+        lead=x.shift % unit,
     )
-    if tile is None or not (
-        channels_last or turning_pays(tile.cycles, scalar_cycles, shape, dtype, device)
-    ):
+    tile = _tile(problem, device) if channels_last or turn else None
+    if not channels_last:
+        cycles = inf if tile is None else tile.cycles + turning_cycles(shape, dtype, device)
+        vector = gcd(shape[3], UNIT) if aligned else 1
+        lead = (x.target + x.first) % vector
+        apart = Apart(x.step, geometry.dilation_patch[1], (lead,))
+        native = _tile(problem._replace(vector=vector, apart=apart), device)
+        if native is not None and native.cycles < cycles:
+            tile, cycles = native, native.cycles
+        if cycles >= scalar_cycles:
+            return None
+    if tile is None:
         return None
     blocks_y, blocks_x = -(-rows // tile.rows), -(-columns // tile.columns)
     blocks_c = -(-channels // tile.channels)
@@ -166,8 +181,6 @@ def gradient(
                 advance=(y.advance, x.advance),
             ),
             *tile.constants,
-            ("vector", vector),
-            ("result_vector", vector),
         ),
         samples * y.phases * tile.phase_groups * blocks_y * blocks_x * blocks_c,
         tile.threads,
@@ -238,12 +251,10 @@ def _tiles_of_block(
     before = advance_x * (tile_columns - 1)
     depths = -(-(before + patch_x) // DEPTH)
     source_columns = advance_x * (columns - tile_columns) + DEPTH * depths
-    pixels = phases * source_columns
     own = columns if problem.which == 1 else source_columns
     pitch_g = odd_units(lead + phases * own, UNIT)
-    g_elements = (before + rows * DEPTH * depths) * pitch_g
-    row_bytes = (pixels * (channels + UNIT) + g_elements) * ELEMENT_BYTES
-    out_bytes = tile_rows * columns * phases * (channels + UNIT) * ELEMENT_BYTES
+    bytes_g = (before + rows * DEPTH * depths) * pitch_g * ELEMENT_BYTES
+    targets = tile_rows * columns * phases
     results = rows * columns * phases * channels
 
     # Rows of the source that a block meets, and of G that it stages with them.
@@ -251,47 +262,112 @@ def _tiles_of_block(
     meeting = patch_y + advance_y * (tile_rows - 1)
     bands = warps * row_tiles * meeting * depths
     multiplied = bands * channel_tiles
-    staged = source_rows * pixels * channels
-    copies = staged // max(2, problem.vector)
     moved = max(2, unit)
     beside = lead if problem.which == 1 else moved - 1
     copies_g = rows * meeting * patch_x * -(-(phases * columns + beside) // moved)
-    met = source_rows * phases * (advance_x * (columns - 1) + patch_x) * channels
     loaded = warps * source_rows * depths * 2 * channel_tiles + 8 * bands
-    wavefronts = (staged + copies_g * moved) * ELEMENT_BYTES / WAVEFRONT_BYTES
-    instructions = copies * COPY + copies_g * COPY_UPSTREAM + results / UNIT * STORE
+    result_vector, together = problem.vector, 1
+    if problem.apart is not None:
+        in_line = problem.apart.step == 1 and phases == problem.phases_x
+        result_vector, together = problem.vector if in_line else 1, 2
+    instructions = results * (STORE / (result_vector * together) + RESULT)
+    instructions += copies_g * COPY_UPSTREAM
     instructions += 32 * (MULTIPLY * multiplied + BAND * bands + ROW * warps * source_rows)
     phase_groups = -(-problem.phases_x // phases)
     blocks = problem.samples * phase_groups * -(-problem.rows // rows)
     blocks *= -(-problem.columns // columns) * -(-problem.channels // channels)
-    for at_once in sorted({1, 2, 4, source_rows}):
-        if at_once > source_rows:
-            break
-        rounds = -(-source_rows // at_once)
-        buffers = min(2, rounds)
-        shared_bytes = max(buffers * at_once * row_bytes + 4 * pixels, out_bytes)
-        if shared_bytes > device.shared_bytes:
-            break
-        block = Block(
-            32 * warps,
-            registers,
-            shared_bytes,
-            rounds,
-            multiply_adds=0,
-            wavefronts=loaded + wavefronts + results / 32,
-            instructions=instructions,
-            words=0,
-            bytes=(met + copies_g * patch_y // meeting * moved + results) * ELEMENT_BYTES,
-            ahead=rounds > 1,
-            matrix_cycles=multiplied * MULTIPLY_ADDS / matrix_rate(device),
+    met = advance_x * (columns - 1) + patch_x
+    for how in _sources(problem, met, source_columns, phases, channels, 32 * warps):
+        if registers + how.registers > MOST_REGISTERS:
+            continue
+        row_bytes = how.row_bytes + bytes_g
+        for at_once in sorted({1, 2, 4, source_rows}):
+            if at_once > source_rows:
+                break
+            rounds = -(-source_rows // at_once)
+            buffers = min(2, rounds)
+            shared_bytes = buffers * at_once * row_bytes + how.table_bytes
+            shared_bytes = max(shared_bytes, channels // 2 * odd_units(targets, 8) * 4)
+            if shared_bytes > device.shared_bytes:
+                break
+            block = Block(
+                32 * warps,
+                registers + how.registers,
+                shared_bytes,
+                # From a row's registers to shared memory, one after another.
+                rounds if problem.apart is None else source_rows,
+                multiply_adds=0,
+                wavefronts=loaded
+                + source_rows * how.wavefronts
+                + copies_g * moved * ELEMENT_BYTES / WAVEFRONT_BYTES
+                + results / 32,
+                instructions=instructions + source_rows * how.instructions,
+                words=0,
+                bytes=source_rows * how.bytes
+                + (copies_g * patch_y // meeting * moved + results) * ELEMENT_BYTES,
+                ahead=rounds > 1,
+                matrix_cycles=multiplied * MULTIPLY_ADDS / matrix_rate(device),
+            )
+            constants = {
+                "tile_rows": tile_rows, "row_tiles": row_tiles, "channel_tiles": channel_tiles,
+                "x_groups": x_groups, "phases": phases, "channel_groups": channel_groups,
+                "at_once": at_once, "buffers": buffers, "channels_last": problem.apart is None,
+                "vector": how.vector, "source_lead": how.lead, "unit": unit, "lead": lead,
+                "result_vector": result_vector,
+                "threads": 32 * warps, "shared_words": -(-shared_bytes // 4),
+            }  # fmt: skip
+            yield Tile(
+                tuple(constants.items()), rows, columns, channels, phase_groups, 32 * warps,
+                shared_bytes, cycles_in_rounds(block, blocks, "float32", device),
+            )  # fmt: skip
+
+
+class _Source(NamedTuple):
+    """How a row of the source is staged; counts as in `cuda.tensor.Staged`."""
+
+    vector: int
+    lead: int
+    row_bytes: int
+    """Of shared memory."""
+    table_bytes: int
+    registers: int
+    instructions: float
+    wavefronts: float
+    bytes: float
+
+
+def _sources(
+    problem: _Problem, met: int, source_columns: int, phases: int, channels: int, threads: int
+) -> Iterator[_Source]:
+    """Yield the ways to stage a row of the source, of which ``met`` columns are needed."""
+    slot_bytes = (channels + UNIT) * ELEMENT_BYTES
+    if problem.apart is None:
+        pixels = phases * source_columns
+        yield _Source(
+            problem.vector,
+            0,
+            pixels * slot_bytes,
+            4 * pixels,
+            0,
+            pixels * channels // max(2, problem.vector) * COPY,
+            pixels * channels * ELEMENT_BYTES / WAVEFRONT_BYTES,
+            phases * met * channels * ELEMENT_BYTES,
         )
-        constants = {
-            "tile_rows": tile_rows, "row_tiles": row_tiles, "channel_tiles": channel_tiles,
-            "x_groups": x_groups, "phases": phases, "channel_groups": channel_groups,
-            "at_once": at_once, "buffers": buffers, "unit": unit, "lead": lead,
-            "threads": 32 * warps, "shared_words": -(-shared_bytes // 4),
-        }  # fmt: skip
-        yield Tile(
-            tuple(constants.items()), rows, columns, channels, phase_groups, 32 * warps,
-            shared_bytes, cycles_in_rounds(block, blocks, "float32", device),
-        )  # fmt: skip
+        return
+    step, spacing, (lead,) = problem.apart
+    in_line = phases == problem.phases_x
+    for vector in dict.fromkeys((problem.vector if in_line else 1, 1)):
+        at = lead if vector > 1 else 0
+        row = staged(1, met, spacing, at, channels, step, phases, vector, ELEMENT_BYTES)
+        groups = row.groups + max(0, source_columns // CHANNELS - row.runs)
+        of_thread = -(-row.lanes // threads)
+        yield _Source(
+            vector,
+            at,
+            phases * groups * (CHANNELS * slot_bytes + MORE),
+            0,
+            of_thread * (row.registers + 2),
+            row.instructions,
+            row.wavefronts,
+            row.bytes,
+        )

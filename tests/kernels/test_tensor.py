@@ -4,8 +4,10 @@ import faulthandler
 import os
 import random
 import re
+from collections import Counter
 from functools import partial
-from math import prod
+from itertools import product
+from math import inf, prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +37,28 @@ COPIES = {"16 bytes": 24, "element by element": 19}  # ways to shared memory, by
 NARROW = {"8 bytes": 20, "4 bytes": 22}
 EVERY_COPY = pytest.mark.parametrize("channels", COPIES.values(), ids=COPIES)
 EVERY_WIDTH = pytest.mark.parametrize("channels", (COPIES | NARROW).values(), ids=COPIES | NARROW)
+BOTH_LAYOUTS = pytest.mark.usefixtures("layout")
+LAYOUT = {"channels_last": True}  # of the maps, unless a test says otherwise
+
+
+def read_as_they_lie(monkeypatch):
+    """Let tensor cores read contiguous maps, also where something else is faster."""
+    for module in (tensor, tensor_adjoint):
+        monkeypatch.setattr(module, "turning_cycles", lambda *_: inf)
+    monkeypatch.setattr(cuda_plan, "_cycles", lambda _: inf)
+    monkeypatch.setitem(LAYOUT, "channels_last", False)
+
+
+@pytest.fixture(params=["side by side", "apart"])
+def layout(request, monkeypatch):
+    """Run a test on maps whose channels lie side by side, and apart."""
+    if request.param == "apart":
+        read_as_they_lie(monkeypatch)
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    read_as_they_lie(monkeypatch)
 
 
 def with_channels(case, channels):
@@ -53,7 +77,7 @@ def integers(shape, special=(), seed=0):
 
 
 def engine(device=SM_80, **how):
-    return host.host_engine(device, **{"channels_last": True, **how})
+    return host.host_engine(device, **{**LAYOUT, **how})
 
 
 def error(computed, shape, layer, dtype, *, special=(), oracle=None, seed=0):
@@ -64,11 +88,11 @@ def error(computed, shape, layer, dtype, *, special=(), oracle=None, seed=0):
 
 
 def kernels(shape, layer, dtype="float16", device=SM_80, **how):
-    how = {"channels_last": True, **how}
-    plan = cuda_plan.plan(("cost",), layer, shape, dtype, device, **how)
+    plan = cuda_plan.plan(("cost",), layer, shape, dtype, device, **{**LAYOUT, **how})
     return [launch.kernel for launch in plan.launches]
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("case", FULL)
 def test_every_case_is_exact(case):
     shape, layer = with_channels(case, 24)
@@ -76,11 +100,13 @@ def test_every_case_is_exact(case):
     assert error(engine(order="shuffled"), shape, layer, "float16") is None
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("case", [case for case in FULL if "channel" in case])
 def test_few_and_odd_channels_are_exact(case):
     assert error(engine(), *FULL[case], "float16") is None
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("dtype", HALVES)
 @EVERY_WIDTH
 @pytest.mark.parametrize("case", MIXED)
@@ -93,6 +119,7 @@ def test_sums_are_rounded_once_to_nearest_even(dtype):
     assert test_host.rounding(engine(), dtype) is None
 
 
+@BOTH_LAYOUTS
 @EVERY_COPY
 @pytest.mark.parametrize("case", MIXED)
 def test_the_order_of_threads_changes_no_bit(case, channels):
@@ -102,6 +129,7 @@ def test_the_order_of_threads_changes_no_bit(case, channels):
     assert [verify.difference(first, other) for other in others] == [None, None]
 
 
+@BOTH_LAYOUTS
 @EVERY_COPY
 @pytest.mark.parametrize("case", MIXED)
 def test_threads_share_no_word_without_a_barrier(case, channels):
@@ -109,6 +137,7 @@ def test_threads_share_no_word_without_a_barrier(case, channels):
     engine(mode="trace").cost(*integers(shape), layer, "float16")
 
 
+@BOTH_LAYOUTS
 @EVERY_COPY
 @pytest.mark.parametrize("case", [case for case in FULL if case not in SPARSE])
 def test_what_is_not_finite_reaches_only_what_it_is_a_term_of(case, channels):
@@ -118,6 +147,7 @@ def test_what_is_not_finite_reaches_only_what_it_is_a_term_of(case, channels):
         assert error(engine(), shape, layer, "bfloat16", **options) is None
 
 
+@BOTH_LAYOUTS
 @EVERY_COPY
 @pytest.mark.parametrize("case", ["FlowNetC", "spatial-correlation-sampler's defaults"])
 def test_misaligned_arrays_are_exact(case, channels):
@@ -127,10 +157,40 @@ def test_misaligned_arrays_are_exact(case, channels):
 # ---- maps whose channels lie apart, and layers for other kernels
 
 
+# How many pixels of contiguous maps are loaded at a time, by width.
+WIDTHS = {"16 bytes": 48, "8 bytes": 44, "4 bytes": 42, "element by element": 41}
+# Leads, phases, pixels of no phase, positions that advance.
+ROWS = {
+    "one phase": Geometry(patch_size=(3, 9)),
+    "padding": Geometry(patch_size=(3, 9), padding=(1, 3)),
+    "two phases": Geometry(patch_size=(3, 6), dilation_patch=2),
+    "two phases, padding": Geometry(patch_size=(3, 6), dilation_patch=2, padding=1),
+    "three phases": Geometry(patch_size=(2, 5), dilation_patch=(1, 3)),
+    "four phases, padding": Geometry(patch_size=(2, 4), dilation_patch=(1, 4), padding=(0, 2)),
+    "every second pixel": Geometry(patch_size=(3, 5), stride=2, dilation_patch=2, padding=1),
+    "two of four pixels": Geometry(patch_size=(2, 5), stride=(1, 2), dilation_patch=(1, 4)),
+    "advance": Geometry(patch_size=(3, 5), stride=(1, 2)),
+}
+
+
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_contiguous_maps_are_exact_by_every_load(width, rows):
+    shape, layer = (2, 21, 6, WIDTHS[width]), Layer(ROWS[rows])
+    assert kernels(shape, layer) == ["tensor_cost"]
+    assert error(engine(order="shuffled"), shape, layer, "bfloat16") is None
+
+
+def turn(monkeypatch):
+    for module in (tensor, tensor_adjoint):
+        monkeypatch.setattr(module, "turning_cycles", lambda *_: -inf)
+
+
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("shape", [(2, 24, 12, 16), (1, 67, 13, 9)], ids=str)
-def test_contiguous_maps_are_turned_first(shape, aligned, monkeypatch):
-    monkeypatch.setattr(tensor, "turning_pays", lambda *_: True)
+def test_contiguous_maps_may_be_turned_first(shape, aligned, monkeypatch):
+    turn(monkeypatch)
     layer = CASES["FlowNetC"][1]
     how = {"channels_last": False, "aligned": aligned}
     assert kernels(shape, layer, **how) == ["transpose", "transpose", "tensor_cost"]
@@ -138,25 +198,36 @@ def test_contiguous_maps_are_turned_first(shape, aligned, monkeypatch):
         assert error(engine(mode=mode, **how), shape, layer, "bfloat16") is None
 
 
-def test_a_window_of_contiguous_maps_needs_all_workspaces(monkeypatch):
-    monkeypatch.setattr(tensor, "turning_pays", lambda *_: True)
+def test_a_window_of_turned_maps_needs_all_workspaces(monkeypatch):
+    turn(monkeypatch)
     case = CASES["everything differs per axis"]
     found = kernels(*case, channels_last=False)
     assert found == ["transpose", "transpose", "tensor_cost", "taps_sum"]
     assert error(engine(channels_last=False), *case, "float16") is None
 
 
-def test_contiguous_maps_are_turned_where_it_pays():
-    flownetc = Layer(Geometry(patch_size=21, dilation_patch=2))
-    found = kernels((4, 256, 48, 64), flownetc, channels_last=False)
-    assert found == ["transpose", "transpose", "tensor_cost"]
-    assert kernels((1, 4, 12, 16), flownetc, channels_last=False) == ["product_cost"]
+def cycles(shape, layer, **how):
+    """Return the cycles of tensor cores on contiguous maps, as planned."""
+    return tensor.cost(layer, shape, "float16", SM_80, **how).cycles
 
 
-def test_maps_that_are_larger_than_the_workspace_are_not_turned():
+@pytest.mark.parametrize("name", ["FlowNetC", "PWC-Net 2", "PWC-Net 4", "DispNetC"])
+def test_contiguous_maps_are_turned_where_it_pays(name, monkeypatch):
+    shape, layer = LAYERS[name][0], Layer(LAYERS[name][1])
+    turned = cycles(shape, layer, channels_last=True)
+    turned += tensor.turning_cycles(shape, "float16", SM_80)
+    native = cycles(shape, layer, turn=False)
+    found = kernels(shape, layer, channels_last=False)
+    assert found == [*2 * ["transpose"] * (turned < native), "tensor_cost"]
+    monkeypatch.setattr(cuda_plan, "_cycles", lambda _: min(turned, native))
+    assert kernels(shape, layer, channels_last=False) == ["product_cost"]
+
+
+def test_maps_that_are_larger_than_the_workspace_are_not_turned(monkeypatch):
+    turn(monkeypatch)
     flownetc = Layer(Geometry(patch_size=21, dilation_patch=2))
-    assert kernels((85, 256, 48, 64), flownetc, channels_last=False)[-1] == "tensor_cost"
-    assert kernels((86, 256, 48, 64), flownetc, channels_last=False) == ["product_cost"]
+    found = [kernels((count, 256, 48, 64), flownetc, channels_last=False) for count in (85, 86)]
+    assert found == [["transpose", "transpose", "tensor_cost"], ["tensor_cost"]]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -197,6 +268,7 @@ PHASES = ((1, 40, 9, 22), Layer(Geometry(patch_size=(5, 7), dilation_patch=(1, 2
 STRIDE = ((1, 40, 13, 29), Layer(Geometry(patch_size=(5, 7), stride=(1, 2))))
 ADVANCE = ((1, 24, 21, 64), Layer(Geometry(patch_size=(3, 4), stride=(2, 3))))
 ONE_ROW = ((1, 24, 3, 72), Layer(Geometry(patch_size=(1, 9))))
+LEADS = ((2, 40, 9, 32), Layer(Geometry(patch_size=(5, 6), dilation_patch=2, padding=1)))
 WIDE = ((1, 16, 3, 34), Layer(Geometry(patch_size=(2, 140))))
 MANY_PHASES = ((1, 16, 5, 24), Layer(Geometry(patch_size=(2, 3), dilation_patch=(3, 6))))
 SEVEN_PHASES = ((1, 16, 5, 24), Layer(Geometry(patch_size=(2, 3), dilation_patch=(3, 7))))
@@ -226,7 +298,11 @@ TILES = {
     "groups of displacements": (WIDE, lambda t: t["displacements"] < 140),
     "groups of phases": (MANY_PHASES, lambda t: t["phases"] < 6),
     "a partial group of phases": (SEVEN_PHASES, lambda t: 7 % t["phases"]),
+    "in pieces": (LEADS, lambda t: t["pieces"] < 3 and t["vector"] * t["pieces"] + t["tile_rows"]),
 }  # fmt: skip
+
+
+CHUNKS = {"one chunk", "chunks of 32"}  # of more channels than are multiplied at a time
 
 
 @pytest.fixture
@@ -244,18 +320,27 @@ def force(monkeypatch):
     return force
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("tile", TILES)
 def test_unusual_tiles_are_exact(tile, force):
     (shape, layer), value = TILES[tile]
+    if tile in CHUNKS and not LAYOUT["channels_last"]:
+        pytest.skip("contiguous maps are loaded 16 channels at a time")
     force(value)
     assert error(engine(order="shuffled"), shape, layer, "float16") is None
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("case", ["FlowNetC", "everything differs per axis", SEVEN_PHASES], ids=str)
 def test_every_result_is_written_once_and_never_read(case, dtype):
     shape, layer = with_channels(case, 24)
-    plan = cuda_plan.plan(("cost",), layer, shape, dtype, SM_80, channels_last=True)
+    plan = cuda_plan.plan(("cost",), layer, shape, dtype, SM_80, **LAYOUT)
+    assert_written_once(plan, ones(layer, shape, plan, dtype))
+
+
+def ones(layer, shape, plan, dtype="float16"):
+    """Return the arrays of a plan, between guards; the maps are 1."""
     shapes = {"fmap1": (shape, dtype), "fmap2": (shape, dtype),
               "cost": (layer.geometry.cost_shape(shape), dtype)}  # fmt: skip
     shapes |= {name: (size, kind) for name, size, kind in plan.workspaces}
@@ -264,7 +349,37 @@ def test_every_result_is_written_once_and_never_read(case, dtype):
     arrays = {name: whole.array for name, whole in guarded.items()}
     arrays["fmap1"].fill(1)
     arrays["fmap2"].fill(1)
-    assert_written_once(plan, arrays)
+    return arrays
+
+
+def most_in_a_bank(launch, arrays, patch=None):
+    """Return how many words of a bank a warp stores at most at once, before it stores results."""
+    library = host.build(launch, "trace", patch)
+    accesses = host.run(library, launch, arrays, np.float32(1), log="all")
+    last, most = accesses["array"] == len(launch.arrays) - 1, 0
+    stored = accesses[(accesses["array"] == host.SHARED) & (accesses["written"] == 1)]
+    for block in range(launch.blocks):
+        first = accesses["round"][last & (accesses["block"] == block)].min()
+        found = stored[(stored["block"] == block) & (stored["round"] < first - 1)]
+        found = found[found["bytes"] == 4]
+        for number, warp in product(np.unique(found["round"]), range(launch.threads // 32)):
+            own = found[(found["round"] == number) & (found["thread"] // 32 == warp)]
+            lanes = [own["offset"][own["thread"] % 32 == lane] // 4 for lane in range(32)]
+            if len({*map(len, lanes)}) > 1:
+                continue  # a warp of which some lanes have more to do
+            for words in zip(*lanes, strict=True):
+                most = max(most, *Counter(word % 32 for word in {*words}).values())
+    return most
+
+
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize(("patch", "most"), [(None, 1), (("? 0 : 32", "? 0 : 0"), 4)])
+@pytest.mark.parametrize("rows", ["one phase", "padding", "two phases, padding"])
+def test_lanes_store_pairs_of_channels_in_different_banks(rows, patch, most):
+    shape, layer = (1, 16, 12, 96), Layer(ROWS[rows])
+    plan = cuda_plan.plan(("cost",), layer, shape, "float16", SM_80)
+    (launch,) = plan.launches
+    assert most_in_a_bank(launch, ones(layer, shape, plan), patch) == most
 
 
 def assert_written_once(plan, arrays):
@@ -281,6 +396,7 @@ def assert_written_once(plan, arrays):
         assert (written == 1).all()
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("seed", range(8))
 def test_tiles_taken_at_random_are_exact(seed, monkeypatch):
     chance, candidates = random.Random(seed), tensor._tiles
@@ -359,7 +475,7 @@ BUGS = {
                                     "warps side by side"),
     "the other lanes' columns": Bug("lane / 16 * 8 + lane % 8;", "lane / 8 % 2 * 8 + lane % 8;"),
     "halves of a matrix exchanged": Bug(
-        "lane / 8 % 2 * unit) * element_bytes", "lane / 16 * unit) * element_bytes"),
+        "at_slot(slot2) + lane / 8 % 2 * 16", "at_slot(slot2) + lane / 16 * 16"),
     "columns of the wrong tile": Bug("(i * span / 8 + t)", "(i + t)", "advance, one row"),
     "rows do not advance": Bug("p = e - advance_y * j", "p = e - j", "advance, two rows"),
     "a row of the wrong tile": Bug(
@@ -368,7 +484,7 @@ BUGS = {
     "a row that no tile meets": Bug("!inside(p, patch_y) ||", ""),
     "the last rows left out": Bug("e_own + r < meeting &&", "e_own + r + 1 < meeting &&"),
     "rows of the wrong warp": Bug("rows_exist >> r & 1", "rows_exist & 1", "rows of a warp"),
-    "phases of the wrong columns": Bug("+ phase) * columns2", "+ x_group) * columns2"),
+    "phases of the wrong columns": Bug("phase * of_phase2", "x_group * of_phase2"),
     "the last channels left out": Bug(
         "end = smaller(chunk, s.channels - c)", "end = (s.channels - c) / 16 * 16", "one chunk"),
     "the last odd channel left out": Bug("c + k + 1 < channels", "false", channels=39),
@@ -389,10 +505,36 @@ BUGS = {
     "no barrier between results and stores": Bug(
         "__syncthreads();\n      constexpr int units", "constexpr int units"),
     "no barrier behind the offsets": Bug(
-        "s.channels : -1;\n  }\n  __syncthreads();", "s.channels : -1;\n  }"),
+        "s.channels : -1;\n    }\n    __syncthreads();", "s.channels : -1;\n    }"),
     "results of the wrong phase": Bug(
         "f * columns1 + (k0 + k) / phases", "f * columns1 + k0 / phases", "four tiles"),
     "neighbours exchanged": Bug("from[2 * k + of_word - 1]", "from[2 * k]", "four tiles"),
+}  # fmt: skip
+
+
+APART_BUGS = {
+    "a neighbouring pixel": Bug("word, other, k % 2)", "word, other, !(k % 2))", "in pieces"),
+    "the last channels left out": Bug("first + k < channels", "first + 1 < channels", channels=39),
+    "channels behind the last": Bug("first + k < channels &&", "", channels=39),
+    "the channels of another lane": Bug("thread % lanes) * of_word", "lanes - 1) * of_word"),
+    "rows outside": Bug("CHANNELS && inside(y, height)", "CHANNELS", "in pieces"),
+    "pixels outside": Bug("static_cast<unsigned>(x[n] + i * VECTOR) < end", "true", "in pieces"),
+    "pixels before the map": Bug("static_cast<unsigned>(x[n] + i * VECTOR) < end",
+                                 "x[n] + i * VECTOR < static_cast<int>(end)", "in pieces"),
+    "pixels that are needed left out": Bug("smaller(width, first + columns)",
+                                           "smaller(width, first + columns - 8)", "in pieces"),
+    "loads that are not aligned": Bug("first - LEAD + run", "first + run", "in pieces"),
+    "slots without a lead": Bug("(j - LEAD - STEP * f)", "(j - STEP * f)", "in pieces"),
+    "all phases on each other": Bug("f * PHASE_BYTES", "0 * PHASE_BYTES"),
+    "another row's runs": Bug("y = row(pop(rest, ROWS))", "y = row(rest % ROWS + 1)"),
+    "runs of another unit": Bug("? unit : unit %", "? unit + 1 : unit %"),
+    "the piece before": Bug("land(c + chunk, piece - 1)", "land(c + chunk, piece)", "in pieces"),
+    "the last piece left out": Bug("land(c + chunk, pieces - 1)", "land(c + chunk, 0)",
+                                   "in pieces"),
+    "the channels of the chunk before": Bug("fetch(c + chunk, piece)", "fetch(c, piece)"),
+    "the buffer in use": Bug("land(c + chunk, pieces - 1)", "land(c, pieces - 1)"),
+    "no barrier between runs and products": Bug(
+        "wait_for_copies();\n    __syncthreads();", "wait_for_copies();"),
 }  # fmt: skip
 
 
@@ -426,17 +568,34 @@ def fails(bug, order):
         return True
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_caught(bug, force):
-    planted = BUGS[bug]
+def assert_caught(planted, force):
     shape, layer = problem(planted)
     force(TILES[planted.tile][1])
-    (launch,) = cuda_plan.plan(
-        ("cost",), layer, shape, "float16", SM_80, channels_last=True
-    ).launches
+    (launch,) = cuda_plan.plan(("cost",), layer, shape, "float16", SM_80, **LAYOUT).launches
     assert planted.old in host.translation_unit(launch)
     host.compiled(launch, patch=(planted.old, planted.new))
     assert is_caught(partial(fails, planted))
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_caught(bug, force):
+    assert_caught(BUGS[bug], force)
+
+
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize("bug", APART_BUGS)
+def test_a_planted_bug_of_contiguous_maps_is_caught(bug, force):
+    assert_caught(APART_BUGS[bug], force)
+
+
+@pytest.mark.usefixtures("apart")
+def test_runs_that_land_without_a_barrier_are_a_race_in_any_order(force):
+    planted = APART_BUGS["no barrier between runs and products"]
+    shape, layer = problem(planted)
+    force(TILES[planted.tile][1])
+    raced = engine(mode="trace", patch=(planted.old, planted.new))
+    with pytest.raises(host.HostError, match="data race"):
+        raced.cost(*integers(shape), layer, "float16")
 
 
 @pytest.mark.parametrize("bug", [bug for bug in BUGS if bug.startswith("no barrier")])
@@ -494,9 +653,8 @@ MISTAKES = {
     "not all lanes of a warp reach": (
         "const int begin = buffer(c) + k",
         "if (lane == 3) continue;\n const int begin = buffer(c) + k"),
-    "a row that is not aligned": ("lane / 16 * unit) * element_bytes;",
-                                 "lane / 16 * unit + 1) * element_bytes;"),
-    "of shared memory": ("pixel1 * pitch", "(pixel1 + (1 << 20)) * pitch"),
+    "a row that is not aligned": ("at_slot(slot1) +", "at_slot(slot1) + 2 +"),
+    "of shared memory": ("at_slot(slot1)", "at_slot(slot1 + (1 << 20))"),
 }  # fmt: skip
 
 
@@ -524,6 +682,7 @@ def test_nobody_gets_tf32_without_asking_for_it():
     assert "tensor_cost" not in kernels((1, 24, 12, 16), layer, "float32", SM_75, tf32=True)
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("channels", [20, 19])
 @pytest.mark.parametrize("case", MIXED)
 def test_tf32_is_exact_on_integers(case, channels):
@@ -532,6 +691,7 @@ def test_tf32_is_exact_on_integers(case, channels):
     assert error(computed, shape, layer, "float32") is None
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("channels", [20, 19])
 def test_maps_are_rounded_to_tf32_and_sums_are_not(channels):
     shape, layer = with_channels("FlowNetC", channels)
@@ -545,6 +705,7 @@ def test_maps_are_rounded_to_tf32_and_sums_are_not(channels):
     assert (np.abs(got - exact) > channels * 2.0**-24 * size).any()
 
 
+@BOTH_LAYOUTS
 def test_tf32_keeps_what_is_not_finite_to_its_terms():
     shape, layer = with_channels("FlowNetC", 20)
     for special, oracle in test_host.SPECIAL:
@@ -552,6 +713,7 @@ def test_tf32_keeps_what_is_not_finite_to_its_terms():
         assert error(engine(tf32=True), shape, layer, "float32", **options) is None
 
 
+@BOTH_LAYOUTS
 def test_threads_share_no_word_of_tf32_without_a_barrier():
     shape, layer = with_channels("FlowNetC", 20)
     engine(mode="trace", tf32=True).cost(*integers(shape), layer, "float32")

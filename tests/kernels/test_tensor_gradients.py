@@ -12,21 +12,28 @@ import test_host
 from cases import CASES, l1
 from host import ORDERS, SM_75, SM_80, SM_90
 from test_tensor import (
+    BOTH_LAYOUTS,
     COPIES,
     EVERY_COPY,
     EVERY_WIDTH,
     FULL,
     HALVES,
+    LAYOUT,
+    ROWS,
     SPARSE,
+    apart,  # noqa: F401
     assert_written_once,
     engine,
     is_caught,
+    layout,  # noqa: F401
+    turn,
     with_channels,
 )
+from test_tensor import WIDTHS as PIXELS
 
 from cupycorr import Geometry, verify
 from cupycorr.cuda import plan as cuda_plan
-from cupycorr.cuda import tensor_adjoint
+from cupycorr.cuda import tensor, tensor_adjoint
 from cupycorr.cuda.launch import targets
 from cupycorr.layer import Layer
 
@@ -77,7 +84,7 @@ def errors(computed, shape, layer, dtype, *, special=(), oracle=None, seed=0):
 
 
 def kernels(shape, layer, dtype="float16", device=SM_80, results=GRADS, **how):
-    plan = cuda_plan.plan(results, layer, shape, dtype, device, **{"channels_last": True, **how})
+    plan = cuda_plan.plan(results, layer, shape, dtype, device, **{**LAYOUT, **how})
     return [launch.kernel for launch in plan.launches]
 
 
@@ -89,6 +96,7 @@ def expected(case, shape, layer):
     return 1 + (targets(axis, shape[3], 2).step == axis.lattice_step)
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("case", FULL)
 def test_every_case_is_exact(case):
     shape, layer = with_channels(case, 24)
@@ -96,11 +104,13 @@ def test_every_case_is_exact(case):
     assert not errors(once(order="shuffled"), shape, layer, "float16")
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("case", [case for case in FULL if "channel" in case])
 def test_few_and_odd_channels_are_exact(case):
     assert not errors(once(), *FULL[case], "float16")
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("dtype", HALVES)
 @EVERY_WIDTH
 @pytest.mark.parametrize("case", MIXED)
@@ -108,12 +118,14 @@ def test_every_copy_and_dtype_is_exact(case, channels, dtype):
     assert not errors(once(SM_90), *with_channels(case, channels), dtype)
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("case", WIDTHS)
 def test_every_copy_of_the_upstream_gradient_is_exact(case):
     for aligned in (True, False):
         assert not errors(once(aligned=aligned), *WIDTHS[case], "bfloat16")
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("dtype", HALVES)
 def test_sums_are_rounded_once(dtype):
     # Sums of 256 products have more significant bits than the result.
@@ -127,6 +139,7 @@ def test_sums_are_rounded_once(dtype):
         assert verify.difference(got, verify.round_to(want, dtype)) is None
 
 
+@BOTH_LAYOUTS
 @EVERY_COPY
 @pytest.mark.parametrize("case", MIXED)
 def test_the_order_of_threads_changes_no_bit(case, channels):
@@ -138,6 +151,7 @@ def test_the_order_of_threads_changes_no_bit(case, channels):
         assert test_host.differences(first, other) == [None, None]
 
 
+@BOTH_LAYOUTS
 @EVERY_COPY
 @pytest.mark.parametrize("case", MIXED)
 def test_threads_share_no_word_without_a_barrier(case, channels):
@@ -145,6 +159,7 @@ def test_threads_share_no_word_without_a_barrier(case, channels):
     engine(mode="trace").grads(*arrays(shape, layer), layer, "float16")
 
 
+@BOTH_LAYOUTS
 @EVERY_COPY
 @pytest.mark.parametrize("case", [case for case in FULL if case not in SPARSE])
 def test_what_is_not_finite_reaches_only_what_it_is_a_term_of(case, channels):
@@ -154,6 +169,7 @@ def test_what_is_not_finite_reaches_only_what_it_is_a_term_of(case, channels):
         assert not errors(engine(), shape, layer, "bfloat16", **how)
 
 
+@BOTH_LAYOUTS
 @EVERY_COPY
 @pytest.mark.parametrize("case", MIXED)
 def test_misaligned_arrays_are_exact(case, channels):
@@ -163,13 +179,18 @@ def test_misaligned_arrays_are_exact(case, channels):
 # ---- the order of the maps' axes in memory
 
 
-def turn(monkeypatch):
-    monkeypatch.setattr(tensor_adjoint, "turning_pays", lambda *_: True)
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", PIXELS)
+def test_gradients_of_contiguous_maps_are_exact_by_every_load(width, rows):
+    shape, layer = (2, 21, 6, PIXELS[width]), Layer(ROWS[rows])
+    assert "tensor_gradient" in kernels(shape, layer)
+    assert not errors(once(order="shuffled"), shape, layer, "bfloat16")
 
 
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("shape", [(2, 24, 12, 16), (1, 67, 13, 9)], ids=str)
-def test_contiguous_maps_have_contiguous_gradients(shape, aligned, monkeypatch):
+def test_turned_maps_have_contiguous_gradients(shape, aligned, monkeypatch):
     turn(monkeypatch)
     layer = CASES["FlowNetC"][1]
     how = {"channels_last": False, "aligned": aligned}
@@ -197,20 +218,31 @@ def test_one_gradient_turns_one_map(which, dtype, monkeypatch):
     assert {one.name for one in plan.workspaces} == {f"{source}_turned", f"{result}_turned"}
 
 
-def test_arrays_are_turned_where_it_pays():
-    flownetc = Layer(Geometry(patch_size=21, dilation_patch=2))
-    found = kernels((4, 256, 48, 64), flownetc, channels_last=False)
-    assert found == [*2 * ["transpose"], *2 * ["tensor_gradient"], *2 * ["transpose"]]
-    pwc = Layer(Geometry(patch_size=9))
-    assert kernels((1, 4, 8, 14), pwc, channels_last=False) == 2 * ["product_gradient"]
+@pytest.mark.parametrize("width", [64, 63])
+def test_contiguous_arrays_are_turned_where_it_pays(width, monkeypatch):
+    layer, shape = Layer(Geometry(patch_size=21, dilation_patch=2)), (4, 256, 48, width)
+    axes = layer.geometry.y, layer.geometry.x
+    y, x = (targets(axis, size, 1) for axis, size in zip(axes, shape[2:], strict=True))
+
+    def cycles(**how):
+        return tensor_adjoint.gradient(layer, shape, "float16", SM_80, 1, (y, x), **how).cycles
+
+    native = cycles(turn=False)
+    turned = cycles(channels_last=True) + tensor.turning_cycles(shape, "float16", SM_80)
+    first, last = (["transpose"] * (turned < native) for _ in range(2))
+    found = kernels(shape, layer, results=GRADS[:1], channels_last=False)
+    assert found == [*first, "tensor_gradient", *last]
+    monkeypatch.setattr(cuda_plan, "_cycles", lambda _: min(turned, native))
+    assert kernels(shape, layer, results=GRADS[:1], channels_last=False) == ["product_gradient"]
 
 
-def test_arrays_that_are_larger_than_the_workspace_are_not_turned():
+def test_arrays_that_are_larger_than_the_workspace_are_not_turned(monkeypatch):
+    turn(monkeypatch)
     flownetc = Layer(Geometry(patch_size=21, dilation_patch=2))
-    assert "tensor_gradient" in kernels((42, 256, 48, 64), flownetc, channels_last=False)
+    assert "transpose" in kernels((42, 256, 48, 64), flownetc, channels_last=False)
     for samples, results in ((43, GRADS), (86, GRADS[:1])):
         found = kernels((samples, 256, 48, 64), flownetc, results=results, channels_last=False)
-        assert {*found} == {"product_gradient"}
+        assert {*found} == {"tensor_gradient"}
 
 
 @pytest.mark.parametrize("plain", [True, False])
@@ -280,6 +312,7 @@ def force(monkeypatch):
     return force
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("tile", TILES)
 def test_unusual_tiles_are_exact(tile, force):
     (shape, layer), value = TILES[tile]
@@ -299,10 +332,11 @@ def ones(shape, layer, plan):
     return guarded
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("case", ["FlowNetC", "stride", "negative padding", SEVEN_PHASES], ids=str)
 def test_every_result_is_written_once_and_never_read(case):
     shape, layer = with_channels(case, 24)
-    plan = cuda_plan.plan(GRADS, layer, shape, "float16", SM_80, channels_last=True)
+    plan = cuda_plan.plan(GRADS, layer, shape, "float16", SM_80, **LAYOUT)
     guarded = ones(shape, layer, plan)
     assert_written_once(plan, {name: whole.array for name, whole in guarded.items()})
 
@@ -336,6 +370,7 @@ def test_lanes_read_the_band_from_different_banks(case, which):
     assert most == 1
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("seed", range(8))
 def test_tiles_taken_at_random_are_exact(seed, monkeypatch):
     chance, candidates = random.Random(seed), tensor_adjoint._tiles
@@ -381,7 +416,7 @@ BUGS = {
     "the band of another target": Bug("lane / 4 * across", "lane % 4 * across"),
     "a band that does not advance": Bug("- advance_x * pitch_g", "- pitch_g", ADVANCE),
     "columns in another order than G": Bug("slot / 2 + slot % 2 * apart", "slot", TWO_PHASES),
-    "columns of the other half": Bug("lane / 8 % 2 * 8;", "lane / 16 * 8;"),
+    "columns of the other half": Bug("(group + lane / 8 % 2)", "(group + lane / 16)"),
     "quarters of the band exchanged": Bug("k % 2 * lower +", "k / 2 * lower +"),
     "matrices that are not transposed": Bug("load_matrices<4, true>", "load_matrices<4, false>"),
     "no zeros beside the band": Bug("i < buffers * at_once", "i < 0"),
@@ -398,9 +433,9 @@ BUGS = {
     "a warp without channels that exist": Bug("bool owns =", "bool owns = lane < 0 &&"),
     "sums that stay not finite": Bug("if (!finite)", "if (false)", special=True),
     "terms that are none": Bug("!inside(x, s.width) || !inside(v", "!inside(v", special=True),
-    "no zeros between targets": Bug("x + step_x);", "x + 1);", APART),
+    "no zeros between targets": Bug("smaller(s.width, x + step_x)", "x + 1", APART),
     "no zeros before the first target": Bug("t_x == 0 ? 0 : x", "x", APART),
-    "targets of another tile": Bug("row = tile * tile_rows + rest", "row = rest"),
+    "targets of another tile": Bug("row = tile * tile_rows + j", "row = j"),
     "the buffer of another step": Bug("(buffers - 1) * buffer_bytes - begin", "begin"),
     "rows on each other": Bug("begin + i * row_bytes", "begin", tile=in_steps),
     "a row twice": Bug("next(e + at_once)", "next(e + 1)", tile=in_steps),
@@ -408,11 +443,38 @@ BUGS = {
     "no barrier between copies and products": Bug(
         "wait_for_copies();\n    __syncthreads();", "wait_for_copies();"),
     "no barrier behind the offsets": Bug(
-        " thread);\n  }\n  __syncthreads();", " thread);\n  }"),
+        " thread);\n    }\n  }\n  __syncthreads();", " thread);\n    }\n  }"),
     "no barrier between products and results": Bug(
         "++tile) {\n    __syncthreads();", "++tile) {"),
     "no barrier between results and stores": Bug(
-        "__syncthreads();\n    constexpr int units", "constexpr int units"),
+        "__syncthreads();\n    // A thread has", "// A thread has"),
+}  # fmt: skip
+PAIRS = ((2, 40, 9, 32), Layer(Geometry(patch_size=(3, 6), dilation_patch=2)))
+APART_BUGS = {
+    "the wrong channel of a pair": Bug(
+        "join_halves(word, other,", "join_halves(other, word,", PAIRS),
+    "a neighbouring pixel": Bug("word, other, k % 2)", "word, other, !(k % 2))", PAIRS),
+    "the last channels left out": Bug("first + k < channels", "first + 1 < channels", ODD),
+    "the channels of another group": Bug("(group * lanes + thread", "(thread", PAIRS),
+    "pixels outside": Bug("static_cast<unsigned>(x[n] + i * VECTOR) < end", "true", PAIRS),
+    "slots without a lead": Bug("(j - LEAD - STEP * f)", "(j - STEP * f)", PAIRS),
+    "the row before": Bug("fetch_runs(next + i)", "fetch_runs(e + i)", PAIRS),
+    "the buffer in use": Bug("land_runs(other", "land_runs(begin", PAIRS),
+    "no zeros behind the runs": Bug("f <= (channels_last ? 0 : phases)", "f <= 0", PAIRS),
+    "results of the other channel": Bug("(both[n] >> 16)", "(both[n])", PAIRS),
+    "results of one phase": Bug("* phases + phase) * columns", "* phases) * columns", PAIRS),
+    "results of another row": Bug("2 * j * phases * columns", "0", PAIRS),
+    "results of the wrong target": Bug("columns>(both, reinterpret_cast<const unsigned*>(from), k",
+                                       "columns>(both, reinterpret_cast<const unsigned*>(from), 0",
+                                       PAIRS),
+    "the last odd result left out": Bug("c + pair >= s.channels", "c + 1 >= s.channels", ODD),
+    "a result that is not there": Bug("if (c + pair >= s.channels) continue;", "", ODD),
+    "another channel summed anew": Bug("channels_last ? i : i % 2", "channels_last ? i : 0", PAIRS,
+                                       special=True),
+    "another target summed anew": Bug("channels_last ? 0 : i / 2", "0", PAIRS, special=True),
+    "sums that are not read again": Bug("        load();\n", "", PAIRS, special=True),
+    "no barrier between runs and products": Bug(
+        "wait_for_copies();\n    __syncthreads();", "wait_for_copies();", PAIRS),
 }  # fmt: skip
 
 
@@ -428,12 +490,10 @@ def fails(bug, order):
         return True
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_caught(bug, force):
-    planted = BUGS[bug]
+def assert_caught(planted, force):
     shape, layer = planted.problem
     force(planted.tile)
-    plan = cuda_plan.plan(GRADS, layer, shape, "float16", SM_80, channels_last=True)
+    plan = cuda_plan.plan(GRADS, layer, shape, "float16", SM_80, **LAYOUT)
     launches = [one for one in plan.launches if one.kernel == "tensor_gradient"]
     assert launches
     for launch in launches:
@@ -441,6 +501,17 @@ def test_a_planted_bug_is_caught(bug, force):
         patch = (planted.old, planted.new)
         host.compiled(launch, patch=patch if planted.special else (*patch, *NOT_AGAIN))
     assert is_caught(partial(fails, planted))
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_caught(bug, force):
+    assert_caught(BUGS[bug], force)
+
+
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize("bug", APART_BUGS)
+def test_a_planted_bug_of_contiguous_maps_is_caught(bug, force):
+    assert_caught(APART_BUGS[bug], force)
 
 
 @pytest.mark.parametrize("bug", [bug for bug in BUGS if bug.startswith("no barrier")])
