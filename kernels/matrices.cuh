@@ -133,8 +133,8 @@ __device__ __forceinline__ void stage_pixels(const Element* map, const int* offs
   }
 }
 
-// Read COUNT neighbouring elements, of up to 16 bytes together, if they `exist`; else zeros. Branches
-// in C would cost more.
+// Read COUNT neighbouring elements, of up to 16 bytes together, if they exist; zeros if not. A
+// branch in C would cost more.
 template <typename Element, int COUNT, int WORDS>
 __device__ __forceinline__ Pack<unsigned, WORDS> load_or_zero(const Element* from, bool exists) {
   Pack<unsigned, WORDS> pack = {};
@@ -149,25 +149,25 @@ __device__ __forceinline__ Pack<unsigned, WORDS> load_or_zero(const Element* fro
 #else
   const int there = exists;
   if constexpr (bytes == 16) {
-    asm("{ .reg .pred exists; setp.ne.b32 exists, %5, 0;\n"
+    asm volatile("{ .reg .pred exists; setp.ne.b32 exists, %5, 0;\n"
         "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
         "@exists ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4]; }"
         : "=&r"(v[0]), "=&r"(v[1]), "=&r"(v[2]), "=&r"(v[3])
         : "l"(from), "r"(there));
   } else if constexpr (bytes == 8) {
-    asm("{ .reg .pred exists; setp.ne.b32 exists, %3, 0;\n"
+    asm volatile("{ .reg .pred exists; setp.ne.b32 exists, %3, 0;\n"
         "mov.b32 %0, 0; mov.b32 %1, 0;\n"
         "@exists ld.global.nc.v2.b32 {%0, %1}, [%2]; }"
         : "=&r"(v[0]), "=&r"(v[1])
         : "l"(from), "r"(there));
   } else if constexpr (bytes == 4) {
-    asm("{ .reg .pred exists; setp.ne.b32 exists, %2, 0;\n"
+    asm volatile("{ .reg .pred exists; setp.ne.b32 exists, %2, 0;\n"
         "mov.b32 %0, 0; @exists ld.global.nc.b32 %0, [%1]; }"
         : "=&r"(v[0])
         : "l"(from), "r"(there));
   } else {
     unsigned short half;
-    asm("{ .reg .pred exists; setp.ne.b32 exists, %2, 0;\n"
+    asm volatile("{ .reg .pred exists; setp.ne.b32 exists, %2, 0;\n"
         "mov.b16 %0, 0; @exists ld.global.nc.b16 %0, [%1]; }"
         : "=&h"(half)
         : "l"(from), "r"(there));
@@ -223,8 +223,8 @@ struct Runs {
   int thread;
   unsigned end;  // pixels from here on are not needed
 
-  // Find this thread's runs. The first column is at pixel `first`; row(i) is the y of row i, outside
-  // of the map if there is none.
+  // Find this thread's runs. The first column is at pixel `first`, and `columns` pixels are needed;
+  // row(i) is the y of row i, outside of the map if there is none.
   template <typename Row>
   __device__ __forceinline__ void find(int thread_, int first, int columns, int width, int height,
                                        Row row) {

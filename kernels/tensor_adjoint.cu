@@ -107,7 +107,7 @@ constexpr int of_phase = channels_last ? source_columns / 8 : before_runs + runs
 constexpr int group_bytes = 8 * slot_bytes + (channels_last ? 0 : 32);
 constexpr int pixels = 8 * phases * of_phase;
 constexpr int own_columns = phases * columns;  // of G, in a row of displacements
-constexpr int columns_g = lead + (which == 1 ? own_columns : phases * source_columns);  // as its rows lie
+constexpr int columns_g = lead + (which == 1 ? own_columns : phases * source_columns);  // of rows
 constexpr int pitch_g = 8 * (ceil_div(columns_g, 8) | 1);
 constexpr int rows_g = 16 * depths;  // from target row to target row, with rows of zeros
 constexpr int g_elements = (before + rows * rows_g) * pitch_g;

@@ -20,6 +20,8 @@ from devices import DEVICES, LAYERS
 from cupycorr import Geometry
 from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda import sources as cuda_sources
+from cupycorr.cuda import tensor, tensor_adjoint
+from cupycorr.cuda.launch import pair, targets
 from cupycorr.layer import Layer
 
 REASON = nvrtc.missing(*nvrtc.COMPILERS)
@@ -29,6 +31,7 @@ REGISTERS = 65536  # of a multiprocessor, on every GPU; a warp gets them by eigh
 MOST = 255  # registers of a thread
 # What a thread may use: in all, or beside its tile, which it must hold while it multiplies.
 IN_ALL = {"plain.cu": 96, "taps.cu": 32, "transpose.cu": 40}
+BESIDE_RUNS = 24  # addresses of contiguous maps, and which of their loads exist
 BESIDE_TILE = {
     "product.cu": 72, "product_adjoint.cu": 104, "tensor.cu": 48, "tensor_adjoint.cu": 68
 }  # fmt: skip
@@ -118,10 +121,10 @@ def budget(launch):
         tiles = -(-(span - tile["advance_x"] + tile["displacements"]) // 8)  # of columns
         operands = 4 * tile["x_tiles"] + 4 * ((tile["x_tiles"] - 1) * span // 8 + tiles)
         sums = 4 * tile["warp_rows"] * tile["x_tiles"] * tiles
-        return min(MOST, sums + operands + BESIDE_TILE["tensor.cu"])
+        return min(MOST, sums + operands + on_the_way(launch) + BESIDE_TILE["tensor.cu"])
     if launch.source == "tensor_adjoint.cu":
         values = 4 * tile["row_tiles"] * tile["channel_tiles"] + 2 * tile["channel_tiles"] + 4
-        return min(MOST, values + BESIDE_TILE[launch.source])
+        return min(MOST, values + on_the_way(launch) + BESIDE_TILE[launch.source])
     if not tile["asynchronous"]:
         return MOST  # it also holds what is on its way from global to shared memory
     positions = tile["positions"]
@@ -135,6 +138,31 @@ def budget(launch):
     values = positions * displacements + others + columns
     words = 2 if tile["accumulator"] == "double" else 1
     return min(MOST, values * words + BESIDE_TILE[launch.source])
+
+
+def on_the_way(launch):
+    """Return the registers of contiguous maps that are loaded while others are multiplied."""
+    tile = dict(launch.constants)
+    if tile["channels_last"]:
+        return 0
+    element_bytes = 4 if tile["element"] == "float" else 2
+    columns = tile["x_groups"] * tile.get("x_tiles", 1) * 16 // tile["tile_rows"]
+    met = tile["advance_x"] * (columns - 1) + tile.get("displacements", tile["patch_x"])
+    channels, rows = tile.get("chunk"), [tile["row_tiles"] * tile["tile_rows"], 1]
+    if launch.source == "tensor.cu":
+        rows[1] = tile["advance_y"] * (rows[0] - tile["tile_rows"])
+        rows[1] += tile["row_groups"] * tile["warp_rows"]
+        spacing = tile["spacing_x"]
+        maps = [(rows[0], columns, spacing * tile["advance_x"], tile["lead1"]),
+                (rows[1], met, spacing, tile["lead2"])]  # fmt: skip
+    else:
+        channels = 8 * tile["channel_tiles"] * tile["channel_groups"]
+        maps = [(1, met, tile["spacing_x"], tile["source_lead"])]
+    how = channels, tile["step_x"], tile["phases"], tile["vector"], element_bytes
+    found = [tensor.staged(*of, *how) for of in maps]
+    runs = [-(-one.lanes // launch.threads) for one in found]
+    at_once = -(-sum(runs) // tile.get("pieces", 1))
+    return 2 * sum(runs) + at_once * max(one.registers for one in found) + BESIDE_RUNS
 
 
 def complaints(launch, kernel, most):
@@ -249,6 +277,63 @@ def test_kernels_for_tensor_cores_keep_to_their_registers(case):
     launch, kernel = multiplied(*case)
     assert launch.kernel == "tensor_cost"
     assert not complaints(launch, kernel, budget(launch))
+
+
+# Contiguous maps, whose channels are turned on the way. A width decides how much a load takes.
+NATIVE_LAYERS = TENSOR_LAYERS | {
+    "8 bytes": ((8, 128, 16, 28), Geometry(patch_size=9)),
+    "4 bytes": ((8, 196, 8, 14), Geometry(patch_size=9)),
+    "2 bytes": ((8, 64, 24, 41), Geometry(patch_size=9)),
+    "padding": ((8, 64, 32, 64), Geometry(patch_size=9, dilation_patch=2, padding=3)),
+    "four phases": ((4, 64, 32, 64), Geometry(patch_size=5, dilation_patch=4)),
+}
+NATIVE_CASES = [
+    *(("A100", "float16", layer) for layer in NATIVE_LAYERS),
+    *(("H100", "bfloat16", layer) for layer in ("FlowNetC", "PWC-Net 2", "DispNetC", "default")),
+    *((gpu, "float16", "FlowNetC") for gpu in ("3090", "4090", "B200", "5090")),
+    *((gpu, "float32", layer) for gpu in ("A100", "H100") for layer in ("FlowNetC", "2 bytes")),
+]
+
+
+def native(gpu, dtype, name, compiler=None):
+    """Return the launches on tensor cores, and their kernels, that read contiguous maps."""
+    shape, geometry = NATIVE_LAYERS[name]
+    layer, device = Layer(geometry), DEVICES[gpu]
+    planned = [tensor.cost(layer, shape, dtype, device, turn=False, tf32=True)]
+    for which in (1, 2):
+        axes = zip((geometry.y, geometry.x), shape[2:], strict=True)
+        found = pair(targets(axis, size, which) for axis, size in axes)
+        planned.append(
+            tensor_adjoint.gradient(layer, shape, dtype, device, which, found, turn=False)
+        )
+    return [
+        (launch, compiled(Case(launch, device.capability), compiler))
+        for launch in planned
+        if launch is not None
+    ]
+
+
+@every_compiler
+@pytest.mark.parametrize("case", NATIVE_CASES, ids=" ".join)
+def test_kernels_that_turn_channels_on_the_way_keep_to_their_registers(case, compiler):
+    if DEVICES[case[0]].capability not in nvrtc.capabilities(compiler):
+        pytest.skip(f"{compiler} does not know {case[0]}")
+    for launch, kernel in native(*case, compiler):
+        assert not complaints(launch, kernel, budget(launch))
+
+
+@disassembles
+@pytest.mark.parametrize(
+    ("layer", "most"), [("PWC-Net 3", 16), ("8 bytes", 8), ("4 bytes", 4), ("2 bytes", 2)]
+)
+def test_one_instruction_loads_as_many_pixels_as_the_plan_says(layer, most):
+    for launch, kernel in native("A100", "float16", layer):
+        tile = dict(launch.constants)
+        assert 2 * tile["vector"] == most
+        widths = nvrtc.widths(kernel, "LDG")
+        # Gradients also read the upstream gradient, and single terms of what is not finite.
+        assert widths == {most} if launch.kernel == "tensor_cost" else widths <= {most, 2}
+        assert max(nvrtc.widths(kernel, "STG")) == 2 * tile["result_vector"]
 
 
 @disassembles
