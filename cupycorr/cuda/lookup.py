@@ -33,28 +33,37 @@ def run(
     what: str,
     arrays: Mapping[str, Any],
     lookup: Lookup,
-    scale: float,
+    scale: float = 1.0,
     *,
     plain: bool = False,
+    dtype: str | None = None,
+    allocate: Allocate = from_pool,
 ) -> None:
     """Compute a lookup's result into arrays of the current device, on its current stream.
 
     Parameters
     ----------
-    what : {"cost", "grads"}
-        The cost, or the gradients with respect to the maps and coords.
+    what : {"cost", "grads", "pyramid", "pyramid_grads"}
+        The cost, or the gradients with respect to the maps and coords; the levels of a map, or the
+        map's gradient from theirs.
     arrays : mapping of name to cupy.ndarray or sequence of them
         Inputs "fmap1" (A, C, *P), "levels", a sequence of ``lookup.levels`` maps (F, C, h, w), all
         float16, bfloat16, float32 or float64; "coords" (E, 2, *P), float32 (float64 with float64
         maps); "index1" and "index2", int32 or int64 (E,), or None: then A = F = E. P has one to
         three axes. The result "cost" (E, L, PH, PW, *P) is contiguous; in the order "xy" it is
-        (E, L, PW, PH, *P). The arrays of gradients: `cuda.lookup_grads`.
+        (E, L, PW, PH, *P). The arrays of gradients: `cuda.lookup_grads`; of pyramids: "fmap2" and
+        "levels", as for `pyramid`, or "grad_levels" and "grad_fmap2", as for
+        `cuda.lookup_grads.pyramid_grads`.
     lookup : Lookup
         What is sampled.
     scale : float
         What the cost is multiplied by.
     plain : bool, default False
         Use only the kernel that computes one output per thread.
+    dtype : str, optional
+        The dtype of the maps, where arrays have its bits: torch hands bfloat16 over like that.
+    allocate : callable (bytes) -> (address, owner), optional
+        Where workspace comes from; by default CuPy's pool.
 
     Raises
     ------
@@ -65,10 +74,17 @@ def run(
     -----
     Maps whose channels lie side by side, (A, *P, C) in memory, are read where they are.
     """
-    if what == "grads":
-        from cupycorr.cuda.lookup_grads import run_grads  # type: ignore[import-not-found, unused-ignore]
+    if what.endswith("grads"):
+        from cupycorr.cuda import lookup_grads
 
-        run_grads(arrays, lookup, scale, plain=plain)
+        if what == "grads":
+            lookup_grads.run_grads(arrays, lookup, scale, plain, dtype, allocate)
+        else:
+            both = arrays["grad_levels"], arrays["grad_fmap2"]
+            lookup_grads.pyramid_grads(*both, lookup, dtype, allocate)
+        return
+    if what == "pyramid":
+        pyramid(arrays["fmap2"], arrays["levels"], lookup, dtype, allocate)
         return
     cost, maps = arrays["cost"], [arrays["fmap1"], *arrays["levels"]]
     if cost.size == 0:
@@ -78,11 +94,17 @@ def run(
         return
     problem, given = described(arrays)
     addresses = {name: array.data.ptr for name, array in given.items()} | {"cost": cost.data.ptr}
-    dtype = str(cost.dtype)
-    launch(what, problem, addresses, lookup, dtype, from_pool, scale=scale, plain=plain)
+    dtype = str(cost.dtype) if dtype is None else dtype
+    launch(what, problem, addresses, lookup, dtype, allocate, scale=scale, plain=plain)
 
 
-def pyramid(fmap2: Any, levels: Sequence[Any], lookup: Lookup) -> None:
+def pyramid(
+    fmap2: Any,
+    levels: Sequence[Any],
+    lookup: Lookup,
+    dtype: str | None = None,
+    allocate: Allocate = from_pool,
+) -> None:
     """Compute the levels of a map on the current device, on its current stream.
 
     Parameters
@@ -94,6 +116,8 @@ def pyramid(fmap2: Any, levels: Sequence[Any], lookup: Lookup) -> None:
         copy of the map, or the map itself, which then lies in memory like that.
     lookup : Lookup
         How many levels there are, and what is averaged to a cell.
+    dtype, allocate
+        As for `run`.
 
     Raises
     ------
@@ -107,7 +131,8 @@ def pyramid(fmap2: Any, levels: Sequence[Any], lookup: Lookup) -> None:
     problem = Problem(0, (len(fmap2),) * 2, fmap2.shape[1], fmap2.shape[2:], cells, (last,))
     addresses = {f"level{level}": array.data.ptr for level, array in enumerate(levels)}
     addresses["fmap2"] = fmap2.data.ptr
-    launch("pyramid", problem, addresses, lookup, str(fmap2.dtype), from_pool)
+    dtype = str(fmap2.dtype) if dtype is None else dtype
+    launch("pyramid", problem, addresses, lookup, dtype, allocate)
 
 
 def launch(

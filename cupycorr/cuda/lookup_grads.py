@@ -38,7 +38,12 @@ from cupycorr.lookup import Lookup
 
 
 def run_grads(
-    arrays: Mapping[str, Any], lookup: Lookup, scale: float, *, plain: bool = False
+    arrays: Mapping[str, Any],
+    lookup: Lookup,
+    scale: float,
+    plain: bool = False,
+    dtype: str | None = None,
+    allocate: Allocate = from_pool,
 ) -> None:
     """Compute a lookup's gradients into arrays of the current device, on its current stream.
 
@@ -56,6 +61,8 @@ def run_grads(
         What the cost was multiplied by.
     plain : bool, default False
         Use only the kernels that compute one element per thread, or a position per warp.
+    dtype, allocate
+        As for `cuda.lookup.run`.
 
     Raises
     ------
@@ -87,7 +94,8 @@ def run_grads(
         given["grad_coords"] = arrays["grad_coords"]
     launch_grads(
         results, problem, {name: array.data.ptr for name, array in given.items()}, lookup,
-        str(arrays["fmap1"].dtype), from_pool, scale=scale, last=last, plain=plain,
+        str(arrays["fmap1"].dtype) if dtype is None else dtype, allocate,
+        scale=scale, last=last, plain=plain,
     )  # fmt: skip
     if "grad_fmap1" in results and given["grad_fmap1"] is not arrays["grad_fmap1"]:
         arrays["grad_fmap1"][...] = given["grad_fmap1"]
@@ -154,7 +162,13 @@ def launch_grads(
             addresses[name] += count * step
 
 
-def pyramid_grads(grad_levels: Sequence[Any], grad_fmap2: Any, lookup: Lookup) -> None:
+def pyramid_grads(
+    grad_levels: Sequence[Any],
+    grad_fmap2: Any,
+    lookup: Lookup,
+    dtype: str | None = None,
+    allocate: Allocate = from_pool,
+) -> None:
     """Compute the gradient of a map from those of its levels: the adjoint of `cuda.lookup.pyramid`.
 
     Parameters
@@ -166,6 +180,8 @@ def pyramid_grads(grad_levels: Sequence[Any], grad_fmap2: Any, lookup: Lookup) -
         The result.
     lookup : Lookup
         How many levels there are, and what was averaged to a cell.
+    dtype, allocate
+        As for `cuda.lookup.run`.
 
     Raises
     ------
@@ -174,13 +190,14 @@ def pyramid_grads(grad_levels: Sequence[Any], grad_fmap2: Any, lookup: Lookup) -
     """
     if grad_fmap2.size == 0:
         return
-    dtype, cells = str(grad_fmap2.dtype), tuple(one.shape[2:] for one in grad_levels)
+    dtype = str(grad_fmap2.dtype) if dtype is None else dtype
+    cells = tuple(one.shape[2:] for one in grad_levels)
     maps, channels, *size = grad_fmap2.shape
     problem = Problem(0, (maps, maps), channels, tuple(size), cells, ())
     addresses = {f"grad_level{n}": one.data.ptr for n, one in enumerate(grad_levels)}
     addresses["grad_fmap2"] = grad_fmap2.data.ptr
     ready = _prepared((), problem, lookup, dtype, 1.0, current_device())
-    _launch(ready, addresses, from_pool, None)
+    _launch(ready, addresses, allocate, None)
 
 
 class _Ready(NamedTuple):

@@ -138,14 +138,16 @@ def _changed(name: str, given: Any, arguments: Any, change: int) -> Any:
 
 def _pyramid(arguments: Any, upstream: Grads, needs: Sequence[bool]) -> Grads:
     fmap2, levels, pool = arguments
-    like = Ops.pyramid(torch.empty_like(fmap2, device="meta"), levels, pool)
-    grads = _filled_with_zeros(upstream, like, fmap2)
+    (*maps, height, width), grads = fmap2.shape, []
+    for number, grad in zip(range(levels), upstream, strict=True):
+        size = height // pool[0] ** number, width // pool[1] ** number
+        grads.append(fmap2.new_zeros(*maps, *size) if grad is None else grad)
     return [Ops.pyramid_grads(grads, pool)]
 
 
-def _filled_with_zeros(grads: Grads, like: Sequence[Tensor], dense: Tensor) -> list[Tensor]:
+def _filled_with_zeros(grads: Grads, like: Sequence[Tensor]) -> list[Tensor]:
     return [
-        dense.new_zeros(other.shape) if grad is None else grad
+        torch.zeros_like(other) if grad is None else grad
         for grad, other in zip(grads, like, strict=True)
     ]
 
@@ -174,7 +176,7 @@ def _lookup_grads(arguments: Any, upstream: Grads, needs: Sequence[bool]) -> Gra
     by_fmap1: Any = None
     by_levels: Grads = [None] * len(levels)
     if wanted[1] and any(change is not None for change in change2):
-        changes = _filled_with_zeros(change2, levels, fmap1)
+        changes = _filled_with_zeros(change2, levels)
         by_cost = Ops.lookup(fmap1, changes, *shared)
         by_fmap1 = Ops.lookup_grads(grad_cost, fmap1, changes, *shared, [True, False, False])[0]
     if wanted[0] and change1 is not None:
@@ -196,7 +198,7 @@ def _volume_lookup_grads(arguments: Any, upstream: Grads, needs: Sequence[bool])
     _refuse_coords(wanted[1], needs[1 + len(levels)])
     if not wanted[0] or all(change is None for change in upstream[:-1]):
         return []
-    changes = _filled_with_zeros(upstream[:-1], levels, levels[0])
+    changes = _filled_with_zeros(upstream[:-1], levels)
     return [Ops.volume_lookup(changes, *shared)]
 
 

@@ -146,6 +146,10 @@ class _Stream(NamedTuple):
 
     ptr: int
 
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Return the version of the protocol, and the address."""
+        return 0, self.ptr
+
 
 _stream_at = lru_cache(maxsize=64)(_Stream)
 
@@ -212,42 +216,45 @@ def lend_lookup(
         As `lend`.
     """
     engine = _engine()
-    from cupycorr.cuda import lookup as cuda
-    from cupycorr.cuda import volume_lookup as cuda_volume
-
-    flat = [
-        t for group in tensors.values() for t in (group if isinstance(group, list) else [group])
-    ]
-    like = next(tensor for tensor in flat if tensor is not None and tensor.is_floating_point())
+    like = tensors["fmap1"] if "fmap1" in tensors else next(iter(tensors.values()))
+    like = like[0] if isinstance(like, list) else like
     index = like.get_device()
 
     def allocate(size: int) -> tuple[int, Tensor]:
         workspace = like.new_empty(size, dtype=torch.uint8)
         return workspace.data_ptr(), workspace
 
-    with torch.cuda.device(index), engine.cupy.cuda.Device(index):
-        # Copies of what is not contiguous are held until all is launched.
-        dense = {
-            name: [_dense(tensor) for tensor in group] if isinstance(group, list)
-            else None if group is None else _dense(group)
-            for name, group in tensors.items()
-        }  # fmt: skip
-        arrays = {
-            name: [_array(tensor) for tensor in group] if isinstance(group, list)
-            else None if group is None else _array(group)
-            for name, group in dense.items()
-        }  # fmt: skip
-        stream = _stream_at(current_stream(index))
-        how: dict[str, Any] = {"allocate": allocate, "stream": stream}
-        how["dtype"] = _DTYPES[like.dtype]
-        if volume:
-            cuda_volume.run(what, arrays, lookup, **how)
-        else:
-            cuda.run(what, arrays, lookup, scale, **how)
+    cupy = engine.cupy
+    with torch.cuda.device(index), cupy.cuda.Device(index):
+        stream = cupy.cuda.Stream.from_external(_stream_at(current_stream(index)))
+        with stream:
+            # Copies of what is not contiguous are held until all is launched.
+            dense = {
+                name: [_dense(tensor, not volume) for tensor in group] if isinstance(group, list)
+                else None if group is None else _dense(group, "fmap" in name)
+                for name, group in tensors.items()
+            }  # fmt: skip
+            arrays = {
+                name: [_array(tensor) for tensor in group] if isinstance(group, list)
+                else None if group is None else _array(group)
+                for name, group in dense.items()
+            }  # fmt: skip
+            if volume:
+                from cupycorr.cuda import volume_lookup
+
+                volume_lookup.run(
+                    what, arrays, lookup, dtype=_DTYPES[like.dtype], allocate=allocate
+                )
+                return
+            from cupycorr.cuda import lookup as cuda_lookup
+
+            cuda_lookup.run(
+                what, arrays, lookup, scale, dtype=_DTYPES[like.dtype], allocate=allocate
+            )
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    """Return a tensor (N, C, ...) whose elements lie in its order, or with C at the end."""
-    if tensor.is_contiguous() or (tensor.dim() > 2 and tensor.movedim(1, -1).is_contiguous()):
+def _dense(tensor: Tensor, is_map: bool) -> Tensor:
+    """Return a contiguous tensor, or a map whose channels lie side by side."""
+    if tensor.is_contiguous() or (is_map and tensor.movedim(1, -1).is_contiguous()):
         return tensor
     return tensor.contiguous()

@@ -41,7 +41,8 @@ class Managed(torch.Tensor):
         """Return the memory as CuPy has it; bfloat16 never comes here but as its bits."""
         inner, dtype = self.inner, str(self.dtype).removeprefix("torch.")
         memory = cupy.cuda.UnownedMemory(inner.data_ptr(), inner.nbytes, inner, self.number)
-        return cupy.ndarray(inner.shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+        strides = tuple(step * inner.itemsize for step in inner.stride())
+        return cupy.ndarray(inner.shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
 
     def __dlpack_device__(self):
         return self._array().__dlpack_device__()

@@ -16,7 +16,7 @@ import pytest
 from cases import GEOMETRIES
 
 import cupycorr
-from cupycorr import Geometry, verify
+from cupycorr import Geometry, Lookup, verify
 from cupycorr.layer import DTYPES, Layer
 
 torch = pytest.importorskip("torch")
@@ -547,3 +547,53 @@ def test_torch_for_another_kind_of_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.2")
     with pytest.raises(RuntimeError, match="must be on an NVIDIA GPU, got a torch built for ROCm"):
         torch_cuda._engine()
+
+
+def looked_up(fmap1, fmap2, coords, upstream, lookup):
+    """Return a lookup's cost, its levels and its gradients."""
+    levels = cupycorr.pyramid(fmap2, lookup)
+    cost = cupycorr.correlation_lookup(fmap1, levels, coords, lookup, scale=0.5)
+    return cost, *levels, *torch.autograd.grad(cost, (fmap1, fmap2, coords), upstream)
+
+
+@pytest.mark.gpu
+class TestTheLookup:
+    LOOKUP = Lookup((2, 1), 2, order="xy")
+
+    def arguments(self, dtype=torch.float32):
+        fmap1, fmap2 = maps("cpu", dtype=dtype, requires_grad=True)
+        y, x = np.indices(SHAPE[2:])
+        coords = torch.from_numpy(np.stack([x + 1.25, y - 2.5]).astype("f4"))[None].repeat(
+            2, 1, 1, 1
+        )
+        upstream = maps("cpu", 1, dtype, self.LOOKUP.cost_shape(SHAPE, coords.shape))[0]
+        return fmap1, fmap2, coords.requires_grad_(), upstream
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    def test_results_are_exact_on_integers(self, tensors, dtype):
+        given = self.arguments(dtype)
+        there = [tensors.place(one.detach()) for one in given]
+        for one in there[:3]:
+            one.requires_grad_()
+        got, want = looked_up(*there, self.LOOKUP), looked_up(*given, self.LOOKUP)
+        for one, other in zip(got, want, strict=True):
+            assert (one.device.type, one.dtype) == ("cuda", other.dtype)
+            assert_same(one, other)
+
+    def test_work_goes_to_torchs_current_stream(self, tensors, monkeypatch):
+        import cupy
+
+        from cupycorr.cuda import lookup as cuda_lookup
+
+        given, seen, run = self.arguments()[:3], [], cuda_lookup.run
+
+        def record(*arguments, **how):
+            seen.append(cupy.cuda.get_current_stream().ptr)
+            run(*arguments, **how)
+
+        monkeypatch.setattr(cuda_lookup, "run", record)
+        there = [tensors.place(one.detach()) for one in given]
+        with tensors.another_stream(0) as pointer:
+            cost = cupycorr.correlation_lookup(*there, self.LOOKUP, scale=0.5)
+        assert seen == [pointer, pointer]  # of the levels, and of the cost
+        assert_same(cost, cupycorr.correlation_lookup(*given, self.LOOKUP, scale=0.5))
