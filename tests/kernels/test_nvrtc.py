@@ -504,6 +504,8 @@ FILES = {
     "lookup_grad_lists.cu": "bound_tiles",
     "lookup_grad_pool.cu": "pool_adjoint",
     "transpose.cu": "transpose",
+    "volume_lookup.cu": "volume_cost",
+    "volume_lookup_grad.cu": "volume_gradients",
 }
 
 

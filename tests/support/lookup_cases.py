@@ -64,6 +64,19 @@ def arguments(name, seed=0):
     return fmap1, levels, coordinates(case, samples, rng), indices
 
 
+def volume_arguments(name, seed=0):
+    """Return an upstream gradient, a volume's levels (N, *P, h, w) and coords, all as above."""
+    case, rng = CASES[name], np.random.default_rng(seed)
+    samples = case.samples or case.maps[0]
+    sizes = case.lookup.level_sizes(*case.map_size)
+    shape = case.lookup.cost_shape((samples, 1, *case.positions), (samples,))
+    levels = [
+        rng.integers(-2, 3, (samples, *case.positions, *size)).astype(float) for size in sizes
+    ]
+    grad = rng.integers(-2, 3, shape).astype(float)
+    return grad, levels, coordinates(case, samples, rng)
+
+
 def coordinates(case, samples, rng):
     """Return coords (samples, 2, *P)."""
     positions, (height, width) = case.positions, case.map_size

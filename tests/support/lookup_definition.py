@@ -77,6 +77,37 @@ def grads(grad, fmap1, levels, coords, lookup, scale, index1=None, index2=None):
     return grad_fmap1, grad_levels, grad_coords
 
 
+def volume_cost(levels, coords, lookup):
+    """Return the cost (N, L, PH, PW, *P) of levels (N, *P, h, w), in the order of `cost`.
+
+    It is a lookup in maps of one channel, one for each position, whose fmap1 is 1.
+    """
+    return _together(cost(*_apart(levels, coords), lookup, 1.0), coords)
+
+
+def volume_grads(grad, levels, coords, lookup):
+    """Return the gradients of `volume_cost` with respect to the levels (a list) and coords."""
+    positions = coords.ndim - 2
+    last = np.moveaxis(grad, range(-positions, 0), range(1, positions + 1))
+    upstream = last.reshape(-1, *grad.shape[1:-positions], 1)
+    _, grad_levels, grad_coords = grads(upstream, *_apart(levels, coords), lookup, 1.0)
+    pairs = zip(grad_levels, levels, strict=True)
+    return [one.reshape(level.shape) for one, level in pairs], _together(grad_coords, coords)
+
+
+def _apart(levels, coords):
+    """Return fmap1, levels and coords of a lookup that has a sample for each position."""
+    maps = [level.reshape(-1, 1, *level.shape[-2:]) for level in levels]
+    return np.ones((len(maps[0]), 1, 1)), maps, np.moveaxis(coords, 1, -1).reshape(-1, 2, 1)
+
+
+def _together(array, coords):
+    """Return an array (N * P, ..., 1) of every position as (N, ..., *P)."""
+    samples, inner = len(coords), array.shape[1:-1]
+    positions = np.moveaxis(array.reshape(samples, -1, *inner), 1, -1)
+    return positions.reshape(samples, *inner, *coords.shape[2:])
+
+
 def _positions(fmap1, levels, coords, lookup, index1, index2):
     """Yield (e, level, p, place, sums over channels of a level, first map, second map).
 

@@ -1,0 +1,145 @@
+"""The volume lookup and its gradients on CUDA devices.
+
+As `cuda.lookup`: nothing here waits for the device, a second call for the same shapes finds its
+launch by one look-up (`_prepared`), and the engine trusts its arguments. Every sum has one owner
+and one order: a repeated call gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+
+from cupycorr.cuda.engine import Allocate, Grid, Stream, current_device, from_pool, kernel_of
+from cupycorr.cuda.launch import Shape
+from cupycorr.cuda.volume_lookup_plan import GRADIENTS, plan_cost, plan_grads, problem_of
+from cupycorr.layer import DTYPES
+from cupycorr.lookup import Lookup
+
+
+def run(
+    what: str,
+    arrays: Mapping[str, Any],
+    lookup: Lookup,
+    *,
+    dtype: str | None = None,
+    allocate: Allocate = from_pool,
+    stream: Stream | None = None,
+) -> None:
+    """Compute a volume lookup's result into arrays of the current device.
+
+    Parameters
+    ----------
+    what : {"cost", "grads"}
+        The cost, or the gradients with respect to the volume and coords.
+    arrays : mapping of name to cupy.ndarray or sequence of them
+        Inputs "levels", a sequence of ``lookup.levels`` arrays (N, *P, h, w), contiguous, all
+        float16, bfloat16, float32 or float64, and "coords" (N, 2, *P), float32 (float64 with
+        a float64 volume). P has one to four axes, and no level is without cells. The result "cost"
+        (N, L, PH, PW, *P), or (N, L, PW, PH, *P) in the order "xy", has the volume's dtype. For
+        gradients also the input "grad_cost", of the cost's shape and dtype, and the results that
+        are there and not None: "grad_levels", a sequence of arrays as the levels, and
+        "grad_coords", as coords. Results are contiguous, and written everywhere.
+    lookup : Lookup
+        What is sampled.
+    dtype : {"float16", "bfloat16", "float32", "float64"}, optional
+        The volume's dtype, where arrays hold its bits; by default that of the levels.
+    allocate : callable (bytes) -> (address, owner), optional
+        Where copies of inputs that are not contiguous lie; by default in CuPy's pool.
+    stream : object with an attribute ptr, optional
+        The CUDA stream; by default CuPy's current one.
+
+    Raises
+    ------
+    RuntimeError
+        If no device can launch the kernel; otherwise as `cuda.engine.load`.
+    """
+    levels, coords = arrays["levels"], arrays["coords"]
+    if coords.size == 0:
+        return
+    names = ("cost",) if what == "cost" else GRADIENTS
+    results = {name: arrays[name] for name in names if arrays.get(name) is not None}
+    if not results:
+        return
+    inputs = ("coords",) if what == "cost" else ("coords", "grad_cost")
+    given = {name: _contiguous(arrays[name], allocate, stream) for name in inputs}
+    ready = _prepared(
+        tuple(results),
+        coords.shape,
+        tuple(level.shape[-2:] for level in levels),
+        lookup,
+        str(levels[0].dtype) if dtype is None else dtype,
+        current_device(),
+    )
+    operands: dict[str, Any] = {"grad_levels": ready.nowhere, "grad_coords": 0}
+    for name, value in {**given, **results, "levels": levels}.items():
+        if name in ("levels", "grad_levels"):
+            operands[name] = np.array([tuple(one.data.ptr for one in value)], ready.struct)
+        else:
+            operands[name] = value.data.ptr
+    values = [operands[name] for name in ready.arrays]
+    ready.function(ready.grid, ready.block, (*values, *ready.constants), ready.shared_bytes, stream)
+
+
+class _Ready(NamedTuple):
+    """A launch whose kernel is loaded."""
+
+    function: Any
+    grid: Grid
+    block: Grid
+    arrays: tuple[str, ...]
+    constants: tuple[Any, Any]
+    """Sizes, and the scale that all kernels are given."""
+    shared_bytes: int
+    struct: np.dtype[Any]
+    """The struct of the levels' addresses, which kernels get by value."""
+    nowhere: Any
+    """Such a struct of levels that are not there."""
+
+
+@lru_cache(maxsize=1024)
+def _prepared(
+    results: tuple[str, ...],
+    coords: Shape,
+    cells: tuple[tuple[int, int], ...],
+    lookup: Lookup,
+    dtype: str,
+    number: int,
+) -> _Ready:
+    """Plan results on the current device, of this number, and load their kernel."""
+    problem = problem_of(coords, cells)
+    if results == ("cost",):
+        launch = plan_cost(problem, lookup, dtype)
+    else:
+        launch = plan_grads(results, problem, lookup, dtype)
+    fields, values = zip(*launch.sizes, strict=True)
+    # CuPy passes a structured array of one element by value.
+    sizes = np.array([values], [(name, np.int32) for name in fields])
+    struct = np.dtype([(f"level{level}", np.uint64) for level in range(lookup.levels)])
+    return _Ready(
+        kernel_of(launch).kernel,
+        (launch.blocks, 1, 1),
+        (launch.threads, 1, 1),
+        launch.arrays,
+        (sizes, np.dtype(DTYPES[dtype].accumulator).type(1)),
+        launch.shared_bytes,
+        struct,
+        np.zeros(1, struct),
+    )
+
+
+def _contiguous(array: Any, allocate: Allocate, stream: Stream | None) -> Any:
+    """Return an array, or its copy, whose elements lie in their order."""
+    if array.flags.c_contiguous:
+        return array
+    address, owner = allocate(array.nbytes)
+    memory = cupy.cuda.UnownedMemory(address, array.nbytes, owner)
+    copy = cupy.ndarray(array.shape, array.dtype, cupy.cuda.MemoryPointer(memory, 0))
+    with nullcontext() if stream is None else cupy.cuda.ExternalStream(stream.ptr):
+        copy[...] = array
+    return copy
