@@ -3,8 +3,8 @@
     python -m cupycorr.compat NAME[=SYSTEM] ... -- program.py [arguments of the program]
     python -m cupycorr.compat NAME[=SYSTEM] ... -- -m package.module [arguments of the program]
 
-NAME is what the program imports, SYSTEM what it is to find there: caffe, mmcv, nvidia, sniklaus or
-taichi. See `cupycorr.compat.stand_in_for`.
+NAME is what the program imports, SYSTEM the module of `cupycorr.compat` that it is to find there:
+nvidia for instance, or raft. See `cupycorr.compat.stand_in_for`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NoReturn
 from cupycorr import compat
 from cupycorr.compat.stand_in import stand_in_for
 
-SYSTEMS = ("caffe", "mmcv", "nvidia", "sniklaus", "taichi")
+SYSTEMS = sorted({*compat.__all__} - {"StandIn", "stand_in_for"})
 
 
 def main(words: list[str]) -> None:

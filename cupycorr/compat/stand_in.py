@@ -14,6 +14,10 @@ _STAND_INS = {
     "spatial_correlation_sampler_backend": "cupycorr.compat.spatial_correlation_sampler_backend",
     "correlation_cuda": "cupycorr.compat.correlation_cuda",
     "correlation_package.correlation": "cupycorr.compat.nvidia",
+    "alt_cuda_corr": "cupycorr.compat.alt_cuda_corr",
+    "altcorr": "cupycorr.compat.altcorr",
+    "local_corr": "cupycorr.compat.local_corr",
+    "localcorr": "cupycorr.compat.localcorr",
 }
 
 
@@ -50,8 +54,9 @@ def stand_in_for(name: str, module: ModuleType | None = None) -> StandIn:
     module : module, optional
         What the program is to find, for instance `cupycorr.compat.nvidia`. There are defaults for
         "spatial_correlation_sampler", and "spatial_correlation_sampler_backend", the extension that
-        copies of its Python file call; for "correlation_package.correlation", NVIDIA's module; and
-        for "correlation_cuda", the extension that copies of NVIDIA's module call.
+        copies of its Python file call; for "correlation_package.correlation", NVIDIA's module; for
+        "correlation_cuda", the extension that copies of NVIDIA's module call; and for
+        "alt_cuda_corr", RAFT's extension, "altcorr", "local_corr" and "localcorr".
 
     Returns
     -------

@@ -229,7 +229,10 @@ if __name__ == "__main__":
                 ["correlation", "--", "program.py"],
                 "name must be one of spatial_correlation_sampler",
             ),
-            (["correlation=opencv", "--", "program.py"], "SYSTEM must be one of caffe, mmcv, "),
+            (
+                ["correlation=opencv", "--", "program.py"],
+                "SYSTEM must be one of alt_cuda_corr, altcorr, ",
+            ),
             (["correlation_cuda", "--", "none.py"], "there is no program none.py"),
             (["correlation_cuda", "--", "-m"], "-m must be followed by the name of a module"),
         ],

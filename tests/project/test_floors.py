@@ -60,14 +60,23 @@ ROOMS = {
     **{
         f"cupycorr.compat.{module}": Room(6, TORCH)
         for module in (
+            "alt_cuda_corr",
+            "altcorr",
+            "blocks",
             "caffe",
             "correlation_cuda",
             "gwc",
+            "local_corr",
+            "localcorr",
             "mmcv",
             "nvidia",
+            "ptlflow",
+            "raft",
+            "raft_stereo",
             "sniklaus",
             "spatial_correlation_sampler",
             "spatial_correlation_sampler_backend",
+            "torchvision",
         )
     },
     "cupycorr": Room(7),
