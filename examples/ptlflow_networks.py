@@ -9,8 +9,13 @@ and else from plain torch, which samples the second map once per displacement. H
 runs with plain torch and with cupycorr, with the same random weights, on the same images, each way
 in a process of its own. ``--ways spatial-correlation-sampler`` times that as well.
 
+RAFT-like networks have a block each, that holds the products of all pairs of positions; here
+cupycorr's takes its place, which looks costs up on demand. The images must then be 128 pixels high
+and wide, or more.
+
 Every cost volume that a network asks cupycorr for, and its gradients, are held to slices of maps in
-float64, within what `cupycorr.verify` allows float32 to round. Whole networks, their flows and the
+float64, within what `cupycorr.verify` allows float32 to round; every lookup is held to one in
+float64. Whole networks, their flows and the
 gradients of all weights by the flows' mean square, are held to plain torch as well: in float64 they
 may differ by as much as float32 does, 2**29 times less, and in float32 flows may be off by at most
 twice what they are with plain torch. This needs networks that are continuous. Some zero warped
@@ -25,6 +30,7 @@ differ by more than that.
 """
 
 import argparse
+import copy
 import sys
 import time
 import warnings
@@ -41,6 +47,13 @@ CLIENTS = (
     "maskflownet", "maskflownet_s", "scopeflow", "starflow", "fastflownet", "neuflow",
 )  # fmt: skip
 """All that use the package; some others import it and go ways of their own."""
+LOOKUPS = {
+    "raft": "raft", "raft_small": "raft", "gma": "gma", "sea_raft_s": "sea_raft",
+    "sea_raft_m": "sea_raft", "skflow": "skflow", "splatflow": "splatflow",
+    "streamflow": "streamflow", "rapidflow": "rapidflow", "rpknet": "rpknet",
+    "matchflow": "matchflow", "ms_raft_plus": "ms_raft_plus", "ccmr": "ccmr",
+}  # fmt: skip
+"""RAFT-like networks, and the folder that has their block; the others' blocks differ."""
 TWICE, FLOAT64, NUDGE, LEAP = 2, 2.0**-29, 2.0**-50, 2.0**-20
 DTYPES = ("float32", "float64")
 FLOAT32_ONLY = ("neuflow",)
@@ -68,9 +81,11 @@ class Worker:
         if way == PLAIN:
             sys.modules["spatial_correlation_sampler"] = None  # as if it were not installed
         elif way == OURS:
-            from cupycorr.compat import stand_in_for
+            from cupycorr.compat import ptlflow, stand_in_for
 
             stand_in_for("spatial_correlation_sampler")
+            for folder in LOOKUPS.values():
+                stand_in_for(f"ptlflow.models.{folder}.corr", ptlflow)
         import ptlflow
         import torch
 
@@ -103,17 +118,27 @@ class Worker:
         return flow
 
     def volumes(self):
-        """Return of each cost volume that the network asks cupycorr for what is wrong, or None."""
+        """Return of each volume or lookup asked of cupycorr what is wrong with it, or None."""
         from cupycorr.cpu import engine as numpy_engine
+        from cupycorr.cpu import lookup as numpy_lookup
 
         def run(what, arrays, layer, **options):
             asked.append((arrays["fmap1"].copy(), arrays["fmap2"].copy(), layer.geometry))
             compute(what, arrays, layer, **options)
 
-        asked, compute = [], numpy_engine.run
-        with mock.patch.object(numpy_engine, "run", run), self.torch.no_grad():
+        def run_lookup(what, arrays, lookup, scale, **options):
+            compute_lookup(what, arrays, lookup, scale, **options)
+            looked_up.append((copy.deepcopy(arrays), lookup, scale))
+
+        asked, looked_up, compute, compute_lookup = [], [], numpy_engine.run, numpy_lookup.run
+        with (
+            mock.patch.object(numpy_engine, "run", run),
+            mock.patch.object(numpy_lookup, "run", run_lookup),
+            self.torch.no_grad(),
+        ):
             self.net({"images": self.images})
-        return [excess(*arguments) for arguments in asked]
+        found = [excess(*arguments) for arguments in asked]
+        return found + [excess_of_lookup(*arguments) for arguments in looked_up]
 
     def _results(self, dtype):
         torch = self.torch
@@ -168,6 +193,33 @@ def excess(fmap1, fmap2, geometry):
     terms = (fmap1.shape[1], displacements, displacements)
     found = (verify.excess(*each, "float32") for each in zip(got, want, size, terms, strict=True))
     return next(filter(None, found), None)
+
+
+def excess_of_lookup(arrays, lookup, scale):
+    """Compare the costs of a lookup with those in float64; describe what is off.
+
+    Where a position lies between cells is computed in the dtype of coords, as it is there.
+    """
+    import numpy as np
+
+    from cupycorr import Lookup, correlation_lookup, verify
+
+    one = arrays["fmap1"].astype(np.float64)
+    patch = Lookup(lookup.radius, 1, lookup.dilation_patch)
+    for number, level in enumerate(arrays["levels"]):
+        pools = np.array(lookup.pool[::-1], arrays["coords"].dtype) ** number
+        place = arrays["coords"] / pools[:, None, None]
+        cell = np.floor(place)
+        coords = cell.astype(np.float64) + (place - cell)
+        two = level.astype(np.float64)
+        want = correlation_lookup(one, [two], coords, patch, scale=scale)
+        size = correlation_lookup(abs(one), [abs(two)], coords, patch, scale=scale)
+        got = arrays["cost"][:, number, None].astype(np.float64)
+        # Beside the sum over channels: four weights, three sums of corners and the scale.
+        wrong = verify.excess(got, want, size, one.shape[1] + 8, "float32")
+        if wrong:
+            return f"level {number}: {wrong}"
+    return None
 
 
 def serve(connection, *arguments):
@@ -255,7 +307,7 @@ def row(name, workers, size, runs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("networks", nargs="*", default=CLIENTS, metavar="network")
+    parser.add_argument("networks", nargs="*", default=(*CLIENTS, *LOOKUPS), metavar="network")
     parser.add_argument("--size", nargs=2, type=int, default=(256, 320), metavar=("H", "W"))
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
