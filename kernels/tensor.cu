@@ -1,14 +1,15 @@
 // The products of two feature maps, summed over channels on tensor cores: a cost volume of one tap,
-// as in product.cu, of maps whose pixels have their channels side by side. Elements have 16 bits,
-// or are floats, which are rounded to TF32 before they are multiplied.
+// as in product.cu. Elements have 16 bits, or are floats, which are rounded to TF32 before they are
+// multiplied.
 //
-//   cost[n, p, q, u, v] = scale * sum over c of fmap1[n, y, x, c] * fmap2[n, y + dy, x + dx, c]
+//   cost[n, p, q, u, v] = scale * sum over c of fmap1[n, c, y, x] * fmap2[n, c, y + dy, x + dx]
 //   y = origin_y + u * step_y,  dy = first_y + p * spacing_y                 (x, dx likewise)
 //
 // and 0 where a position lies outside its map. Arrays are contiguous, in the order of their
-// indices. Phases and `advance` are those of product.cu: position m of a phase meets the phase's
-// column advance * m + q at displacement q. A pixel is a vector of channels wherever it lies, so
-// nothing here depends on steps, spacings or the width of the maps.
+// indices; with `channels_last` the maps' channels come last. Phases and `advance` are those of
+// product.cu: position m of a phase meets the phase's column advance * m + q at displacement q. In
+// shared memory a pixel is a vector of channels wherever it lies, so that products do not depend on
+// steps, spacings or the width of the maps. Channels that lie apart are turned on the way there.
 //
 // Tiles. The tensor cores multiply 16 positions by 8 columns at a time. The 16 positions, a tile,
 // are 16 neighbours of a phase or, which wastes less of a small patch, 8 in each of two rows; they
@@ -26,8 +27,9 @@
 // Threads. A block owns row_tiles tiles below each other and x_groups * x_tiles beside each other,
 // of each of `phases` column phases and one row phase, and of the rows and columns that they meet
 // row_groups * warp_rows rows and the columns of `displacements` displacements. It stages `chunk`
-// channels of all these pixels at a time. A warp owns x_tiles neighbouring tiles, on warp_rows rows
-// of fmap2.
+// channels of all these pixels at a time; channels that lie apart in `pieces`, which wait in
+// registers while the chunk before is multiplied. A warp owns x_tiles neighbouring tiles, on
+// warp_rows rows of fmap2.
 //
 // What is not finite stays where it belongs. A sum takes the channels of its own two pixels only;
 // channels behind the last are zero in both; what a pixel outside makes of infinities is cleared.

@@ -1,9 +1,10 @@
 // The gradient of a cost volume of 16-bit maps with respect to one map, summed over displacements
-// on tensor cores: that of product_adjoint.cu, for products of one tap, of maps whose pixels have
-// their channels side by side.
+// on tensor cores: that of product_adjoint.cu, for products of one tap.
 //
-//   grad[n, t, c] = scale * sum over p, q of
-//                                G[p, q, t] * source[n, t + first + spacing * (p, q), c]
+//   grad[n, c, t] = scale * sum over p, q of
+//                                G[p, q, t] * source[n, c, t + first + spacing * (p, q)]
+//
+// With `channels_last` the channels of grad and source come last.
 //
 // Targets t, displacements (p, q), G, phases and `advance` are those of product_adjoint.cu: inside
 // a phase target m meets the source column k = advance * m + q. Pixels that are no target get zeros

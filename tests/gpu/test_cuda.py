@@ -1,5 +1,6 @@
 """The CUDA engine on real CuPy arrays, on whatever CUDA device is there."""
 
+import math
 import os
 import subprocess
 import sys
@@ -97,15 +98,19 @@ def grads_of_channels_last(grad, fmap1, fmap2, layer, dtype):
     return [one.get().astype(np.float64) for one in grads]
 
 
-def assert_gradients_are_exact(shape, layer, dtype, special=()):
-    """Compare gradients of small integers, and of some special values, with an oracle's."""
+def assert_gradients_are_exact(shape, layer, dtype, special=(), *, apart=False):
+    """Compare gradients of small integers, and of some special values, with an oracle's.
+
+    The maps' channels lie side by side, or ``apart``.
+    """
+    grads_of = verify.cupy_engine().grads if apart else grads_of_channels_last
     rng = np.random.default_rng(0)
     sizes = layer.geometry.cost_shape(shape), shape, shape
     given = [rng.integers(-2, 3, size).astype(np.float64) for size in sizes]
     for array in given:
         array.flat[rng.choice(array.size, len(special), replace=False)] = special
     wanted = verify.numpy_engine().grads(*given, layer, "float64")
-    for got, want in zip(grads_of_channels_last(*given, layer, dtype), wanted, strict=True):
+    for got, want in zip(grads_of(*given, layer, dtype), wanted, strict=True):
         assert verify.difference(got, verify.round_to(want, dtype)) is None
 
 
@@ -138,17 +143,38 @@ def test_gradients_of_maps_with_channels_last_are_computed_right(name, dtype, ch
     assert_gradients_are_exact(shape, layer, dtype)
 
 
-@pytest.mark.parametrize("shape", [(2, 32, 16, 24), (1, 67, 9, 13)], ids=str)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_maps_that_are_turned_first_are_computed_right(monkeypatch, dtype, shape):
+@pytest.fixture(params=["turned first", "as they lie"])
+def contiguous(request, monkeypatch):
+    """Compute contiguous maps on tensor cores, turned or not, whatever the model says."""
     from cupycorr.cuda import engine as cuda_engine
-    from cupycorr.cuda import tensor
+    from cupycorr.cuda import plan, tensor, tensor_adjoint
 
-    monkeypatch.setattr(tensor, "turning_pays", lambda *_: True)
+    cycles = -math.inf if request.param == "turned first" else math.inf
+    for module in (tensor, tensor_adjoint):
+        monkeypatch.setattr(module, "turning_cycles", lambda *_: cycles)
+    monkeypatch.setattr(plan, "_cycles", lambda _: math.inf)
     cuda_engine._prepared.cache_clear()
-    for name in ("FlowNetC", "window at the border"):
+    yield
+    cuda_engine._prepared.cache_clear()
+
+
+@pytest.mark.usefixtures("contiguous")
+@pytest.mark.parametrize("shape", [(2, 32, 16, 24), (1, 67, 9, 13), (1, 40, 9, 28)], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_contiguous_maps_are_computed_right_on_tensor_cores(dtype, shape):
+    for name in ("FlowNetC", "window at the border", "stride", "even patch, dilated"):
         assert_integers_are_exact(verify.cupy_engine().cost, shape, CASES[name][1], dtype)
-    cuda_engine._prepared.cache_clear()
+        assert_gradients_are_exact(shape, CASES[name][1], dtype, apart=True)
+
+
+@pytest.mark.usefixtures("contiguous")
+@pytest.mark.parametrize("name", ["FlowNetC", "negative padding", "stride"])
+def test_what_is_not_finite_in_contiguous_maps_reaches_no_other_output(name):
+    (samples, _, *size), layer = CASES[name]
+    special = np.nan, np.inf, -np.inf, np.nan, np.inf
+    shape = samples, 19, *size
+    assert_integers_are_exact(verify.cupy_engine().cost, shape, layer, "float16", special)
+    assert_gradients_are_exact(shape, layer, "float16", special, apart=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

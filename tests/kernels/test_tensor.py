@@ -416,17 +416,21 @@ MOST = {
     ("PWC-Net 3", "forward"): (23, 10.5), ("PWC-Net 4", "forward"): (12, 7.5),
     ("DispNetC", "forward"): (52, 27),
 }  # fmt: skip
+MOST_APART = 1.6  # times that contiguous maps may take
 README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
 
 
 def microseconds(layer, which, gpu):
-    """Return the times on tensor cores and without them, by the model or the floor of DRAM."""
+    """Return the times on tensor cores, of maps with channels side by side and apart, and without.
+
+    They are those of the model, or of the floor of DRAM.
+    """
     (shape, geometry), device = LAYERS[layer], DEVICES[gpu]
     results = {"forward": ("cost",), "gradients": ("grad_fmap1", "grad_fmap2")}[which]
     moved = 2 * (2 * len(results) * prod(shape) + prod(geometry.cost_shape(shape)))
     floor = moved / kernel_costs.FIGURES[gpu].dram / kernel_costs.DRAM_SHARE
     times = []
-    for channels_last, source in ((True, "tensor"), (False, "product")):
+    for channels_last, source in ((True, "tensor"), (False, "tensor"), (False, "product")):
         with pytest.MonkeyPatch.context() as patch:
             if source == "product":
                 patch.setattr(tensor, "applies", lambda *_, **__: False)
@@ -434,17 +438,25 @@ def microseconds(layer, which, gpu):
             plan = cuda_plan.plan(
                 results, Layer(geometry), shape, "float16", device, channels_last=channels_last
             )
-        assert all(launch.source.startswith(source) for launch in plan.launches)
-        cycles = sum(launch.cycles for launch in plan.launches)
+        turned = [launch for launch in plan.launches if launch.kernel == "transpose"]
+        computed = [launch for launch in plan.launches if launch.kernel != "transpose"]
+        assert all(launch.source.startswith(source) for launch in computed)
+        cycles = sum(launch.cycles for launch in computed)
+        cycles += len(turned) / 2 * tensor.turning_cycles(shape, "float16", device)
         times.append(max(cycles / kernel_costs.FIGURES[gpu].gigahertz, floor) / 1e3)
     return times
 
 
 @pytest.mark.parametrize(("layer", "which"), MOST)
 def test_layers_come_near_the_floors_of_tensor_cores(layer, which):
-    (a100, _), (h100, _) = (microseconds(layer, which, gpu) for gpu in ("A100", "H100"))
-    assert a100 <= MOST[layer, which][0]
-    assert h100 <= MOST[layer, which][1]
+    (a100, a100_apart, _), (h100, h100_apart, _) = (
+        microseconds(layer, which, gpu) for gpu in ("A100", "H100")
+    )
+    most = MOST[layer, which]
+    assert a100 <= most[0]
+    assert h100 <= most[1]
+    assert a100_apart <= MOST_APART * a100
+    assert h100_apart <= MOST_APART * h100
 
 
 @pytest.mark.parametrize(("layer", "which"), MOST)
