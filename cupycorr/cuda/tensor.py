@@ -50,7 +50,7 @@ RUN, STORE, STORE_ALONE = 55, 3.5, 9.5
 SHORT_RUN = 4  # results that a thread stores side by side, but alone
 
 # Instructions of a thread per run of contiguous maps that it turns, and per load of it.
-OF_RUN, LOAD = 15, 6.5
+OF_RUN, LOAD = 26, 4
 MORE = 32  # bytes of eight slots, beside those of pixels: neighbouring runs lie in other banks
 
 SIDE, TURNING_THREADS = 64, 256  # of a block of transpose.cu

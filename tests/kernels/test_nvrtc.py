@@ -324,6 +324,21 @@ def test_kernels_that_turn_channels_on_the_way_keep_to_their_registers(case, com
 
 @disassembles
 @pytest.mark.parametrize(
+    "layer", ["PWC-Net 3", "FlowNetC", "DispNetC", "padding", "8 bytes", "4 bytes", "2 bytes"]
+)
+def test_the_model_counts_the_instructions_that_turn_channels(layer):
+    launch, kernel = native("A100", "float16", layer)[0]
+    tile, (found, _) = dict(launch.constants), nvrtc.loops(kernel, lambda loop: loop["HMMA"])
+    one = tensor.staged(1, 8, tile["spacing_x"], 0, 16, tile["step_x"], tile["phases"],
+                        tile["vector"], 2)  # fmt: skip
+    pixels = 8 * (tile["phases"] if tile["vector"] == 1 else tile["spacing_x"])
+    runs = found["LDG"] / (2 * pixels / tile["vector"])
+    counted = tensor.MULTIPLY * found["HMMA"] + runs * one.instructions / one.lanes
+    assert counted == pytest.approx(found.total(), rel=0.2)
+
+
+@disassembles
+@pytest.mark.parametrize(
     ("layer", "most"), [("PWC-Net 3", 16), ("8 bytes", 8), ("4 bytes", 4), ("2 bytes", 2)]
 )
 def test_one_instruction_loads_as_many_pixels_as_the_plan_says(layer, most):
