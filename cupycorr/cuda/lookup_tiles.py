@@ -35,7 +35,8 @@ MOST_STEPS, MOST_TENSOR_STEPS = 11, 12  # as registers allow
 SPARE_STEPS = 2  # for boxes that are larger than those of constant flow
 BUFFERS = 2
 # Blocks of a multiprocessor, and the registers that they leave a thread. Two if what is fetched
-# passes the registers, and for wide patches: three would make the compiler spill some.
+# passes the registers, for wide patches, and for matrices of long chunks: for three the compiler
+# would spill some.
 REGISTERS = {1: 255, 2: 248, 3: 168}
 WIDE = 9
 # Instructions of a warp: per step of four channels beside the multiply-adds, and once for all
@@ -158,11 +159,11 @@ def _tiles(
     bands = -(-lookup.patch_size[0] // shape.band)
     height, width = (-(-n // of_tile) for n, of_tile in zip(size, shape.tile, strict=True))
     blocks = samples * height * width * bands * lookup.levels
-    most = 3 if asynchronous and bands == 1 and lookup.patch_size[1] <= WIDE else 2
+    narrow = asynchronous and bands == 1 and lookup.patch_size[1] <= WIDE
     for units in (4, 2) if asynchronous else (2,):
         shared_bytes = _shared_bytes(shape, units, threads)
         resident = min(
-            most,
+            3 if narrow and not (tensor and units == 4) else 2,
             device.shared_bytes_of_multiprocessor // (shared_bytes + RESERVED_BYTES),
         )
         if resident < 1 or shared_bytes > device.shared_bytes:

@@ -6,7 +6,7 @@ from importlib import resources
 import nvrtc
 import pytest
 from devices import DEVICES
-from test_nvrtc import complaints, disassembles
+from test_nvrtc import complaints, disassembles, every_compiler
 
 from cupycorr.cuda import lookup_plan
 from cupycorr.cuda import sources as cuda_sources
@@ -47,9 +47,9 @@ def launches(gpu, dtype, name, **options):
     ]
 
 
-def compiled(launch, gpu):
+def compiled(launch, gpu, compiler=None):
     source = cuda_sources.source(launch)
-    return nvrtc.compile_kernel(source, launch.kernel, DEVICES[gpu].capability)
+    return nvrtc.compile_kernel(source, launch.kernel, DEVICES[gpu].capability, compiler)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -61,18 +61,19 @@ def test_plain_kernels_keep_to_their_registers(gpu, dtype):
         assert not complaints(launch, compiled(launch, gpu), REGISTERS[launch.kernel])
 
 
-def tiled(name, gpu, dtype):
+def tiled(name, gpu, dtype, compiler=None):
     """Return the launch of a tiled lookup and its kernel."""
-    if DEVICES[gpu].capability not in nvrtc.capabilities():
-        pytest.skip(f"NVRTC {nvrtc.version()} does not know {gpu}")
+    if DEVICES[gpu].capability not in nvrtc.capabilities(compiler):
+        pytest.skip(f"NVRTC {nvrtc.version(compiler)} does not know {gpu}")
     *_, launch = launches(gpu, dtype, name)
     assert launch.kernel == "lookup_tiled"
-    return launch, compiled(launch, gpu)
+    return launch, compiled(launch, gpu, compiler)
 
 
+@every_compiler
 @pytest.mark.parametrize("case", TILED, ids=" ".join)
-def test_tiles_keep_to_their_registers(case):
-    launch, kernel = tiled(*case)
+def test_tiles_keep_to_their_registers(case, compiler):
+    launch, kernel = tiled(*case, compiler)
     resident = dict(launch.constants)["resident"]
     most = 65536 // (resident * launch.threads) // 8 * 8
     assert not complaints(launch, kernel, min(255, most))
