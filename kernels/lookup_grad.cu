@@ -21,6 +21,9 @@
 // Coarse levels have few cells, and many positions for each: there segment s of S takes the tiles
 // s, s + S, s + 2 S ... So every sum has one owner and one order.
 //
+// Where the windows of all levels would take too much memory, those of some levels are stored at a
+// time; `running` then keeps the sums of fmap1 between them.
+//
 // An item that is no term for some of the 8 targets has the share -0 there. That changes no sum,
 // unless the source is infinite: a sum that is not finite is added up anew, from its terms alone.
 //
@@ -71,7 +74,10 @@ static_assert(group_y * group_x == targets, "a lane's sums");
 static_assert(tile % 32 == 0 && tile <= threads, "a thread finds the window of a position");
 
 struct GradSizes : Sizes {
-  int segments[levels];
+  int first, behind;     // the levels whose windows are stored: from first to before behind
+  int segments[levels];  // 0 of others
+
+  __device__ __forceinline__ int stored() const { return behind - first; }
 };
 
 // ---- what a warp lists and adds
@@ -150,31 +156,46 @@ __device__ __forceinline__ bool is_finite(float value) {
   return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u;
 }
 
-// Store a target's channels. Returns whether all of them are finite.
+// Store a target's channels, if all of them are finite; returns whether they are.
 template <typename Result>
 __device__ __forceinline__ bool store(Result* to, const float (&sums)[lane_channels],
                                       const Channels& channels) {
   bool finite = true;
 #pragma unroll
+  for (int c = 0; c < lane_channels; ++c) {
+    finite &= is_finite(sums[c]) || !channels.exist(c / unit);
+  }
+  if (!finite) return false;
+#pragma unroll
   for (int load = 0; load < loads; ++load) {
     if (!channels.exist(load)) continue;
     Result values[unit];
 #pragma unroll
-    for (int k = 0; k < unit; ++k) {
-      const float sum = sums[load * unit + k];
-      finite &= is_finite(sum);
-      values[k] = narrow<Result>(sum);
-    }
+    for (int k = 0; k < unit; ++k) values[k] = narrow<Result>(sums[load * unit + k]);
     store_neighbours(to + channels.of(load), values);
   }
-  return finite;
+  return true;
 }
 
-// Store the sums of a warp. at(i) is the number of target i in grad, -1 where there is none, and
-// own(i, c) the sum of its channel c from its terms alone.
+// Load the sums of a warp as far as they are; at(i) is as below.
+template <typename At>
+__device__ __forceinline__ void resume(Sums& sums, const float* running, const Channels& channels,
+                                       At at) {
+#pragma unroll
+  for (int i = 0; i < targets; ++i) {
+    if (at(i) < 0) continue;
+#pragma unroll
+    for (int c = 0; c < lane_channels; ++c) {
+      sums[i][c] = running[at(i) * channels.count + channels.to_read(c / unit) + c % unit];
+    }
+  }
+}
+
+// Store the sums of a warp. at(i) is the number of target i in grad, -1 where there is none;
+// own(i, c, sum) adds the terms of its channel c alone to a sum: to 0, or to what `before` holds.
 template <typename Result, typename At, typename Own>
 __device__ __forceinline__ void store_all(Result* grad, const Sums& sums, const Channels& channels,
-                                          At at, Own own) {
+                                          At at, Own own, const float* before) {
   unsigned again = 0;
 #pragma unroll
   for (int i = 0; i < targets; ++i) {
@@ -188,15 +209,16 @@ __device__ __forceinline__ void store_all(Result* grad, const Sums& sums, const 
     for (int k = 0; k < lane_channels; ++k) {
       if (!channels.exist(k / unit)) continue;
       const int c = channels.of(k / unit) + k % unit;
-      grad[at(i) * channels.count + c] = narrow<Result>(own(i, c));
+      const long long to = at(i) * channels.count + c;
+      grad[to] = narrow<Result>(own(i, c, before ? before[to] : 0));
     }
   }
 }
 
-__device__ __forceinline__ const float* window_at(const float* windows, const Sizes& s, int e,
+__device__ __forceinline__ const float* window_at(const float* windows, const GradSizes& s, int e,
                                                   int level, long long p) {
-  const long long window = (static_cast<long long>(e) * levels + level) * positions_of(s) + p;
-  return windows + window * (span_y * span_x);
+  const long long of_level = static_cast<long long>(e) * s.stored() + level - s.first;
+  return windows + (of_level * positions_of(s) + p) * (span_y * span_x);
 }
 
 // ---- the shares of all windows; a block owns 32 positions of a level, its warps rows of windows
@@ -209,7 +231,8 @@ extern "C" __global__ void __launch_bounds__(threads) spread_windows(
   float* const shares = upstream + outputs * pitch;
   const int thread = threadIdx.x, lane = thread % 32, area = s.height * s.width;
   int rest = blockIdx.x;
-  const int p0 = pop(rest, ceil_div(area, 32)) * 32, number = pop(rest, levels), e = rest;
+  const int p0 = pop(rest, ceil_div(area, 32)) * 32;
+  const int number = s.first + pop(rest, s.stored()), e = rest;
   const int here = smaller(32, area - p0), p = p0 + smaller(lane, here - 1);
   for (int k = thread / 32; k < outputs; k += warps) {
     const long long at = cost_at(s, e, number, k / outputs_x, k % outputs_x, p);
@@ -272,7 +295,8 @@ __device__ __forceinline__ Reach reach_of(const accumulator* coords, const Sizes
 extern "C" __global__ void __launch_bounds__(threads, resident) lookup_grad_fmap1(
     const float* __restrict__ windows, const Maps fmap2, const accumulator* __restrict__ coords,
     const int* __restrict__ readers1, const map_index* __restrict__ index2,
-    element* __restrict__ grad_fmap1, const GradSizes s, const accumulator) {
+    float* __restrict__ running, element* __restrict__ grad_fmap1, const GradSizes s,
+    const accumulator) {
   DYNAMIC_SHARED(float, shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Items items(shared, warp);
@@ -286,15 +310,20 @@ extern "C" __global__ void __launch_bounds__(threads, resident) lookup_grad_fmap
     return static_cast<long long>(y0 + i / group_x) * s.width + x0 + i % group_x;
   };
   if (y0 >= s.height || x0 >= s.width) return;
+  const auto at = [&](int i) {
+    const bool exists = y0 + i / group_x < s.height && x0 + i % group_x < s.width;
+    return exists ? m * positions_of(s) + position(i) : -1;
+  };
 
   Sums sums = {};
+  if (s.first > 0) resume(sums, running, channels, at);
   const Readers readers(readers1, m, s.maps1);
 #pragma unroll 1
   for (int k = readers.first; k < readers.behind; ++k) {
     const int e = readers.sample(k), two = map_of(index2, e, s.maps2);
     if (two < 0) continue;
 #pragma unroll 1
-    for (int number = 0; number < levels; ++number) {
+    for (int number = s.first; number < s.behind; ++number) {
       const Level level = level_of(s, fmap2, number);
       const element* const map = level.map + two * cells_of(level) * s.channels;
       const int target = lane % targets;
@@ -348,14 +377,13 @@ extern "C" __global__ void __launch_bounds__(threads, resident) lookup_grad_fmap
     }
   }
 
-  const auto own_terms = [&](int i, int c) {
-    float sum = 0;
+  const auto own_terms = [&](int i, int c, float sum) {
 #pragma unroll 1
     for (int k = readers.first; k < readers.behind; ++k) {
       const int e = readers.sample(k), two = map_of(index2, e, s.maps2);
       if (two < 0) continue;
 #pragma unroll 1
-      for (int number = 0; number < levels; ++number) {
+      for (int number = s.first; number < s.behind; ++number) {
         const Level level = level_of(s, fmap2, number);
         const Reach own = reach_of(coords, s, level, e, y0 + i / group_x, x0 + i % group_x);
         const float* const window = window_at(windows, s, e, number, position(i));
@@ -373,11 +401,12 @@ extern "C" __global__ void __launch_bounds__(threads, resident) lookup_grad_fmap
     }
     return sum;
   };
-  const auto at = [&](int i) {
-    const bool exists = y0 + i / group_x < s.height && x0 + i % group_x < s.width;
-    return exists ? m * positions_of(s) + position(i) : -1;
-  };
-  store_all(grad_fmap1, sums, channels, at, own_terms);
+  const float* const before = s.first > 0 ? running : nullptr;
+  if (s.behind < levels) {
+    store_all(running, sums, channels, at, own_terms, before);
+  } else {
+    store_all(grad_fmap1, sums, channels, at, own_terms, before);
+  }
 }
 
 // ---- the levels of fmap2
@@ -518,9 +547,8 @@ extern "C" __global__ void __launch_bounds__(threads, resident) lookup_grad_leve
     __syncthreads();
   }
 
-  const auto own_terms = [&](int i, int c) {
+  const auto own_terms = [&](int i, int c, float sum) {
     const int v = y0 + i / group_x, u = x0 + i % group_x;
-    float sum = 0;
 #pragma unroll 1
     for (int k = segment; k < tiles.count(); k += segments) {
       if (!reaches(tiles.bounds(bounds, k, number), v, u, 1, 1)) continue;
@@ -547,9 +575,9 @@ extern "C" __global__ void __launch_bounds__(threads, resident) lookup_grad_leve
   };
   if (segments > 1) {
     parts += segment * (s.maps2 * cells_of(level) * s.channels);
-    store_all(parts, sums, channels, at, own_terms);
+    store_all(parts, sums, channels, at, own_terms, nullptr);
   } else {
-    store_all(grad_of(grads, number), sums, channels, at, own_terms);
+    store_all(grad_of(grads, number), sums, channels, at, own_terms, nullptr);
   }
 }
 

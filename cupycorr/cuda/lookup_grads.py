@@ -72,8 +72,8 @@ def run_grads(
     Notes
     -----
     Where the maps' gradients are computed from stored windows, these take 4 bytes for each of the
-    (2 * reach + 2)^2 cells of a window, position and level: 256 MiB at most, unless one sample, or
-    indices, need more.
+    (2 * reach + 2)^2 cells of a window, position and level: 256 MiB at most, by some samples or
+    some levels at a time, unless one level of one sample, or of all with indices, needs more.
     """
     results = tuple(name for name in RESULTS if arrays.get(name) is not None)
     written = [one for name in results for one in _listed(arrays[name])]

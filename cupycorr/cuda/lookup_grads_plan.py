@@ -23,7 +23,7 @@ MOST_WARPS = 6  # of a block of lookup_grad.cu: twelve fit the registers of a mu
 RESIDENT = 2  # blocks of lookup_grad.cu that a multiprocessor holds
 TARGETS = 8  # of a warp of lookup_grad.cu
 SIDE = 32  # of a square of lookup_grad_pool.cu
-WINDOWS_BYTES = 256 << 20  # of all windows, unless one sample needs more
+WINDOWS_BYTES = 256 << 20  # of stored windows, unless one level needs more
 MOST_ELEMENTS = 2**31 - 1  # of a map: within reach of a 32-bit offset
 WORD = "float32"  # the dtype of a workspace of 4-byte words, whatever they are
 ITEM = 20  # instructions of a warp per item, beside the multiply-adds; read off compiled kernels
@@ -54,6 +54,9 @@ class _Shape(NamedTuple):
         return LANES * prod(self.warps)
 
 
+CELLS = _Shape((2, 4), (3, 2))  # of a block's cells
+
+
 def samples_at_once(problem: Problem, lookup: Lookup, indexed: bool) -> int:
     """Return how many samples to plan for at a time, so that the workspace stays bounded.
 
@@ -61,7 +64,7 @@ def samples_at_once(problem: Problem, lookup: Lookup, indexed: bool) -> int:
     """
     if indexed:
         return problem.samples
-    of_sample = _windows(problem._replace(samples=1), lookup) * DTYPES["float32"].itemsize
+    of_sample = 4 * lookup.levels * _windows(problem._replace(samples=1), lookup)
     return max(1, min(problem.samples, WINDOWS_BYTES // of_sample))
 
 
@@ -119,17 +122,24 @@ def plan_grads(
     levels = tuple(f"level{number}" for number in range(lookup.levels))
     if "grad_fmap1" in results or "grad_coords" in results:
         levels = tuple(drawn.turn_map(name, n + 1) for n, name in enumerate(levels))
-    if fast and results != ("grad_coords",):
-        drawn.spread()
-    if "grad_fmap1" in results:
-        readers = drawn.list_readers(1) if indexed[0] else "readers1"
-        written = "grad_fmap1" if last else "grad_fmap1_turned"
-        drawn.grad_fmap1(fast, readers, written)
-        if not last:
-            drawn.turn_back(written, "grad_fmap1")
-    if "grad_levels" in results:
-        readers = drawn.list_readers(2) if indexed[1] else "readers2"
-        drawn.grad_levels(fast, fmap1, readers)
+    of_fmap1, of_levels = "grad_fmap1" in results, "grad_levels" in results
+    written = "grad_fmap1" if last else "grad_fmap1_turned"
+    readers1 = drawn.list_readers(1) if of_fmap1 and indexed[0] else "readers1"
+    readers2 = drawn.list_readers(2) if of_levels and indexed[1] else "readers2"
+    if of_levels:
+        drawn.bound_tiles()
+    if of_fmap1 and not fast:
+        drawn.plain_grad_fmap1(readers1, written)
+    if of_levels and not fast:
+        drawn.plain_grad_levels(fmap1, readers2)
+    for stored in _stored(problem, lookup) if fast and (of_fmap1 or of_levels) else ():
+        drawn.spread(stored)
+        if of_fmap1:
+            drawn.grad_fmap1(stored, readers1, written)
+        if of_levels:
+            drawn.grad_levels(stored, fmap1, readers2)
+    if of_fmap1 and not last:
+        drawn.turn_back(written, "grad_fmap1")
     if "grad_coords" in results:
         drawn.grad_coords(fast, fmap1)
     structs = (
@@ -210,73 +220,75 @@ class _Drawing:
         """List the samples that read each map of fmap1 (1) or fmap2 (2); return the array."""
         problem, name = self.problem, f"readers{which}"
         starts = problem.maps[which - 1] + 1
-        self.workspaces.append(Workspace(name, (starts + problem.samples,), WORD))
+        self._work(name, starts + problem.samples)
         self._list(
             "list_readers", which, -(-max(starts, problem.samples) // THREADS), THREADS, 0,
             (f"index{which}", name),
         )  # fmt: skip
         return name
 
-    def bound_tiles(self) -> int:
-        """Find the windows of tiles of positions; return the number of tiles of a sample."""
+    def bound_tiles(self) -> None:
+        """Find the windows of tiles of positions."""
         problem, tile = self.problem, prod(self.tile)
-        tiles = _blocks(problem.size, self.tile)
-        shape = (problem.samples, self.lookup.levels, tiles, 4)
-        self.workspaces.append(Workspace("bounds", shape, WORD))
+        shape = (problem.samples, self.lookup.levels, self._tiles(), 4)
+        self._work("bounds", prod(shape))
         self._list("bound_tiles", 2, prod(shape[:3]), tile, 16 * tile, ("coords", "bounds"))
-        return tiles
 
-    def spread(self) -> None:
-        """Spread grad_cost over the cells of the windows."""
+    def plain_grad_fmap1(self, readers: str, written: str) -> None:
+        """Compute the gradient of fmap1, one element per thread."""
+        elements = self.problem.maps[0] * prod(self.problem.size) * self.problem.channels
+        arrays = ("grad_cost", "levels", "coords", readers, "index2", written)
+        self._plain("plain_grad_fmap1", elements, arrays)
+
+    def plain_grad_levels(self, fmap1: str, readers: str) -> None:
+        """Compute the gradients of all levels, one element per thread."""
+        arrays = ("grad_cost", fmap1, "coords", "index1", readers, "bounds", "grad_levels")
+        self._plain("plain_grad_levels", sum(self._elements()), arrays)
+
+    def spread(self, stored: range) -> None:
+        """Spread grad_cost over the cells of the windows of some levels."""
         problem, lookup = self.problem, self.lookup
-        self.workspaces.append(Workspace("windows", (_windows(problem, lookup),), WORD))
+        self._work("windows", len(stored) * _windows(problem, lookup))
         self._matrices(
-            "spread_windows", _Shape((2, 4), (3, 2)),
-            problem.samples * lookup.levels * -(-prod(problem.size) // LANES),
+            "spread_windows", CELLS, stored,
+            problem.samples * len(stored) * -(-prod(problem.size) // LANES),
             _spread_bytes(lookup), ("grad_cost", "coords", "windows"),
         )  # fmt: skip
 
-    def grad_fmap1(self, fast: bool, readers: str, written: str) -> None:
-        """Compute the gradient of fmap1."""
-        problem, operands = self.problem, ("levels", "coords", readers, "index2", written)
-        if not fast:
-            elements = problem.maps[0] * prod(problem.size) * problem.channels
-            self._plain("plain_grad_fmap1", elements, ("grad_cost", *operands))
-            return
-        shape = _shape_of_positions(problem.size)
+    def grad_fmap1(self, stored: range, readers: str, written: str) -> None:
+        """Compute what some levels add to the gradient of fmap1."""
+        problem, shape = self.problem, _shape_of_positions(self.problem.size)
+        if len(stored) < self.lookup.levels:
+            self._work("running", problem.maps[0] * prod(problem.size) * problem.channels)
         self._matrices(
-            "lookup_grad_fmap1", shape,
+            "lookup_grad_fmap1", shape, stored,
             self._slices() * problem.maps[0] * _blocks(problem.size, shape.block),
-            4 * prod(shape.warps) * (LANES + 6) * (TARGETS + 1), ("windows", *operands),
+            4 * prod(shape.warps) * (LANES + 6) * (TARGETS + 1),
+            ("windows", "levels", "coords", readers, "index2", "running", written),
         )  # fmt: skip
 
-    def grad_levels(self, fast: bool, fmap1: str, readers: str) -> None:
-        """Compute the gradients of all levels."""
-        problem, tiles = self.problem, self.bound_tiles()
-        elements = [problem.maps[1] * prod(size) * problem.channels for size in problem.cells]
-        operands = (fmap1, "coords", "index1", readers, "bounds")
-        if not fast:
-            arrays = ("grad_cost", *operands, "grad_levels")
-            self._plain("plain_grad_levels", sum(elements), arrays)
-            return
-        shape, slices = _shape_of_cells(problem.cells[0]), self._slices()
-        segments = _segments(problem, self.lookup, shape, slices, tiles, self.device)
+    def grad_levels(self, stored: range, fmap1: str, readers: str) -> None:
+        """Compute the gradients of some levels."""
+        problem, slices, elements = self.problem, self._slices(), self._elements()
+        shape = _Shape((1, 8), (1, MOST_WARPS)) if problem.cells[0][0] == 1 else CELLS
+        found = _segments(problem, self.lookup, shape, slices, self._tiles(), self.device)
+        segments = tuple(count if level in stored else 0 for level, count in enumerate(found))
         blocks = sum(
             slices * problem.maps[1] * _blocks(size, shape.block) * count
             for size, count in zip(problem.cells, segments, strict=True)
         )
         warps, tile = prod(shape.warps), prod(self.tile)
         self._matrices(
-            "lookup_grad_levels", shape, blocks,
+            "lookup_grad_levels", shape, stored, blocks,
             4 * (warps * (LANES * (TARGETS + 1) + LANES + 1 + tile) + 2 * tile),
-            ("windows", *operands, "parts", "grad_levels"), segments,
+            ("windows", fmap1, "coords", "index1", readers, "bounds", "parts", "grad_levels"),
+            segments,
         )  # fmt: skip
         cut = [(count, size) for count, size in zip(segments, elements, strict=True) if count > 1]
         if cut:
-            parts = sum(count * size for count, size in cut)
-            self.workspaces.append(Workspace("parts", (parts,), WORD))
+            self._work("parts", sum(count * size for count, size in cut))
             self._matrices(
-                "add_parts", shape, -(-sum(size for _, size in cut) // shape.threads), 0,
+                "add_parts", shape, stored, -(-sum(size for _, size in cut) // shape.threads), 0,
                 ("parts", "grad_levels"), segments,
             )  # fmt: skip
 
@@ -288,10 +300,9 @@ class _Drawing:
             shared_bytes = 2 * THREADS * DTYPES[DTYPES[self.dtype].accumulator].itemsize
             self._plain("plain_grad_coords", LANES * positions, arrays, shared_bytes)
             return
-        shape = _Shape((2, 4), (3, 2))
         self._matrices(
-            "lookup_grad_coords", shape, -(-positions // MOST_WARPS), 4 * MOST_WARPS * 3 * LANES,
-            arrays,
+            "lookup_grad_coords", CELLS, range(self.lookup.levels), -(-positions // MOST_WARPS),
+            4 * MOST_WARPS * 3 * LANES, arrays,
         )  # fmt: skip
 
     def _list(
@@ -322,6 +333,7 @@ class _Drawing:
         self,
         kernel: str,
         shape: _Shape,
+        stored: range,
         blocks: int,
         shared_bytes: int,
         arrays: tuple[str, ...],
@@ -331,7 +343,7 @@ class _Drawing:
         channels, itemsize = self.problem.channels, DTYPES[self.dtype].itemsize
         of_lane = _lane_channels(channels)
         unit = gcd(channels, 16 // itemsize, of_lane) if self.aligned else 1
-        segments = segments or (1,) * self.lookup.levels
+        segments = segments or (0,) * self.lookup.levels
         self._add(
             "lookup_grad.cu", kernel,
             (
@@ -342,7 +354,10 @@ class _Drawing:
                 ("resident", RESIDENT),
             ),
             blocks, shape.threads, shared_bytes, arrays,
-            tuple((f"segments[{number}]", count) for number, count in enumerate(segments)),
+            (
+                *(("first", stored.start), ("behind", stored.stop)),
+                *((f"segments[{number}]", count) for number, count in enumerate(segments)),
+            ),
         )  # fmt: skip
 
     def _add(
@@ -363,6 +378,23 @@ class _Drawing:
             )
         )  # fmt: skip
 
+    def _work(self, name: str, words: int) -> None:
+        """Let launches hand so many 4-byte words to each other, if no more under that name."""
+        kept = next((one for one in self.workspaces if one.name == name), None)
+        if kept is not None:
+            self.workspaces.remove(kept)
+            words = max(words, *kept.shape)
+        self.workspaces.append(Workspace(name, (words,), WORD))
+
+    def _elements(self) -> list[int]:
+        """Return the elements of each level."""
+        maps, channels = self.problem.maps[1], self.problem.channels
+        return [maps * prod(size) * channels for size in self.problem.cells]
+
+    def _tiles(self) -> int:
+        """Return the tiles of a sample's positions."""
+        return _blocks(self.problem.size, self.tile)
+
     def _slices(self) -> int:
         return -(-self.problem.channels // (LANES * _lane_channels(self.problem.channels)))
 
@@ -373,8 +405,15 @@ def _span(lookup: Lookup) -> tuple[int, int]:
 
 
 def _windows(problem: Problem, lookup: Lookup) -> int:
-    """Return the cells of all windows."""
-    return problem.samples * lookup.levels * prod(problem.size) * prod(_span(lookup))
+    """Return the cells of all windows of a level."""
+    return problem.samples * prod(problem.size) * prod(_span(lookup))
+
+
+def _stored(problem: Problem, lookup: Lookup) -> list[range]:
+    """Return the levels whose windows are stored at a time: all, or what the workspace holds."""
+    at_once = max(1, min(lookup.levels, WINDOWS_BYTES // (4 * _windows(problem, lookup))))
+    levels = range(lookup.levels)
+    return [levels[first : first + at_once] for first in levels[::at_once]]
 
 
 def _spread_bytes(lookup: Lookup) -> int:
@@ -416,11 +455,6 @@ def _shape_of_positions(size: tuple[int, int]) -> _Shape:
     group = (1, 8) if size[0] == 1 else (2, 4)
     warps_y = min(-(-size[0] // group[0]), MOST_WARPS // 2)
     return _Shape(group, (warps_y, min(-(-size[1] // group[1]), MOST_WARPS // warps_y)))
-
-
-def _shape_of_cells(size: tuple[int, int]) -> _Shape:
-    """Return blocks of 64 cells."""
-    return _Shape((1, 8), (1, 6)) if size[0] == 1 else _Shape((2, 4), (3, 2))
 
 
 def _blocks(size: tuple[int, int], block: tuple[int, int]) -> int:

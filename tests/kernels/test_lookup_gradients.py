@@ -15,6 +15,7 @@ from lookup_grads_host import SCALE, differences, problem
 from cupycorr import verify
 from cupycorr.cuda import lookup_grads_plan
 from cupycorr.cuda import sources as cuda_sources
+from cupycorr.cuda.lookup_plan import Problem
 from cupycorr.lookup import Lookup
 
 pytestmark = pytest.mark.skipif(host.unavailable() is not None, reason=str(host.unavailable()))
@@ -167,7 +168,7 @@ def test_one_gradient_alone_is_computed_from_what_it_needs(result):
 def test_large_windows_and_double_are_left_to_the_plain_kernels():
     def kernels(lookup, dtype):
         cells = tuple(lookup.level_sizes(64, 64))
-        of = lookup_grads_plan.Problem(1, (1, 1), 8, (64, 64), cells, (True,) * 5)
+        of = Problem(1, (1, 1), 8, (64, 64), cells, (True,) * 5)
         plan = lookup_grads_plan.plan_grads(lookup_grads_plan.RESULTS, of, lookup, dtype, SM_80)
         return {launch.kernel for launch in plan.launches}
 
@@ -202,6 +203,47 @@ def test_the_gradient_of_a_pyramid_is_exact(pool, dtype):
 
 def test_threads_share_no_word_of_a_pyramid_without_a_barrier():
     assert compare_pyramid(2, mode="trace") is None
+
+
+ONE_BY_ONE = pytest.mark.parametrize(
+    ("name", "dtype", "special"),
+    [
+        ("RAFT", "float32", None),
+        ("edges of patches", "float16", None),
+        ("RAFT, rough", "float32", (np.inf, ("fmap1", "levels"))),
+    ],
+)
+
+
+@ONE_BY_ONE
+def test_levels_may_be_stored_one_by_one(monkeypatch, name, dtype, special):
+    assert not compare(name, SM_80, dtype, special=special)
+    monkeypatch.setattr(lookup_grads_plan, "WINDOWS_BYTES", 1)
+    assert not compare(name, SM_80, dtype, special=special)
+
+
+@ONE_BY_ONE
+def test_a_sum_that_is_not_resumed_is_found(monkeypatch, name, dtype, special):
+    monkeypatch.setattr(lookup_grads_plan, "WINDOWS_BYTES", 1)
+    patch = "before ? before[to] : 0", "0"
+    if special is None:
+        patch = "if (s.first > 0) resume(", "if (false) resume("
+    assert compare(name, SM_80, dtype, special=special, patch=patch)
+
+
+@pytest.mark.parametrize(
+    "given", [(Lookup(4, 4), (55, 128), 64), (Lookup(7, 4), (270, 480), 2)], ids=["small", "4K"]
+)
+def test_stored_windows_take_bounded_memory(given):
+    def words(lookup, size, samples):
+        cells = tuple(lookup.level_sizes(*size))
+        of = Problem(samples, (samples, samples), 256, size, cells, (True,) * (1 + lookup.levels))
+        at_once = lookup_grads_plan.samples_at_once(of, lookup, False)
+        of = of._replace(samples=at_once, maps=(at_once, at_once))
+        plan = lookup_grads_plan.plan_grads(lookup_grads_plan.RESULTS, of, lookup, "float32", SM_80)
+        return next(one.shape[0] for one in plan.workspaces if one.name == "windows")
+
+    assert 128 << 20 < 4 * words(*given) <= 256 << 20
 
 
 # ---- planted errors: (text, what takes its place, the case that finds it, options of `compare`)
