@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -215,6 +215,7 @@ def _numbers(pattern, text):
     return [int(number) for number in match.groups()]
 
 
+@lru_cache(maxsize=4)
 def _disassemble(kernel):
     """Return a kernel's instructions in order, each with the number of that it may branch to."""
     with tempfile.TemporaryDirectory() as folder:
@@ -223,7 +224,7 @@ def _disassemble(kernel):
         tool = next(iter(_files(DISASSEMBLER)), None)
         if tool is None:
             raise RuntimeError(missing(DISASSEMBLER))
-        command = [str(tool), "--print-code", str(path)]
+        command = [str(tool), "--print-code", "--no-dataflow", str(path)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     code, labels = [], {}
     text = text[text.index(f"\n.text.{kernel.name}:") :]
