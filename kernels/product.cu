@@ -145,35 +145,37 @@ extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
       [&](int r, int k) { return inside(pixel_y2(r), s.height) && inside(pixel_x2(k), s.width); });
 
   const long long sample = static_cast<long long>(n) * s.channels * plane;
-  const auto buffer = [&](int c) { return c / chunk % buffers * buffer_words; };
   typename Map1::Fetched fetched1;
   typename Map2::Fetched fetched2;
   // The last chunk begins early enough to be a whole one; channels that it repeats count once.
   const auto first_channel = [&](int c) { return smaller(c, s.channels - chunk); };
-  const auto fetch = [&](int c) {
+  // A buffer is given by its first word.
+  const auto fetch = [&](int c, int buffer) {
     const long long base = sample + static_cast<long long>(first_channel(c)) * plane;
-    share1.fetch(fmap1 + base, plane, spacing_y * advance_y * s.width, fetched1, buffer(c),
+    share1.fetch(fmap1 + base, plane, spacing_y * advance_y * s.width, fetched1, buffer,
                  channel_words);
-    share2.fetch(fmap2 + base, plane, spacing_y * s.width, fetched2, buffer(c), channel_words);
+    share2.fetch(fmap2 + base, plane, spacing_y * s.width, fetched2, buffer, channel_words);
   };
-  const auto land = [&](int c) {
-    share1.land(fetched1, shared + buffer(c), channel_words);
-    share2.land(fetched2, shared + buffer(c), channel_words);
+  const auto land = [&](int buffer) {
+    share1.land(fetched1, shared + buffer, channel_words);
+    share2.land(fetched2, shared + buffer, channel_words);
     if (asynchronous) wait_for_copies();
   };
 
   accumulator sums[displacements][positions] = {};
-  const auto multiply = [&](int c) {
+  const auto multiply = [&](int c, int buffer) {
+    int k = c - first_channel(c) + channel_group;
+    const accumulator* words = shared + buffer + k * channel_words;
 #pragma unroll 1
-    for (int k = c - first_channel(c) + channel_group; k < chunk; k += channel_groups) {
+    for (; k < chunk; k += channel_groups, words += channel_groups * channel_words) {
       accumulator one[positions], two[round_up(thread_columns, load)];
 #pragma unroll
       for (int i = 0; i < positions; i += load) {
-        load_words(one + i, shared + buffer(c) + k * channel_words + at1 + i);
+        load_words(one + i, words + at1 + i);
       }
 #pragma unroll
       for (int i = 0; i < thread_columns; i += load) {
-        load_words(two + i, shared + buffer(c) + k * channel_words + at2 + i);
+        load_words(two + i, words + at2 + i);
       }
 #pragma unroll
       for (int q = 0; q < displacements; ++q) {
@@ -190,15 +192,18 @@ extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
   // in registers until all have finished.
   clear<threads>(shared, buffers * buffer_words, thread);
   __syncthreads();
-  if (ahead) fetch(0);
+  int buffer = 0;
+  if (ahead) fetch(0, buffer);
 #pragma unroll 1
   for (int c = 0; c < s.channels; c += chunk) {
-    if (!ahead) fetch(c);
+    const int other = buffers == 1 ? 0 : buffer_words - buffer;
+    if (!ahead) fetch(c, buffer);
     if (buffers == 1) __syncthreads();
-    land(c);
+    land(buffer);
     __syncthreads();
-    if (ahead && c + chunk < s.channels) fetch(c + chunk);
-    if (active) multiply(c);
+    if (ahead && c + chunk < s.channels) fetch(c + chunk, other);
+    if (active) multiply(c, buffer);
+    buffer = other;
   }
 
   // Lines leave through shared memory, so that neighbouring threads write neighbouring words. One

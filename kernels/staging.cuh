@@ -253,15 +253,14 @@ struct Share {
       for (int k = 0; k < rows; ++k, source += at_once * row) {
         const bool copied = present && (exists[i][k / 32] >> k % 32 & 1);
         if (SLABS > 1 && !copied) continue;  // one branch for many copies
+        const Element* element = source;
 #pragma unroll
-        for (int s = 0; s < SLABS; ++s) {
+        for (int s = 0; s < SLABS; ++s, element += slab) {
           if constexpr (ASYNCHRONOUS) {
             copy_async<sizeof(Element) * VECTOR>(
-                target + (s * slab_words + k * at_once * ROW_PITCH) * word, source + s * slab,
-                copied);
+                target + (s * slab_words + k * at_once * ROW_PITCH) * word, element, copied);
           } else if (copied) {
-            fetched.packs[s][i][k] =
-                *reinterpret_cast<const Pack<Element, VECTOR>*>(source + s * slab);
+            fetched.packs[s][i][k] = *reinterpret_cast<const Pack<Element, VECTOR>*>(element);
           }
         }
       }
