@@ -334,64 +334,51 @@ class Machine(NamedTuple):
 
 def machine(launch: Launch, channels: int, capability: int) -> Machine:
     """Compile a tiled launch and read its loops."""
-    registers = nvrtc.compile_kernel(
-        cuda_sources.source(launch), launch.kernel, capability
-    ).registers
-    kernel = nvrtc.compile_kernel(_inside(launch), launch.kernel, capability)
+    kernel = nvrtc.compile_kernel(_marked(launch), launch.kernel, capability)
     tile = Tile(launch)
-    work = _work(tile)
-    inner, outer = nvrtc.loops(kernel, work)
-    instructions = nvrtc.straight(kernel) + outer.total() * (counts(launch, channels).rounds - 1)
-    for outer_stores, inner_stores in nvrtc.store_loops(kernel):
+    work, rounds = _work(tile), counts(launch, channels).rounds
+    inner, outer = nvrtc.loops(kernel, work, (RARE,))
+    instructions = nvrtc.straight(kernel, (RARE,)) + outer.total() * (rounds - 1)
+    for outer_stores, inner_stores in nvrtc.store_loops(kernel, (RARE,)):
         instructions += (tile.trips - 1) * outer_stores.total()
         if inner_stores is not None:  # over the stores at a place, some of them at once
             each = 1 if tile.is_product or tile.step_y == 1 else tile.step_y + 1
             repeated = ceil(tile.served * each / inner_stores["STG"]) - 1
             instructions += tile.trips * repeated * inner_stores.total()
     if tile.is_product and inner is not outer:  # the inner loop is over channels
-        rounds = ceil(channels / tile.chunk)
         instructions += inner.total() * (ceil(channels / tile.channel_groups) - rounds)
     if not tile.is_product:
-        instructions -= _unused_slots(launch, capability, outer.total())
-    return Machine(registers, work(inner) / inner.total(), instructions)
+        source_rows = tile.advance_y * (tile.rows - 1) + tile.patch_y
+        unused = -source_rows % tile.patch_y  # steps that fetch a source row less
+        _, shorter = nvrtc.loops(kernel, work, (RARE, LAST_SLOT))
+        instructions -= unused * (outer.total() - shorter.total())
+    return Machine(kernel.registers, work(inner) / inner.total(), instructions)
 
 
-def _inside(launch: Launch) -> str:
-    """Return a launch's source without what only borders and sums that are not finite need."""
-    old, new = {
-        "product.cu": (
-            "if (l1 || not_finite == 0) continue;",
-            'if (!l1) asm volatile("" ::"f"(not_finite)); continue;',
-        ),
-        "product_adjoint.cu": ("|| !ragged || !g_fetched) return;", "|| true) return;"),
-    }[launch.source]
+# Marks of what only borders and sums that are not finite need, and of a gradient's last slot.
+RARE, LAST_SLOT = 0, 1
+MARKS = {
+    "product.cu": (("store(k, to + k * cost_plane, false);", "{{{rare} {text}}}"),),
+    "product_adjoint.cu": (
+        ("share_g.trim(thread % row_threads", "{rare} {text}"),
+        ("fetched |= 1u << slot;", "{text} if (slot > 0 && slot == slots - 1) {last}"),
+        ("if (fetched >> slot & 1) {", "{text} if (slot > 0 && slot == slots - 1) {last}"),
+    ),
+}
+
+
+def _marked(launch: Launch) -> str:
+    """Return a launch's source with marks."""
     source = cuda_sources.source(launch)
-    assert source.count(old) == 1, "the kernel tests whether it needs that"
-    return source.replace(old, new)
+    for text, form in MARKS[launch.source]:
+        assert source.count(text) == 1, f"the kernel has no {text}"
+        with_marks = form.format(text=text, rare=nvrtc.mark(RARE), last=nvrtc.mark(LAST_SLOT))
+        source = source.replace(text, with_marks)
+    return source
 
 
 def _work(tile):
     return nvrtc.additions if tile.l1 else nvrtc.multiply_adds
-
-
-def _unused_slots(launch: Launch, capability: int, longest: int) -> int:
-    """Return the instructions of a gradient's steps for a last source row that they do not need.
-
-    What one takes is the difference to the same kernel with a slot less to fetch.
-    """
-    constants = dict(launch.constants)
-    patch = constants["patch_y"]
-    source_rows = constants["advance_y"] * (constants["rows"] - 1) + patch
-    slots = ceil(source_rows / patch)
-    unused = slots * patch - source_rows
-    if not unused:
-        return 0
-    source, loop = _inside(launch), "slot < slots; ++slot) {"
-    assert source.count(loop) == 2, "fetch and land go through the slots"
-    shorter = source.replace(loop, "slot < slots - 1; ++slot) {")
-    kernel = nvrtc.compile_kernel(shorter, launch.kernel, capability)
-    _, outer = nvrtc.loops(kernel, _work(Tile(launch)))
-    return unused * (longest - outer.total())
 
 
 # The units of a multiprocessor, each with what the others do.

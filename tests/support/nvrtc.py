@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -120,20 +120,27 @@ def widths(kernel: Kernel, *names: str) -> set[int]:
     return found
 
 
+def mark(number: int) -> str:
+    """Return a statement that marks its place in machine code; ways through it can be left out."""
+    return f'asm volatile("pmevent {number};");'
+
+
 def loops(
-    kernel: Kernel, work: Callable[[Counter[str]], int] = multiply_adds
+    kernel: Kernel,
+    work: Callable[[Counter[str]], int] = multiply_adds,
+    without: Collection[int] = (),
 ) -> tuple[Counter[str], Counter[str]]:
     """Return how often each instruction stands in the loops that do the work: inner and outer.
 
     Of the loops with the most ``work``, the innermost, and the innermost with a barrier; they may
-    be one. Of branches that exclude each other the longest counts, and loops inside count once. All
-    of the kernel counts as a loop if its loops leave most work out: a loop that runs once is none
-    in machine code.
+    be one. Of branches that exclude each other the longest counts that passes none of the marks
+    ``without``, and loops inside count once. All of the kernel counts as a loop if its loops leave
+    most work out: a loop that runs once is none in machine code.
     """
     code = _disassemble(kernel)
-    whole = _longest_path(code, 0, len(code) - 1)
+    whole = _longest_path(code, 0, len(code) - 1, without)
     found = [
-        _longest_path(code, target, end)
+        _longest_path(code, target, end, without)
         for end, (_, target) in enumerate(code)
         if target is not None and target < end
     ]
@@ -144,14 +151,16 @@ def loops(
     return found[0], next((loop for loop in found if loop["BAR"]), whole)
 
 
-def straight(kernel: Kernel) -> int:
+def straight(kernel: Kernel, without: Collection[int] = ()) -> int:
     """Return the instructions of the longest way through a kernel, each loop once."""
     code = _disassemble(kernel)
     last = max(at for at, (instruction, _) in enumerate(code) if "EXIT" in instruction)
-    return _longest_path(code, 0, last).total()
+    return _longest_path(code, 0, last, without).total()
 
 
-def store_loops(kernel: Kernel) -> list[tuple[Counter[str], Counter[str] | None]]:
+def store_loops(
+    kernel: Kernel, without: Collection[int] = ()
+) -> list[tuple[Counter[str], Counter[str] | None]]:
     """Return how often each instruction stands in the loops that store to global memory.
 
     Of each loop without a barrier that is in no other such loop, and of the longest of those inside
@@ -170,10 +179,12 @@ def store_loops(kernel: Kernel) -> list[tuple[Counter[str], Counter[str] | None]
     for start, end in storing:
         if start > last:
             inner = [
-                _longest_path(code, *span) for span in storing if start < span[0] and span[1] < end
+                _longest_path(code, *span, without)
+                for span in storing
+                if start < span[0] and span[1] < end
             ]
-            longest = max(inner, key=Counter.total, default=None)
-            found.append((_longest_path(code, start, end), longest))
+            longest = max(filter(None, inner), key=Counter.total, default=None)
+            found.append((_longest_path(code, start, end, without), longest))
             last = end
     return found
 
@@ -242,9 +253,13 @@ def _disassemble(kernel):
     ]
 
 
-def _longest_path(code, start, end):
-    """Count the instructions of the longest way forward from one instruction to another."""
+def _longest_path(code, start, end, without=()):
+    """Count the instructions of the longest way forward from one instruction to another.
+
+    Of those that pass none of some marks; nothing if there is none. Marks do not count.
+    """
     never = float("-inf")
+    shut = {f"PMTRIG {1 << number:#x}" for number in without}
     length, follower = {end: 1}, {end: None}
     for at in range(end - 1, start - 1, -1):
         instruction, target = code[at]
@@ -253,11 +268,13 @@ def _longest_path(code, start, end):
         if target is not None and at < target <= end:
             ways.append(target)
         follower[at] = max(ways, key=lambda way: length[way], default=None)
-        length[at] = never if follower[at] is None else 1 + length[follower[at]]
-    path, at = Counter(), start
+        passes = follower[at] is not None and instruction.strip() not in shut
+        length[at] = 1 + length[follower[at]] if passes else never
+    path, at = Counter(), start if length[start] > never else None
     while at is not None:
         path[_operation(code[at][0])] += 1
         at = follower[at]
+    del path["PMTRIG"]
     return path
 
 
