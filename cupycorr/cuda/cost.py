@@ -8,6 +8,7 @@ to choose between tiles; with counts of compiled kernels, kernels/README.md show
 
 from __future__ import annotations
 
+from functools import cache
 from math import inf
 from typing import NamedTuple
 
@@ -116,17 +117,33 @@ def cycles_in_rounds(block: Block, blocks: int, accumulator: str, device: Device
     busy = busy_cycles(block, accumulator, device)
     most = -(-blocks // device.multiprocessors)
     together = min(at_once, most)
-    warps = together * block.threads // 32
-    # Four schedulers share the warps; with few of them the pipelines run dry.
-    efficiency = min(MOST_EFFICIENCY, EFFICIENCY + EFFICIENCY_PER_WARP * warps / 4)
-    efficiency *= warps / round_up(warps, 4)
+    efficiency = _efficiency(block.threads // 32, together, most)
     # Blocks that wait for memory leave the multiprocessor to the others that are resident.
     waiting = LATENCY * (1 if block.ahead else block.rounds) / together
-    between: float = BARRIER  # rounds
+    between: float = BARRIER if block.shared_bytes else 0  # rounds
     if block.ahead:
         between += max(0, LATENCY - together * (busy / block.rounds))
     waits = most / together * (block.rounds - 1) * between
     return most * (busy / efficiency + waiting) + waits
+
+
+@cache
+def _efficiency(warps: int, together: int, most: int) -> float:
+    """Return the share of its peak that a multiprocessor reaches with blocks of so many warps.
+
+    Four schedulers share the warps; with few of them the pipelines run dry. With one block more at
+    a time it is no slower, though that leaves its schedulers unequal numbers of warps; but at the
+    end all of them must have been served.
+    """
+
+    def share(blocks: int) -> float:
+        return min(MOST_EFFICIENCY, EFFICIENCY + EFFICIENCY_PER_WARP * blocks * warps / 4)
+
+    def balance(blocks: int) -> float:
+        return blocks * warps / round_up(blocks * warps, 4)
+
+    fewer = range(max(1, together - 3), together + 1)  # one of them, or few, fills all schedulers
+    return min(max(share(n) * balance(n) for n in fewer), share(together) * balance(most))
 
 
 def busy_cycles(block: Block, accumulator: str, device: Device) -> float:
@@ -190,10 +207,10 @@ def multiprocessor_bytes(device: Device) -> int:
     return device.level2_rate * device.multiprocessors
 
 
-def size_class(size: int) -> int:
-    """Round up to three binary digits."""
-    digits = max(0, size.bit_length() - 3)
-    return -(-size >> digits) << digits
+def size_class(size: int, digits: int = 3) -> int:
+    """Round up to some binary digits."""
+    others = max(0, size.bit_length() - digits)
+    return -(-size >> others) << others
 
 
 def elements_per_load(dtype: str) -> int:

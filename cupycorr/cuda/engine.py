@@ -245,7 +245,7 @@ def _prepared(
         device_of(number),
         tangent=what == "tangent",
         aligned=aligned,
-        plain=plain,
+        plain=plain or None,
         channels_last=channels_last,
         tf32=tf32,
     )
@@ -280,8 +280,8 @@ def warm_up(
     layer : Layer
         What will be computed.
     shape : (N, C, H, W)
-        Shape of the maps; other images of about this size (to three binary digits) share the
-        kernels.
+        Shape of the maps; other images of about this size (to four binary digits, on tensor
+        cores to three) share the kernels.
     dtype : {"float16", "bfloat16", "float32", "float64"}
         Dtype of the maps.
     channels_last : bool, default False

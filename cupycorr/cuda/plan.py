@@ -9,9 +9,17 @@ from __future__ import annotations
 
 from math import inf, prod
 
+from cupycorr.cuda import plain as cuda_plain
 from cupycorr.cuda import tensor, tensor_adjoint
 from cupycorr.cuda import tiles as cuda_tiles
-from cupycorr.cuda.cost import Constants, Device, elements_per_load, size_class
+from cupycorr.cuda.cost import (
+    LATENCY,
+    Constants,
+    Device,
+    elements_per_load,
+    multiprocessor_bytes,
+    size_class,
+)
 from cupycorr.cuda.launch import (
     GRADIENTS,
     MAPS,
@@ -26,11 +34,12 @@ from cupycorr.cuda.launch import (
     types,
     volume_shape,
 )
+from cupycorr.cuda.plain import THREADS
 from cupycorr.geometry import Geometry
 from cupycorr.layer import DTYPES, Layer
 
-THREADS = 256  # per block of the plain and the taps kernels
 MOST_ELEMENTS = 2**31 - 1  # within reach of a 32-bit offset
+DIGITS = 4  # of an image's size that tiles depend on
 WORKSPACE_BYTES = 256 << 20  # of the product volume, unless one sample needs more; of turned maps
 
 
@@ -52,7 +61,7 @@ def plan(
     *,
     tangent: bool = False,
     aligned: bool = True,
-    plain: bool = False,
+    plain: bool | None = None,
     rank: int = 0,
     channels_last: bool = False,
     tf32: bool = False,
@@ -76,8 +85,9 @@ def plan(
         (That of products is a sum of two cost volumes.)
     aligned : bool, default True
         Whether all arrays begin at multiples of 16 bytes.
-    plain : bool, default False
-        Use the plain kernels only.
+    plain : bool, optional
+        Use the plain kernels only, or only where no tiles apply; by default also where the model
+        finds them faster, as for a few outputs of few channels.
     rank : int, default 0
         Take the tiles that the model finds faster than all but so many; the plain kernels where no
         more fit. To measure how good the model's choice is.
@@ -103,12 +113,15 @@ def plan(
                 layer, shape, dtype, device, aligned, channels_last, int(result[-1]), rank,
                 turned=2 * len(results),
             )  # fmt: skip
-        if launch is None:
+        if launch is None or (plain is None and rank == 0):
             kernel = "plain_tangent" if tangent else f"plain_{result}"
             upstream = () if result == "cost" else ("grad_cost",)
             tangents = ("tangent1", "tangent2") if tangent else ()
             arrays = (*upstream, "fmap1", "fmap2", *tangents, result)
-            launch = _plain(kernel, layer, shape, dtype, arrays)
+            other = _plain(kernel, layer, shape, dtype, device, arrays)
+            behind = _taps_cycles(layer.geometry, shape, dtype, device) / len(results)
+            if launch is None or _cycles(other) < _cycles(launch) + behind:
+                launch = other
         launches.append(launch)
     launches, workspaces = _turned(launches, shape, dtype, aligned, channels_last)
     if any("volume" in launch.arrays for launch in launches):
@@ -185,7 +198,14 @@ def _offset(elements: int) -> Constants:
     return (("offset", "int" if elements < MOST_ELEMENTS - 2 * THREADS else "long long"),)
 
 
-def _plain(kernel: str, layer: Layer, shape: Shape, dtype: str, arrays: tuple[str, ...]) -> Launch:
+def _plain(
+    kernel: str,
+    layer: Layer,
+    shape: Shape,
+    dtype: str,
+    device: Device,
+    arrays: tuple[str, ...],
+) -> Launch:
     geometry = layer.geometry
     cost_shape = geometry.cost_shape(shape)
     outputs = prod(cost_shape if arrays[-1] == "cost" else shape)
@@ -215,6 +235,7 @@ def _plain(kernel: str, layer: Layer, shape: Shape, dtype: str, arrays: tuple[st
                 first=geometry.first_displacement,
             ),
         ),
+        cycles=cuda_plain.cycles(layer, shape, dtype, device, arrays[-1]),
     )
 
 
@@ -251,6 +272,15 @@ def _taps(
             *zip(("lattice_height", "lattice_width"), volume[3:], strict=True),
         ),
     )
+
+
+def _taps_cycles(geometry: Geometry, shape: Shape, dtype: str, device: Device) -> float:
+    """Return the cycles of a launch over taps: of its bytes, each once; 0 if there is one tap."""
+    if geometry.taps == 1:
+        return 0
+    elements = prod(geometry.cost_shape(shape)) + prod(volume_shape(geometry, shape))
+    word_bytes = DTYPES[DTYPES[dtype].accumulator].itemsize
+    return LATENCY + elements * word_bytes / multiprocessor_bytes(device)
 
 
 def _cost(
@@ -306,15 +336,17 @@ def _product(
     result_vector = widest if aligned and lattice_width % widest == 0 else 1
     found = cuda_tiles.product_tile(
         cuda_tiles.Product(
-            samples=size_class(samples * phases_y),
-            channels=size_class(channels),
-            rows=size_class(-(-lattice_height // phases_y)),
-            columns=size_class(-(-lattice_width // phases_x)),
+            samples=size_class(samples * phases_y, DIGITS),
+            channels=channels,
+            rows=size_class(-(-lattice_height // phases_y), DIGITS),
+            columns=size_class(-(-lattice_width // phases_x), DIGITS),
             patch=geometry.patch_size,
             step_x=geometry.x.lattice_step,
             phases_x=phases_x,
             advance=(advance_y, advance_x),
             accumulator=DTYPES[dtype].accumulator,
+            element_bytes=DTYPES[dtype].itemsize,
+            result_bytes=DTYPES[result].itemsize,
             vector=max(1, vector),
             lead=lead,
             result_vector=result_vector,
@@ -423,19 +455,24 @@ def _product_gradient(
     upstream_vector = 1
     if aligned and which == 1 and x.phases == 1 and (x.shift | lattice[1]) % widest == 0:
         upstream_vector = widest
+    result_vector = widest if neighbours and x.target == 0 else 1
     found = cuda_tiles.gradient_tile(
         cuda_tiles.Gradient(
-            samples=size_class(samples * y.phases),
-            channels=size_class(channels),
-            rows=size_class(-(-y.number // y.phases)),
-            columns=size_class(-(-x.number // x.phases)),
+            which=which,
+            samples=size_class(samples * y.phases, DIGITS),
+            channels=channels,
+            rows=size_class(-(-y.number // y.phases), DIGITS),
+            columns=size_class(-(-x.number // x.phases), DIGITS),
             patch=geometry.patch_size,
             step=(y.step, x.step),
             phases_x=x.phases,
             advance=(y.advance, x.advance),
             accumulator=DTYPES[dtype].accumulator,
+            element_bytes=DTYPES[dtype].itemsize,
+            upstream_bytes=DTYPES[upstream].itemsize,
             vector=vector,
             upstream_vector=upstream_vector,
+            result_vector=result_vector,
             asynchronous=asynchronous,
             upstream_asynchronous=upstream_asynchronous,
             l1=layer.l1,
@@ -465,7 +502,7 @@ def _product_gradient(
                 advance=(y.advance, x.advance),
             ),
             *tile.constants,
-            ("result_vector", widest if neighbours and x.target == 0 else 1),
+            ("result_vector", result_vector),
         ),
         samples * y.phases * blocks_y * blocks_x * blocks_c,
         tile.threads,

@@ -1,7 +1,7 @@
-"""Choose the tiles of the CUDA product kernels: the fastest by `cuda_model` that fit the device.
+"""Choose the tiles of the CUDA product kernels: the fastest by `cost` that fit the device.
 
-The search sees the sizes of an image only to three binary digits (`cuda_model.size_class`), so that
-images of about one size share one compiled kernel.
+The search sees the sizes of an image only to four binary digits (`cost.size_class`), so that images
+of about one size share one compiled kernel.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ MOST_REGISTERS = 255  # per thread
 MOST_SLOTS = 8  # for source rows of a gradient
 # With many copies in a round the compiler holds many addresses; few channels are exempt.
 MOST_COPIES, FEW_CHANNELS = 32, 8
+REFINED = 5  # kinds of tiles that are tried with all numbers of strips
 LIKELY_CHUNK = 2  # channels that a block stages at least, if they fit
 LEAST_BUSY = 0.8  # share of a block's threads that have outputs
 
@@ -46,22 +47,32 @@ DIFFERENCES = 8  # that a thread holds until they are added
 
 # The counts below are read off NVRTC's machine code of product.cu and product_adjoint.cu, for the
 # layers of tests/support/devices.py; tests/kernels/test_nvrtc.py holds the registers to budgets.
-# product.cu: registers beside sums and operands, per thread, per copy and per staged channel,
-OFFSETS, COPY_OFFSETS, CHANNEL_OFFSETS = 12, 3, 2
-# (and more that the compiler takes for compute capability 12.0 and up),
-LATER, LATER_OFFSETS = 120, 8
-# instructions before the first round and behind the last, of a round beside its copies, of a copy,
-# and of a channel beside its loads,
-ONCE, FETCH, COPY, CHANNEL = 350, 35, 4, 8
-# and of a result beside the stores', of a store, and of the places that a thread serves between two
-# barriers.
-RESULT, STORE, PLACE = 2, 3, 60
-# product_adjoint.cu: registers per thread, per sum, per copy of G and per copy of the source,
-GRADIENT_OFFSETS, SUM_OFFSETS, G_OFFSETS, SOURCE_OFFSETS = 70, 1.8, 0.3, 0.2
+# product.cu: registers per thread, per sum and operand, per copy on its way to shared memory, and,
+# if that leads through registers, per copy of a channel,
+OFFSETS, VALUE_OFFSETS, FLIGHT_OFFSETS, COPY_OFFSETS = 30, 0.9, 0.35, 0.7
+# instructions before the first round and behind the last, of each copy whose place is found,
+ONCE, PRODUCT_PLACE = 200, 16
+# of a round beside its copies, and of a copy, asynchronous or not, and of a channel beside loads,
+FETCH, COPY, CHANNEL = {True: 43, False: 27}, {True: 2.4, False: 3}, 6
+# and of the places that a thread serves between two barriers, of a store, of one by a thread that
+# shares its place, and of a result.
+PLACE, STORE, SHARED_STORE, RESULT = 45, 3, 8, 2
+# product_adjoint.cu: registers per thread, per sum, per word of G that is held, of which the
+# compiler holds no more than so many, per copy of the source, and per column whose copies a thread
+# makes; and more for the first map,
+GRADIENT_OFFSETS, SUM_OFFSETS, HELD_OFFSETS, MOST_HELD, SOURCE_OFFSETS = 30, 1.7, 0.85, 48, 0.9
+COLUMN_OFFSETS, FIRST_OFFSETS = 5, 6
 HELD_OPERANDS = 60  # registers of operands, free while words are on their way
-# and instructions of a step beside loads, and of a copy; those before the first step and behind the
-# last beside the stores', and of a result.
-STEP, GRADIENT_COPY, GRADIENT_ONCE, GRADIENT_RESULT = 115, 3.5, 450, 5
+# instructions of a step beside loads, of a slot for a source row, of a copy, and of a word that is
+# stored for it,
+STEP, SLOT, GRADIENT_COPY, GRADIENT_WORD = 47, 38, 4, 2
+# before the first step and behind the last, of each copy of G whose place is found, of a sum, and,
+# for each of the maps, of a copy of the source and of a slot for its rows,
+GRADIENT_ONCE, G_PLACE, SUM = 230, 38, 1.3
+SOURCE_PLACE, SLOT_PLACE = {1: 16, 2: 24}, {1: 45, 2: 95}
+# and of the places that a thread serves between two barriers, of a store, of a result in it, and of
+# a store of zeros.
+GRADIENT_PLACE, GRADIENT_STORE, GRADIENT_RESULT, ZEROS = 80, 4.5, 2.6, 7.5
 
 
 class Product(NamedTuple):
@@ -80,6 +91,8 @@ class Product(NamedTuple):
     phases_x: int
     advance: tuple[int, int]
     accumulator: str
+    element_bytes: int
+    result_bytes: int
     vector: int
     lead: int
     result_vector: int
@@ -91,6 +104,7 @@ class Product(NamedTuple):
 class Gradient(NamedTuple):
     """A gradient, as far as its tile depends on it. Sizes are those of the targets, rounded."""
 
+    which: int
     samples: int
     channels: int
     rows: int
@@ -101,8 +115,11 @@ class Gradient(NamedTuple):
     phases_x: int
     advance: tuple[int, int]
     accumulator: str
+    element_bytes: int
+    upstream_bytes: int
     vector: int
     upstream_vector: int
+    result_vector: int
     asynchronous: bool
     upstream_asynchronous: bool
     l1: bool
@@ -187,23 +204,35 @@ def _product_tiles(
 ) -> Iterator[tuple[float, ProductTile]]:
     """Yield the tiles that fit, each with the cycles that the model gives it.
 
-    All of them, or only those among which the best is likely to be.
+    All of them, or only those among which the best is likely to be: some numbers of strips, and
+    all numbers with what was among the best with those.
     """
-    load = elements_per_load(problem.accumulator)
+    load, fewest = elements_per_load(problem.accumulator), LIKELY_CHUNK if likely else 1
+    best: dict[tuple[_Columns, int], tuple[float, set[int]]] = {}
     for positions, channel_groups in product((8, 4, 2), (1, 2, 4, 8)):
         if positions % load:
             continue
         for groups in powers_of_two(-(-problem.columns // positions)):
             columns = _columns(problem, positions, groups, load)
             lanes = columns.lanes * channel_groups
-            every = range(1, MOST_THREADS // lanes + 1)
-            for strips in _likely_strips(problem, columns, lanes, device) if likely else every:
-                yield from _tiles_of_strips(
-                    problem, device, columns, strips, channel_groups, LIKELY_CHUNK if likely else 1
-                )
+            tried = set(range(1, MOST_THREADS // lanes + 1))
+            if likely:
+                tried = _likely_strips(problem, columns, lanes, device)
+            least = inf
+            for strips in sorted(tried):
+                for found in _tiles_of_strips(
+                    problem, device, columns, strips, channel_groups, fewest
+                ):
+                    least = min(least, found[0])
+                    yield found
+            best[columns, channel_groups] = least, tried
+    for columns, channel_groups in nsmallest(REFINED, best, key=lambda kind: best[kind][0]):
+        every = range(1, MOST_THREADS // (columns.lanes * channel_groups) + 1)
+        for strips in sorted(set(every) - best[columns, channel_groups][1]):
+            yield from _tiles_of_strips(problem, device, columns, strips, channel_groups, fewest)
 
 
-def _likely_strips(problem: Product, own: _Columns, lanes: int, device: Device) -> list[int]:
+def _likely_strips(problem: Product, own: _Columns, lanes: int, device: Device) -> set[int]:
     """Return numbers of strips that fill warps, or share rows, or share blocks out evenly."""
     row_strips = problem.patch[0] * -(-problem.patch[1] // own.displacements)
     others = problem.samples * -(-problem.columns // own.staged1)
@@ -217,7 +246,7 @@ def _likely_strips(problem: Product, own: _Columns, lanes: int, device: Device) 
         even = -(-all_strips // max(1, blocks * device.multiprocessors // others))
         found |= {most, even, most - most % row_strips}
         found.add(next(strips for strips in range(most, 0, -1) if row_strips % strips == 0))
-    return sorted(strips for strips in found if 0 < strips * lanes <= MOST_THREADS)
+    return {strips for strips in found if 0 < strips * lanes <= MOST_THREADS}
 
 
 def _columns(problem: Product, positions: int, groups: int, load: int) -> _Columns:
@@ -265,9 +294,9 @@ def _tiles_of_strips(
     blocks = problem.samples * -(-problem.rows * row_strips // strips)
     blocks *= -(-problem.columns // own.staged1)
     bytes_moved = bytes_of_rows(
-        strips * own.displacements, problem.phases_x * own.staged1, word_bytes
+        strips * own.displacements, problem.phases_x * own.staged1, problem.result_bytes
     ) + problem.channels * sum(
-        bytes_of_rows(rows, problem.phases_x * columns, word_bytes, problem.step_x)
+        bytes_of_rows(rows, problem.phases_x * columns, problem.element_bytes, problem.step_x)
         for rows, columns in ((rows1, own.staged1), (rows2, own.staged2))
     )
     buffers = 2 if problem.asynchronous else 1
@@ -286,10 +315,11 @@ def _tiles_of_strips(
         if fits and chunk < fewest:
             return
         shared_bytes = max(buffers * chunk * words, line) * word_bytes
-        registers = (sums + operands) * word_bytes // 4 + OFFSETS
-        registers += COPY_OFFSETS * copies + CHANNEL_OFFSETS * chunk
-        registers += LATER_OFFSETS if device.capability >= LATER else 0
-        registers += DIFFERENCES * word_bytes // 4 if problem.l1 else 0
+        values = sums + operands + (DIFFERENCES if problem.l1 else 0)
+        offsets = (
+            OFFSETS + (FLIGHT_OFFSETS * chunk if problem.asynchronous else COPY_OFFSETS) * copies
+        )
+        registers = ceil(VALUE_OFFSETS * values * word_bytes / 4 + offsets)
         ahead = True
         if not problem.asynchronous:
             staged = chunk * copies * problem.vector * word_bytes // 4
@@ -300,7 +330,7 @@ def _tiles_of_strips(
         if registers > MOST_REGISTERS or shared_bytes > device.shared_bytes:
             continue
         fits = True
-        fetching = FETCH + chunk * copies * (COPY + (not problem.asynchronous) * problem.vector)
+        fetching = FETCH[problem.asynchronous] + chunk * copies * COPY[problem.asynchronous]
         rounds = -(-problem.channels // chunk)
         at_once = room(Block(threads, registers, shared_bytes), device) // (line * word_bytes)
         slices, storing = _storing(problem, own, strips, channel_groups, threads, at_once)
@@ -315,7 +345,7 @@ def _tiles_of_strips(
             * (wavefronts1 * own.positions + wavefronts2 * own.source) / load
             + 2 * sums * threads * word_bytes / 128,
             instructions=threads * (channels * (operands // load + CHANNEL) + rounds * fetching)
-            + threads * ONCE + storing,
+            + threads * (ONCE + PRODUCT_PLACE * copies + fetching + storing),
             words=problem.channels * staged_words,
             bytes=bytes_moved,
             ahead=ahead,
@@ -327,7 +357,7 @@ def _tiles_of_strips(
             "rows1": rows1, "rows2": rows2, "pitch1": own.pitch1, "pitch2": own.pitch2,
             "asynchronous": problem.asynchronous, "ahead": ahead, "buffers": buffers,
             "threads": threads, "shared_words": shared_bytes // word_bytes,
-            "resident": resident(block, device) if problem.l1 else 1,
+            "resident": resident(block, device),
         }  # fmt: skip
         tile = ProductTile(
             tuple(constants.items()), own.positions, own.groups, strips, row_strips,
@@ -428,17 +458,17 @@ def _storing(
     int
         The displacements of a thread that leave together: equal parts, of up to ``at_once``.
     float
-        Instructions of threads.
+        Instructions of a thread.
     """
     passes = -(-own.displacements // max(1, at_once))
     slices = -(-own.displacements // passes)
-    words = own.lanes * strips * own.positions
-    places = words // problem.result_vector
-    served = -(-places * max(1, threads // places) // threads)  # by a thread, between two barriers
-    of_word = RESULT + channel_groups - 1 + (STORE + channel_groups) / problem.result_vector
-    to_shared = words * channel_groups / elements_per_load(problem.accumulator)
-    of_results = own.displacements * (words * of_word + to_shared)
-    return slices, of_results + passes * threads * served * PLACE
+    places = own.lanes * strips * own.positions // problem.result_vector
+    sharers = max(1, threads // places)  # threads that serve a place
+    store = STORE + channel_groups + (RESULT + channel_groups - 1) * problem.result_vector
+    store += SHARED_STORE if sharers > 1 else 0
+    at_place = PLACE + -(-slices // sharers) * store
+    to_shared = own.displacements * own.positions / elements_per_load(problem.accumulator)
+    return slices, passes * -(-places * sharers // threads) * at_place + to_shared
 
 
 def _staged_rows(
@@ -474,6 +504,7 @@ def _gradient_of(
     positions = load = elements_per_load(problem.accumulator)
     word_bytes = 16 // load
     (patch_y, patch_x), (advance_y, advance_x) = problem.patch, problem.advance
+    which = problem.which
     columns, lanes = groups * positions, problem.phases_x * groups
     busy = lanes * rows * channel_groups
     threads = round_up(busy, 32)
@@ -499,12 +530,17 @@ def _gradient_of(
     g_copies = copies_of_thread(
         patch_x, problem.phases_x * columns, problem.upstream_vector, threads // rows
     )
-    staged = 0 if problem.asynchronous else slots * source_copies * problem.vector
-    staged += 0 if problem.upstream_asynchronous else g_copies * problem.upstream_vector
-    staged = staged * word_bytes // 4
-    registers = channels * positions * word_bytes // 4 * (2 if problem.l1 else 1)
-    offsets = GRADIENT_OFFSETS + G_OFFSETS * g_copies + SOURCE_OFFSETS * slots * source_copies
-    registers = ceil(SUM_OFFSETS * registers + offsets)
+    across = -(-source_columns // (problem.vector * threads)) + -(
+        -problem.phases_x * columns // (problem.upstream_vector * (threads // rows))
+    )
+    staged_source = 0 if problem.asynchronous else source_copies * problem.vector
+    staged_g = 0 if problem.upstream_asynchronous else g_copies * problem.upstream_vector
+    staged = (slots * staged_source + staged_g) * word_bytes // 4
+    sums = channels * positions * (2 if problem.l1 else 1)
+    values = SUM_OFFSETS * sums + HELD_OFFSETS * min(MOST_HELD, patch_x * positions)
+    offsets = GRADIENT_OFFSETS + SOURCE_OFFSETS * source_copies + COLUMN_OFFSETS * across
+    offsets += FIRST_OFFSETS * (which == 1)
+    registers = ceil(values * word_bytes / 4 + offsets)
     ahead = some_asynchronous or registers + staged <= MOST_REGISTERS
     registers = max(registers, registers - (0 if ahead else HELD_OPERANDS) + staged)
     if registers > MOST_REGISTERS or shared_bytes > device.shared_bytes or slots > MOST_SLOTS:
@@ -514,16 +550,26 @@ def _gradient_of(
     source = round_up(advance_x * (positions - 1) + displacements, load)
     g_loads = patch_x * positions // load
     source_loads = channels * -(-patch_x // displacements) * source // load
-    copies = patch_y * g_copies + source_rows * source_copies
+    copying = patch_y * (g_copies * GRADIENT_COPY + staged_g * GRADIENT_WORD) + source_rows * (
+        source_copies * GRADIENT_COPY + staged_source * GRADIENT_WORD
+    )
+    step_y, step_x = problem.step
     bytes_moved = (
-        bytes_of_rows(patch_y * rows * patch_x, problem.phases_x * columns, word_bytes)
-        + bytes_of_rows(block_channels * source_rows, source_columns, word_bytes, problem.step[1])
+        bytes_of_rows(patch_y * rows * patch_x, problem.phases_x * columns, problem.upstream_bytes)
+        + bytes_of_rows(block_channels * source_rows, source_columns, problem.element_bytes, step_x)
         + bytes_of_rows(
-            block_channels * rows * problem.step[0],
-            problem.phases_x * columns * problem.step[1],
-            word_bytes,
+            block_channels * rows * step_y,
+            problem.phases_x * columns * step_x,
+            problem.element_bytes,
         )
     )
+    # Results leave in passes, of which each has as many channels of a thread as fit.
+    passes = -(-channels // min(channels, shared_bytes // (line * word_bytes)))
+    pixels = problem.phases_x * columns * step_x + step_x - 1
+    places = rows * -(-pixels // problem.result_vector)
+    sharers = max(1, threads // places)  # threads that serve a place
+    storing = GRADIENT_STORE + GRADIENT_RESULT * problem.result_vector + ZEROS * (step_y - 1)
+    storing = passes * GRADIENT_PLACE + -(-block_channels // sharers) * storing
     terms = patch_y * threads * channels * positions * patch_x
     wavefronts_g, wavefronts_source = _gradient_wavefronts(
         groups, rows, min(channel_groups, 32 // rows), problem.phases_x, problem.advance, patch_y,
@@ -542,9 +588,10 @@ def _gradient_of(
             patch_y * (wavefronts_g * g_loads + wavefronts_source * source_loads)
             + 2 * channels * positions * word_bytes / 4
         ),
-        instructions=patch_y * threads * (g_loads + source_loads + STEP)
-        + threads * (copies * GRADIENT_COPY + GRADIENT_ONCE)
-        + busy * channels * positions * problem.step[0] * problem.step[1] * GRADIENT_RESULT
+        instructions=patch_y * threads * (g_loads + source_loads + STEP + slots * SLOT)
+        + threads * (copying + -(-places * sharers // threads) * storing + GRADIENT_ONCE)
+        + threads * (g_copies * G_PLACE + sums * SUM)
+        + threads * (source_copies * SOURCE_PLACE[which] + slots * SLOT_PLACE[which])
         + terms * (COMPARISONS if problem.l1 else 0),
         words=patch_y * rows * patch_x * problem.phases_x * columns
         + source_rows * block_channels * source_columns,

@@ -30,6 +30,19 @@ FEW = [
 PATCH = Geometry(patch_size=3)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tiled():
+    """Plan tiles for the small maps of these tests, too, for which plain kernels would be taken."""
+    pytest.importorskip("cupy")
+    from cupycorr.cuda import engine as cuda_engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cupycorr.cuda.plain.cycles", lambda *problem: float("inf"))
+        cuda_engine._prepared.cache_clear()
+        yield
+    cuda_engine._prepared.cache_clear()
+
+
 @pytest.fixture
 def cp():
     return pytest.importorskip("cupy")

@@ -11,7 +11,9 @@ from devices import DEVICES, LAYERS
 from kernel_costs import FIGURES, PASSES, counts, floor, is_tiled, microseconds, moved
 
 from cupycorr import Geometry
+from cupycorr.cuda import plain as cuda_plain
 from cupycorr.cuda import plan as cuda_plan
+from cupycorr.cuda import sources as cuda_sources
 from cupycorr.cuda.cost import wavefronts
 from cupycorr.layer import Layer
 
@@ -74,20 +76,29 @@ class TestChoice:
     pytestmark = compiles
     RANKS = (*range(16), 18, 20, 22, 24, 28, 32, 40, 48)
 
-    def predictions(self, layer, gpu, result):
-        """Return the times of tiles of some ranks, by what the compiler makes of them."""
+    def candidates(self, layer, gpu, result):
+        """Return launches of tiles of some ranks, the chosen one first, and their channels."""
         shape, geometry = LAYERS[layer] if isinstance(layer, str) else random_layer(layer)
-        device = DEVICES[gpu]
-        found = []
-        for rank in self.RANKS:
-            plan = cuda_plan.plan((result,), Layer(geometry), shape, "float32", device, rank=rank)
-            (launch,) = plan.launches
-            if not is_tiled(launch):
-                break  # no more fit
-            code = kernel_costs.machine(launch, shape[1], device.capability)
-            count = counts(launch, shape[1])
-            found.append(kernel_costs.predict(launch, count, code, gpu, 0).microseconds)
-        return found
+        plans = (
+            cuda_plan.plan((result,), Layer(geometry), shape, "float32", DEVICES[gpu], rank=rank)
+            for rank in self.RANKS
+        )
+        found = [launch for plan in plans for launch in plan.launches if is_tiled(launch)]
+        return found, shape[1]
+
+    def least(self, launch, channels, gpu):
+        """Return what a launch takes at least, whatever the compiler makes of it."""
+        count, tile = counts(launch, channels), kernel_costs.Tile(launch)
+        copies = count.staged / max(tile.vector, getattr(tile, "upstream_vector", 1))
+        fewest = (count.executed + 32 * count.loads + copies) / launch.threads
+        sums = tile.positions * (tile.displacements if tile.is_product else tile.channels)
+        codes = (kernel_costs.Machine(registers, 1, fewest) for registers in range(sums, 256, 8))
+        return min(kernel_costs.predict(launch, count, code, gpu, 0).microseconds for code in codes)
+
+    def compiled(self, launch, channels, gpu):
+        """Return the time of a launch by what the compiler makes of it."""
+        code = kernel_costs.machine(launch, channels, DEVICES[gpu].capability)
+        return kernel_costs.predict(launch, counts(launch, channels), code, gpu, 0).microseconds
 
     @pytest.mark.parametrize(
         "case",
@@ -96,15 +107,50 @@ class TestChoice:
             ("PWC-Net 3", "A100", "grad_fmap1"),
             ("PWC-Net 5", "H100", "cost"),
             ("PWC-Net 6", "2070S", "grad_fmap2"),
+            ("default", "A100", "grad_fmap1"),
+            ("DispNetC", "4090", "grad_fmap2"),
             (1, "2070S", "grad_fmap1"),
+            (2, "H100", "grad_fmap2"),
             (4, "H100", "cost"),
+            (29, "A100", "cost"),
         ],
         ids=lambda case: " ".join(map(str, case)),
     )
     def test_the_chosen_tile_is_about_the_fastest_by_what_is_compiled(self, case):
-        chosen, *others = self.predictions(*case)
-        assert chosen <= 1.1 * min(others)
-        assert 1.1 * chosen < max(others)  # else any choice would do
+        (chosen, *others), channels = self.candidates(*case)
+        gpu, time = case[1], self.compiled(chosen, channels, case[1])
+        rivals = [one for one in others if 1.1 * self.least(one, channels, gpu) < time]
+        assert all(time <= 1.1 * self.compiled(one, channels, gpu) for one in rivals)
+        # Else any choice would do.
+        assert 1.1 * time < max(self.least(one, channels, gpu) for one in others)
+
+    def test_a_bad_choice_is_found(self):
+        found, channels = self.candidates("PWC-Net 5", "H100", "cost")
+        best, *_, worst = sorted(found, key=lambda one: self.least(one, channels, "H100"))
+        assert self.compiled(worst, channels, "H100") > 1.1 * self.compiled(best, channels, "H100")
+
+
+class TestPlain:
+    pytestmark = compiles
+
+    @pytest.mark.parametrize("gpu", ["2070S", "A100", "H100"])
+    def test_the_plain_kernels_do_what_the_model_of_them_counts(self, gpu):
+        shape, geometry = LAYERS["PWC-Net 4"]
+        for result, registers, at_once, each in (
+            ("cost", cuda_plain.REGISTERS, cuda_plain.AT_ONCE, cuda_plain.TERM),
+            ("grad_fmap1", cuda_plain.GRADIENT_REGISTERS, 4, cuda_plain.GRADIENT_TAP),
+            ("grad_fmap2", cuda_plain.GRADIENT_REGISTERS, 4, cuda_plain.GRADIENT_TAP),
+        ):
+            (launch,) = cuda_plan.plan(
+                (result,), Layer(geometry), shape, "float32", DEVICES[gpu], plain=True
+            ).launches
+            kernel = nvrtc.compile_kernel(
+                cuda_sources.source(launch), launch.kernel, DEVICES[gpu].capability
+            )
+            loop = nvrtc.innermost(kernel)
+            assert kernel.registers <= registers
+            assert loop["LDG"] == at_once * (2 if result == "cost" else 1)
+            assert loop.total() / at_once == pytest.approx(each, rel=0.1)
 
 
 @pytest.mark.parametrize("which", PASSES)

@@ -28,7 +28,8 @@ from cupycorr.cuda.plan import plan
 from cupycorr.cuda.tiles import ADDITIONS
 from cupycorr.layer import Layer
 
-WORD, LOAD = 4, 4  # bytes of a float32; of them in a 16-byte load
+WORD = 4  # bytes of a float32
+BYTES = {"float": 4, "double": 8, "Half": 2, "Bfloat16": 2}  # of types, by their names in kernels
 DRAM_SHARE = 0.85  # of the data sheet's bandwidth that a kernel reaches
 
 
@@ -79,6 +80,7 @@ class Tile:
     def __init__(self, launch: Launch):
         vars(self).update(launch.constants)
         self.is_product = launch.source == "product.cu"
+        self.load = 16 // BYTES[self.accumulator]  # words of a 16-byte access
         self.lead = getattr(self, "lead", 0)
         self.lanes = self.phases_x * self.groups
         self.columns = self.groups * self.positions
@@ -92,7 +94,7 @@ class Tile:
 
         How often a thread goes through the loop over places, and how often it stores at each.
         """
-        line = self.lanes * self.positions + LOAD
+        line = self.lanes * self.positions + self.load
         if self.is_product:
             at_once, of_thread = self.channel_groups * self.strips * line, self.displacements
             rows, lines, pixels = self.strips, 1, self.lanes * self.positions
@@ -113,10 +115,10 @@ class Tile:
         return [lanes[i : i + 32] for i in range(0, self.threads, 32)]
 
 
-def _sum_of_wavefronts(warps, loads):
+def _sum_of_wavefronts(tile, address, loads):
     """Return the loads and wavefronts of warps that load ``loads`` times at such addresses."""
-    working = [warp for warp in warps if any(lane is not None for lane in warp)]
-    units = [[None if word is None else word // LOAD for word in warp] for warp in working]
+    working = [warp for warp in tile.warps(address) if any(lane is not None for lane in warp)]
+    units = [[None if word is None else word // tile.load for word in warp] for warp in working]
     return [loads * len(working), loads * sum(map(wavefronts, units))]
 
 
@@ -154,8 +156,8 @@ def _product_accesses(tile, block_y):
         return lambda thread: None if place(thread) is None else place(thread)[which]
 
     return _add(
-        _sum_of_wavefronts(tile.warps(address(0)), tile.positions // LOAD),
-        _sum_of_wavefronts(tile.warps(address(1)), ceil(tile.thread_columns / LOAD)),
+        _sum_of_wavefronts(tile, address(0), tile.positions // tile.load),
+        _sum_of_wavefronts(tile, address(1), ceil(tile.thread_columns / tile.load)),
     )
 
 
@@ -193,12 +195,12 @@ def _gradient_accesses(tile, step):
 
     span = tile.advance_x * (tile.positions - 1) + tile.patch_x
     loads = [
-        sum(1 for k in range(0, tile.thread_columns, LOAD) if e0 + k < span)
+        sum(1 for k in range(0, tile.thread_columns, tile.load) if e0 + k < span)
         for e0 in range(0, tile.patch_x, tile.displacements)
     ]
     return _add(
-        _sum_of_wavefronts(tile.warps(g), tile.patch_x * tile.positions // LOAD),
-        _sum_of_wavefronts(tile.warps(source), tile.channels * sum(loads)),
+        _sum_of_wavefronts(tile, g, tile.patch_x * tile.positions // tile.load),
+        _sum_of_wavefronts(tile, source, tile.channels * sum(loads)),
     )
 
 
@@ -221,8 +223,10 @@ def counts(launch: Launch, channels: int) -> Counts:
             tile.rows1 * tile.columns + tile.rows2 * tile.source_columns
         )  # fmt: skip
         results = busy * tile.positions * tile.patch_x // tile.q_groups
-        moved = _bytes(tile, busy // tile.lanes * tile.displacements, 1) + channels * sum(
-            bytes_of_rows(rows, tile.phases_x * columns, WORD, tile.step_x)
+        moved = _bytes(
+            tile, busy // tile.lanes * tile.displacements, 1, tile.result
+        ) + channels * sum(
+            bytes_of_rows(rows, tile.phases_x * columns, BYTES[tile.element], tile.step_x)
             for rows, columns in ((tile.rows1, tile.columns), (tile.rows2, tile.source_columns))
         )
     else:
@@ -245,21 +249,21 @@ def counts(launch: Launch, channels: int) -> Counts:
         )
         results = busy * sums
         moved = (
-            _bytes(tile, rounds * tile.rows * tile.patch_x, 1)
+            _bytes(tile, rounds * tile.rows * tile.patch_x, 1, tile.upstream)
             + bytes_of_rows(
                 block_channels * (rounds + wraps),
                 tile.phases_x * tile.source_columns,
-                WORD,
+                BYTES[tile.element],
                 tile.step_x,
             )
-            + _bytes(tile, block_channels * tile.rows * tile.step_y, tile.step_x)
+            + _bytes(tile, block_channels * tile.rows * tile.step_y, tile.step_x, tile.element)
         )
     return Counts(rounds, useful, executed, *map(round, accesses), staged, results, moved)
 
 
-def _bytes(tile, rows, step):
+def _bytes(tile, rows, step, kind):
     """Return the bytes that move with rows of a block's positions, each ``step`` pixels wide."""
-    return bytes_of_rows(rows, tile.phases_x * tile.columns * step, WORD)
+    return bytes_of_rows(rows, tile.phases_x * tile.columns * step, BYTES[kind])
 
 
 @cache
@@ -339,12 +343,7 @@ def machine(launch: Launch, channels: int, capability: int) -> Machine:
     work, rounds = _work(tile), counts(launch, channels).rounds
     inner, outer = nvrtc.loops(kernel, work, (RARE,))
     instructions = nvrtc.straight(kernel, (RARE,)) + outer.total() * (rounds - 1)
-    for outer_stores, inner_stores in nvrtc.store_loops(kernel, (RARE,)):
-        instructions += (tile.trips - 1) * outer_stores.total()
-        if inner_stores is not None:  # over the stores at a place, some of them at once
-            each = 1 if tile.is_product or tile.step_y == 1 else tile.step_y + 1
-            repeated = ceil(tile.served * each / inner_stores["STG"]) - 1
-            instructions += tile.trips * repeated * inner_stores.total()
+    instructions += _repeated_stores(tile, nvrtc.store_loops(kernel, (RARE,)))
     if tile.is_product and inner is not outer:  # the inner loop is over channels
         instructions += inner.total() * (ceil(channels / tile.channel_groups) - rounds)
     if not tile.is_product:
@@ -355,12 +354,32 @@ def machine(launch: Launch, channels: int, capability: int) -> Machine:
     return Machine(kernel.registers, work(inner) / inner.total(), instructions)
 
 
+def _repeated_stores(tile, loops):
+    """Return the instructions that loops over stores add to those of going through them once."""
+    stores = tile.served * (1 if tile.is_product else tile.step_y)  # of a thread at a place
+    added = 0
+    for of_places, of_stores in loops:
+        if of_stores is not None:  # several stores at once, and some behind them one by one
+            beside = stores - of_places["STG"]
+            added += tile.trips * beside * of_stores.total() / of_stores["STG"]
+        if of_stores is not None or tile.is_product or tile.trips > 1:
+            added += (tile.trips - 1) * of_places.total()
+    # A loop over places that runs once is none in machine code; then those over stores are here.
+    if not tile.is_product and tile.trips == 1 and all(inner is None for _, inner in loops):
+        longest = max((loop for loop, _ in loops), key=lambda loop: loop["STG"], default=None)
+        if longest is not None and longest["STG"] < stores:
+            added += stores / longest["STG"] * longest.total()
+            added -= sum(loop.total() for loop, _ in loops)
+    return round(added)
+
+
 # Marks of what only borders and sums that are not finite need, and of a gradient's last slot.
 RARE, LAST_SLOT = 0, 1
 MARKS = {
     "product.cu": (("store(k, to + k * cost_plane, false);", "{{{rare} {text}}}"),),
     "product_adjoint.cu": (
         ("share_g.trim(thread % row_threads", "{rare} {text}"),
+        ("if (step_y == 1 || t > 0) continue;", "{text} {rare}"),
         ("fetched |= 1u << slot;", "{text} if (slot > 0 && slot == slots - 1) {last}"),
         ("if (fetched >> slot & 1) {", "{text} if (slot > 0 && slot == slots - 1) {last}"),
     ),
@@ -403,7 +422,8 @@ def predict(launch: Launch, count: Counts, code: Machine, gpu: str, memory: floa
     """Predict a launch's time; ``memory`` is its floor."""
     device, figures, tile = DEVICES[gpu], FIGURES[gpu], Tile(launch)
     operations = count.executed * (ADDITIONS if tile.l1 else 1)
-    written = count.results / 32
+    accumulator = "float64" if tile.accumulator == "double" else "float32"
+    written = count.results / 8 / tile.load
     block = Block(
         launch.threads,
         code.registers,
@@ -416,9 +436,9 @@ def predict(launch: Launch, count: Counts, code: Machine, gpu: str, memory: floa
         bytes=count.bytes,
         ahead=tile.ahead,
     )
-    cycles = cycles_in_rounds(block, launch.blocks, "float32", device)
+    cycles = cycles_in_rounds(block, launch.blocks, accumulator, device)
     busy = {
-        name: busy_cycles(block._replace(**dict.fromkeys(others, 0)), "float32", device)
+        name: busy_cycles(block._replace(**dict.fromkeys(others, 0)), accumulator, device)
         for name, others in UNITS.items()
     }
     times = {

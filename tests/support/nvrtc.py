@@ -154,8 +154,8 @@ def loops(
 def straight(kernel: Kernel, without: Collection[int] = ()) -> int:
     """Return the instructions of the longest way through a kernel, each loop once."""
     code = _disassemble(kernel)
-    last = max(at for at, (instruction, _) in enumerate(code) if "EXIT" in instruction)
-    return _longest_path(code, 0, last, without).total()
+    ends = [at for at, (instruction, _) in enumerate(code) if "EXIT" in instruction]
+    return max(_longest_path(code, 0, end, without).total() for end in ends)
 
 
 def store_loops(
@@ -187,6 +187,20 @@ def store_loops(
             found.append((_longest_path(code, start, end, without), longest))
             last = end
     return found
+
+
+def innermost(kernel: Kernel) -> Counter[str]:
+    """Return how often each instruction stands in the loop that loads most from global memory."""
+    code = _disassemble(kernel)
+    spans = [
+        (target, end) for end, (_, target) in enumerate(code) if target is not None and target < end
+    ]
+    inner = [
+        _longest_path(code, *span)
+        for span in spans
+        if not any(span != one and span[0] <= one[0] and one[1] <= span[1] for one in spans)
+    ]
+    return max(inner, key=lambda loop: loop["LDG"])
 
 
 def _compile(source, options, library):
@@ -279,8 +293,13 @@ def _longest_path(code, start, end, without=()):
 
 
 def _operation(instruction):
-    """Return an instruction's name: without predicate and, but for the width of loads, options."""
+    """Return an instruction's name: without predicate and, but for the width of loads, options.
+
+    A multiplication by zero, which tells finite values from others, is no multiply-add.
+    """
     name, *options = _parts(instruction)
+    if name in ("FFMA", "DFMA") and re.search(r"[FD]FMA\S* \w+, (RZ, R|R\w+, RZ,)", instruction):
+        return f"{name}.ZERO"
     return f"{name}.128" if name == "LDS" and "128" in options else name
 
 
