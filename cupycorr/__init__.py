@@ -13,14 +13,8 @@ from typing import TYPE_CHECKING, Any
 from cupycorr.api import correlation, correlation_vjp, spatial_correlation_sample
 from cupycorr.geometry import Geometry
 from cupycorr.lookup import Lookup
-from cupycorr.sampling import (
-    correlation_lookup,
-    correlation_lookup_vjp,
-    pyramid,
-    volume_lookup,
-    volume_lookup_vjp,
-    volume_pyramid,
-)
+from cupycorr.sampling import correlation_lookup, correlation_lookup_vjp, pyramid
+from cupycorr.volumes import volume_lookup, volume_lookup_vjp, volume_pyramid
 
 if TYPE_CHECKING:
     from cupycorr import compat

@@ -9,8 +9,7 @@ import numpy as np
 
 from cupycorr import api
 from cupycorr.cpu import lookup as cpu
-from cupycorr.cpu import volume as cpu_volume
-from cupycorr.lookup import Lookup, check, check_map, check_range, check_samples, check_volume
+from cupycorr.lookup import Lookup, check, check_map, check_range
 
 
 def pyramid(fmap2: Any, lookup: Lookup) -> tuple[Any, ...]:
@@ -38,7 +37,7 @@ def pyramid(fmap2: Any, lookup: Lookup) -> tuple[Any, ...]:
         If fmap2 has not four axes, or a level would have no cell.
     """
     library = api.library_of(("fmap2",), (fmap2,))
-    _check_lookup(lookup)
+    check_lookup(lookup)
     if library.startswith("torch"):
         from cupycorr.torch import lookup as tensors
 
@@ -120,7 +119,7 @@ def correlation_lookup(
     """
     names, arrays, levels = _arguments(fmap1, fmap2, coords, index1, index2)
     library = api.library_of(names, arrays)
-    _check_lookup(lookup)
+    check_lookup(lookup)
     if library.startswith("torch"):
         from cupycorr.torch import lookup as tensors
 
@@ -179,14 +178,14 @@ def correlation_lookup_vjp(
     """
     names, arrays, levels = _arguments(fmap1, fmap2, coords, index1, index2)
     library = api.library_of_arrays((*names, "grad_cost"), (*arrays, grad_cost))
-    _check_lookup(lookup)
+    check_lookup(lookup)
     try:
         need1, need2, need_coords = needs
     except (TypeError, ValueError):
         raise TypeError(f"needs must be three bools, got {needs!r}") from None
     _check(names, arrays, lookup)
     cost_shape = lookup.cost_shape(fmap1.shape, coords.shape)
-    _check_grad(grad_cost, fmap1, cost_shape)
+    check_grad(grad_cost, fmap1, cost_shape)
     is_map = levels is None
     levels = pyramid(fmap2, lookup) if levels is None else levels
     inputs = {"fmap1": fmap1, "levels": levels, "coords": coords, "grad_cost": grad_cost}
@@ -204,210 +203,6 @@ def correlation_lookup_vjp(
     if grad2 is not None and is_map:
         grad2 = _pooled_back(library, grad2, fmap2, lookup)
     return grads.get("grad_fmap1"), grad2, grads.get("grad_coords")
-
-
-def volume_pyramid(volume: Any, lookup: Lookup) -> tuple[Any, ...]:
-    """Pool an explicit cost volume to the levels that a lookup samples.
-
-    Parameters
-    ----------
-    volume : array (N, *P, H, W), float16|bfloat16|float32|float64
-        A map of costs for each position: NumPy or CuPy array, or torch tensor.
-    lookup : Lookup
-        Says how many levels there are, and how they are pooled.
-
-    Returns
-    -------
-    tuple of array (N, *P, h, w)
-        ``lookup.levels`` volumes, the first of which is the given one, rounded as `pyramid`'s.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `pyramid`.
-    """
-    library = api.library_of(("volume",), (volume,))
-    _check_lookup(lookup)
-    if library.startswith("torch"):
-        from cupycorr.torch import lookup as tensors
-
-        return tensors.volume_pyramid(volume, lookup)
-    check_volume(tuple(volume.shape), api.dtype_name(volume.dtype))
-    sizes = lookup.level_sizes(*volume.shape[-2:])
-    module = np if library == "numpy" else _cupy()
-    dtype = volume.dtype.newbyteorder("=")
-    levels = [volume, *(module.empty((*volume.shape[:-2], *size), dtype) for size in sizes[1:])]
-    flat = [level.reshape(-1, *level.shape[-2:]) for level in levels]
-    if library == "numpy":
-        cpu_volume.pyramid([api.storage(level) for level in flat], lookup)
-    elif lookup.levels > 1:
-        from cupycorr.cuda import lookup as cuda
-
-        with volume.device:
-            # Maps of one channel: their channels lie side by side, in whatever order.
-            fmap2, *others = [level[:, None] for level in flat]
-            cuda.run("pyramid", {"fmap2": fmap2, "levels": [fmap2, *others]}, lookup, 1.0)
-    return tuple(levels)
-
-
-def volume_lookup(volume: Any, coords: Any, lookup: Lookup) -> Any:
-    """Sample an explicit cost volume at a patch of displacements around given coordinates.
-
-    For volumes that are there anyway, or are small, as in stereo: `correlation_lookup` needs none.
-
-    Parameters
-    ----------
-    volume : array (N, *P, H, W), or the sequence of its levels, float16|bfloat16|float32|float64
-        A map of costs for each position P. It is pooled first; give `volume_pyramid`'s levels, or
-        any others, if there is more than one lookup.
-    coords : array (N, 2, *P), float32, or float64 with float64 volumes
-        Where each position looks in its map: x and y, in cells of level 0.
-    lookup : Lookup
-        Which displacements around the coordinates are sampled, on which levels.
-
-    Returns
-    -------
-    array (N, levels, PH, PW, *P)
-        Of the volume's dtype, contiguous; (N, levels, PW, PH, *P) in the order "xy".
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `correlation_lookup`.
-
-    Notes
-    -----
-    With the symbols of `Lookup`, the volume in the place of S, and scale 1. Groups of costs are an
-    axis of P, along which coords may be repeated without a copy.
-    """
-    names, arrays = _volume_arguments(volume, coords)
-    library = api.library_of(names, arrays)
-    _check_lookup(lookup)
-    if library.startswith("torch"):
-        from cupycorr.torch import lookup as tensors
-
-        return tensors.volume_lookup(volume, coords, lookup)
-    _check_volume(names, arrays, lookup)
-    levels = volume if isinstance(volume, (tuple, list)) else volume_pyramid(volume, lookup)
-    shapes = {"cost": _sampled_shape(levels, coords, lookup)}
-    run = _volume_on_device if library == "cupy" else _volume_on_cpu
-    return run("cost", {"levels": levels, "coords": coords}, shapes, lookup)["cost"]
-
-
-def volume_lookup_vjp(
-    grad_cost: Any,
-    volume: Any,
-    coords: Any,
-    lookup: Lookup,
-    *,
-    needs: tuple[bool, bool] = (True, False),
-) -> tuple[Any, Any]:
-    """Compute the gradients of a volume's samples (vector-Jacobian products).
-
-    For NumPy and CuPy arrays; torch tensors have autograd.
-
-    Parameters
-    ----------
-    grad_cost : array of the samples' shape and the volume's dtype
-        The gradient of a scalar with respect to the samples.
-    volume, coords, lookup
-        As for `volume_lookup`.
-    needs : (bool, bool), default (True, False)
-        Which of the gradients with respect to volume and coords to compute.
-
-    Returns
-    -------
-    (array (N, *P, H, W) or tuple of those of levels, array (N, 2, *P))
-        The gradients, contiguous, of their operands' dtypes; None where not needed.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `correlation_lookup_vjp`.
-    """
-    names, arrays = _volume_arguments(volume, coords)
-    library = api.library_of_arrays((*names, "grad_cost"), (*arrays, grad_cost))
-    _check_lookup(lookup)
-    try:
-        need_volume, need_coords = needs
-    except (TypeError, ValueError):
-        raise TypeError(f"needs must be a pair of bools, got {needs!r}") from None
-    _check_volume(names, arrays, lookup)
-    is_volume = not isinstance(volume, (tuple, list))
-    levels = volume_pyramid(volume, lookup) if is_volume else volume
-    _check_grad(grad_cost, levels[0], _sampled_shape(levels, coords, lookup))
-    inputs = {"levels": levels, "coords": coords, "grad_cost": grad_cost}
-    shapes: dict[str, Any] = {}
-    if need_volume:
-        shapes["grad_levels"] = [level.shape for level in levels]
-    if need_coords:
-        shapes["grad_coords"] = coords.shape
-    run = _volume_on_device if library == "cupy" else _volume_on_cpu
-    results = run("grads", inputs, shapes, lookup)
-    grads = tuple(results["grad_levels"]) if need_volume else None
-    if grads is None or not is_volume:
-        return grads, results.get("grad_coords")
-    total = (np if library == "numpy" else _cupy()).empty_like(grads[0])
-    flat = [grad.reshape(-1, *grad.shape[-2:]) for grad in grads]
-    out = total.reshape(flat[0].shape)
-    if library == "numpy":
-        cpu_volume.pyramid_grads([api.storage(grad) for grad in flat], api.storage(out), lookup)
-    else:
-        from cupycorr.cuda import lookup as cuda
-
-        one = {"grad_levels": [grad[:, None] for grad in flat], "grad_fmap2": out[:, None]}
-        with total.device:
-            cuda.run("pyramid_grads", one, lookup, 1.0)
-    return total, results.get("grad_coords")
-
-
-def _volume_arguments(volume: Any, coords: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """Return the names of all arrays, and the arrays."""
-    if not isinstance(volume, (tuple, list)):
-        return ("volume", "coords"), (volume, coords)
-    names = (*(f"volume[{number}]" for number in range(len(volume))), "coords")
-    return names, (*volume, coords)
-
-
-def _check_volume(names: tuple[str, ...], arrays: tuple[Any, ...], lookup: Lookup) -> None:
-    """Check a volume's arrays, which are of one library."""
-    check_samples(
-        {name: tuple(array.shape) for name, array in zip(names, arrays, strict=True)},
-        {name: api.dtype_name(array.dtype) for name, array in zip(names, arrays, strict=True)},
-        lookup,
-    )
-    _check_devices(names, arrays)
-
-
-def _sampled_shape(levels: Sequence[Any], coords: Any, lookup: Lookup) -> tuple[int, ...]:
-    return lookup.cost_shape((0, 0, *coords.shape[2:]), coords.shape)
-
-
-def _volume_on_cpu(
-    what: str, inputs: dict[str, Any], shapes: dict[str, Any], lookup: Lookup
-) -> dict[str, Any]:
-    """Compute results of some names and shapes from checked NumPy arrays."""
-    results = _results(np, inputs, shapes, inputs["levels"][0].dtype, channels_last=False)
-    cpu_volume.run(what, _stored({**inputs, **results}, lookup), lookup)
-    return results
-
-
-def _volume_on_device(
-    what: str, inputs: dict[str, Any], shapes: dict[str, Any], lookup: Lookup
-) -> dict[str, Any]:
-    """Compute results of some names and shapes from checked CuPy arrays."""
-    from cupycorr.cuda import volume_lookup as cuda
-
-    with inputs["coords"].device:
-        results = _results(_cupy(), inputs, shapes, inputs["levels"][0].dtype, channels_last=False)
-        dense = {
-            name: [_cupy().ascontiguousarray(level) for level in array]
-            if isinstance(array, (tuple, list))
-            else _cupy().ascontiguousarray(array)
-            for name, array in inputs.items()
-        }
-        cuda.run(what, {**dense, **results}, lookup)
-    return results
 
 
 def _arguments(
@@ -435,7 +230,7 @@ def _check(names: tuple[str, ...], arrays: tuple[Any, ...], lookup: Lookup) -> N
         lookup,
     )
     named = dict(zip(names, arrays, strict=True))
-    _check_devices(names, arrays)
+    check_devices(names, arrays)
     if not isinstance(arrays[0], np.ndarray):
         return
     for name, maps in (("index1", arrays[0]), ("index2", arrays[1])):
@@ -444,7 +239,8 @@ def _check(names: tuple[str, ...], arrays: tuple[Any, ...], lookup: Lookup) -> N
             check_range(name, int(index.min()), int(index.max()), len(maps))
 
 
-def _check_devices(names: tuple[str, ...], arrays: tuple[Any, ...]) -> None:
+def check_devices(names: tuple[str, ...], arrays: tuple[Any, ...]) -> None:
+    """Check that arrays of one library are on one device."""
     if not isinstance(arrays[0], np.ndarray):
         devices = [array.device for array in arrays]
         if devices != devices[:1] * len(devices):
@@ -453,7 +249,8 @@ def _check_devices(names: tuple[str, ...], arrays: tuple[Any, ...]) -> None:
             )
 
 
-def _check_grad(grad_cost: Any, like: Any, shape: tuple[int, ...]) -> None:
+def check_grad(grad_cost: Any, like: Any, shape: tuple[int, ...]) -> None:
+    """Check the gradient of a cost of some shape, and of the dtype of ``like``."""
     got, wanted = api.dtype_name(grad_cost.dtype), api.dtype_name(like.dtype)
     if got != wanted or tuple(grad_cost.shape) != shape:
         raise (TypeError if got != wanted else ValueError)(
@@ -462,7 +259,8 @@ def _check_grad(grad_cost: Any, like: Any, shape: tuple[int, ...]) -> None:
         )
 
 
-def _check_lookup(lookup: Any) -> None:
+def check_lookup(lookup: Any) -> None:
+    """Check that a lookup is one."""
     if not isinstance(lookup, Lookup):
         raise TypeError(f"lookup must be a Lookup, got {type(lookup).__name__}")
 
@@ -473,7 +271,7 @@ def _scale(scale: float | None, fmap1: Any) -> float:
 
 def _levels_like(fmap2: Any, sizes: list[tuple[int, int]]) -> list[Any]:
     """Return arrays for the levels of a map: the map itself as the first if it lies like them."""
-    module: Any = np if isinstance(fmap2, np.ndarray) else _cupy()
+    module: Any = np if isinstance(fmap2, np.ndarray) else cupy_module()
     dtype = fmap2.dtype.newbyteorder("=")
     levels = [_channels_last(module, (*fmap2.shape[:2], *size), dtype) for size in sizes]
     if fmap2.dtype.isnative and fmap2.transpose(0, 2, 3, 1).flags.c_contiguous:
@@ -490,12 +288,12 @@ def _on_cpu(
     what: str, inputs: dict[str, Any], shapes: dict[str, Any], lookup: Lookup, scale: float
 ) -> dict[str, Any]:
     """Compute results of some names and shapes from checked NumPy arrays."""
-    results = _results(np, inputs, shapes, inputs["fmap1"].dtype)
-    cpu.run(what, _stored({**inputs, **results}, lookup), lookup, scale)
+    results = results_like(np, inputs, shapes, inputs["fmap1"].dtype)
+    cpu.run(what, stored({**inputs, **results}, lookup), lookup, scale)
     return results
 
 
-def _stored(named: dict[str, Any], lookup: Lookup) -> dict[str, Any]:
+def stored(named: dict[str, Any], lookup: Lookup) -> dict[str, Any]:
     """Return NumPy arrays as engines read and write them, displacements in the order (y, x)."""
     arrays: dict[str, Any] = {}
     for name, array in named.items():
@@ -515,10 +313,10 @@ def _on_device(
     from cupycorr.cuda import lookup as cuda
 
     with inputs["fmap1"].device:
-        results = _results(_cupy(), inputs, shapes, inputs["fmap1"].dtype)
+        results = results_like(cupy_module(), inputs, shapes, inputs["fmap1"].dtype)
         arrays = {**inputs, **results}
         if "grad_cost" in arrays:
-            arrays["grad_cost"] = _cupy().ascontiguousarray(arrays["grad_cost"])
+            arrays["grad_cost"] = cupy_module().ascontiguousarray(arrays["grad_cost"])
         if inputs["fmap1"].ndim > 5:
             joint = ("fmap1", "coords", "cost", "grad_cost", "grad_fmap1", "grad_coords")
             count = {"cost": 4, "grad_cost": 4}
@@ -530,7 +328,7 @@ def _on_device(
     return results
 
 
-def _results(
+def results_like(
     module: Any,
     inputs: dict[str, Any],
     shapes: dict[str, Any],
@@ -560,7 +358,7 @@ def _pooled_back(library: str, grads: tuple[Any, ...], fmap2: Any, lookup: Looku
         from cupycorr.cuda import lookup as cuda
 
         with fmap2.device:
-            grad = _cupy().empty(fmap2.shape, fmap2.dtype)
+            grad = cupy_module().empty(fmap2.shape, fmap2.dtype)
             arrays = {"grad_levels": list(grads), "grad_fmap2": grad}
             cuda.run("pyramid_grads", arrays, lookup, 1.0)
         return grad
@@ -569,7 +367,8 @@ def _pooled_back(library: str, grads: tuple[Any, ...], fmap2: Any, lookup: Looku
     return grad
 
 
-def _cupy() -> Any:
+def cupy_module() -> Any:
+    """Return CuPy, which has been imported: an array is its."""
     import cupy
 
     return cupy

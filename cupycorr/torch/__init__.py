@@ -6,3 +6,4 @@ program that holds them.
 
 from cupycorr.torch import lookup as lookup
 from cupycorr.torch import operators as operators
+from cupycorr.torch import volumes as volumes

@@ -1,6 +1,6 @@
 """The flow-guided lookup as torch's dispatcher knows it: schemas, values, shapes, derivatives.
 
-Samples of an explicit volume are here too. The derivatives are in `lookup_derivatives`.
+The derivatives are in `lookup_derivatives`.
 
 The operators are defined when this module is imported; ``import cupycorr.torch`` does that.
 """
@@ -17,29 +17,17 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from cupycorr.cpu import lookup as cpu
-from cupycorr.cpu import volume as cpu_volume
-from cupycorr.lookup import (
-    Lookup,
-    check,
-    check_map,
-    check_range,
-    check_samples,
-    check_volume,
-)
+from cupycorr.lookup import Lookup, check, check_map, check_range
 from cupycorr.torch import lookup_derivatives, memory, operators
 
 _FIELDS = "int[2] radius, int[2] dilation_patch, int[2] pool, float scale, bool x_first"
 _ARRAYS = "Tensor fmap1, Tensor[] levels, Tensor coords, Tensor? index1, Tensor? index2"
-_PATCH = "int[2] radius, int[2] dilation_patch, int[2] pool, bool x_first"
-_SAMPLED = f"Tensor[] levels, Tensor coords, {_PATCH}"
 _SCHEMAS = {
     "pyramid": "(Tensor fmap2, int levels, int[2] pool) -> Tensor[]",
     "pyramid_grads": "(Tensor[] grads, int[2] pool) -> Tensor",
     "lookup": f"({_ARRAYS}, {_FIELDS}) -> Tensor",
     "lookup_grads": f"(Tensor grad_cost, {_ARRAYS}, {_FIELDS}, bool[] needs) "
     "-> (Tensor, Tensor[], Tensor)",
-    "volume_lookup": f"({_SAMPLED}) -> Tensor",
-    "volume_lookup_grads": f"(Tensor grad_cost, {_SAMPLED}, bool[] needs) -> (Tensor[], Tensor)",
 }
 Fields = tuple[Sequence[int], Sequence[int], Sequence[int], float, bool]
 Ops = torch.ops.cupycorr
@@ -55,7 +43,8 @@ def _lookup(levels: int, radius: Any, dilation_patch: Any, pool: Any, x_first: b
     return Lookup(radius, levels, dilation_patch, pool, "xy" if x_first else "yx")
 
 
-def _parsed(levels: int, fields: Sequence[Any]) -> Lookup:
+def parsed(levels: int, fields: Sequence[Any]) -> Lookup:
+    """Return the lookup that the arguments of an operator describe."""
     radius, dilation_patch, pool, _, x_first = fields
     return _lookup(levels, tuple(radius), tuple(dilation_patch), tuple(pool), x_first)
 
@@ -96,7 +85,7 @@ def _cost(
     index2: Tensor | None,
     *fields: Any,
 ) -> Tensor:
-    _check(fmap1, levels, coords, index1, index2, _parsed(len(levels), fields))
+    _check(fmap1, levels, coords, index1, index2, parsed(len(levels), fields))
     cost = _fake_cost(fmap1, levels, coords, index1, index2, *fields)
     tensors = _inputs(fmap1, levels, coords, index1, index2) | {"cost": cost}
     _compute("cost", tensors, fields)
@@ -113,54 +102,15 @@ def _grads(
     *fields: Any,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     *shared, needs = fields
-    lookup = _parsed(len(levels), shared)
+    lookup = parsed(len(levels), shared)
     _check(fmap1, levels, coords, index1, index2, lookup)
-    _check_grad(grad_cost, _fake_cost(fmap1, levels, coords, index1, index2, *shared))
+    check_grad(grad_cost, _fake_cost(fmap1, levels, coords, index1, index2, *shared))
     results = _fake_grads(grad_cost, fmap1, levels, coords, index1, index2, *fields)
     names = ("grad_fmap1", "grad_levels", "grad_coords")
     wanted = {name: grad for name, grad, need in zip(names, results, needs, strict=True) if need}
     inputs = _inputs(fmap1, levels, coords, index1, index2)
     _compute("grads", inputs | {"grad_cost": grad_cost} | wanted, shared)
     return results
-
-
-def _samples(levels: Sequence[Tensor], coords: Tensor, *fields: Any) -> Tensor:
-    _check_samples(levels, coords, fields)
-    cost = _fake_samples(levels, coords, *fields)
-    tensors = {"levels": list(levels), "coords": coords, "cost": cost}
-    _compute_samples("cost", tensors, fields)
-    return cost
-
-
-def _samples_grads(
-    grad_cost: Tensor, levels: Sequence[Tensor], coords: Tensor, *fields: Any
-) -> tuple[list[Tensor], Tensor]:
-    *patch, needs = fields
-    _check_samples(levels, coords, patch)
-    _check_grad(grad_cost, _fake_samples(levels, coords, *patch))
-    results = _fake_samples_grads(grad_cost, levels, coords, *fields)
-    tensors: dict[str, Any] = {"levels": list(levels), "coords": coords, "grad_cost": grad_cost}
-    names = ("grad_levels", "grad_coords")
-    tensors |= {name: grad for name, grad, need in zip(names, results, needs, strict=True) if need}
-    _compute_samples("grads", tensors, patch)
-    return results
-
-
-def _check_samples(levels: Sequence[Tensor], coords: Tensor, patch: Sequence[Any]) -> None:
-    tensors = {"coords": coords, **{f"volume[{k}]": level for k, level in enumerate(levels)}}
-    check_samples(*_described(tensors), _parsed(len(levels), (*patch[:3], 1.0, patch[3])))
-    _check_devices(tensors)
-
-
-def _compute_samples(what: str, tensors: dict[str, Any], patch: Sequence[Any]) -> None:
-    """Compute samples of dense tensors, or their gradients, on their own memory."""
-    lookup = _parsed(len(tensors["levels"]), (*patch[:3], 1.0, patch[3]))
-    if 0 in tensors["coords"].shape:
-        return
-    if tensors["coords"].is_cuda:
-        memory.lend_lookup(what, tensors, lookup, volume=True)
-    else:
-        cpu_volume.run(what, _views(tensors, lookup), lookup, threads=torch.get_num_threads())
 
 
 def _inputs(
@@ -181,7 +131,7 @@ def _inputs(
 
 def _compute(what: str, tensors: dict[str, Any], fields: Sequence[Any]) -> None:
     """Compute a result into dense tensors, on their own memory."""
-    lookup, scale = _parsed(len(tensors["levels"]), fields), fields[3]
+    lookup, scale = parsed(len(tensors["levels"]), fields), fields[3]
     if tensors["fmap1"].is_cuda:
         memory.lend_lookup(what, tensors, lookup, scale)
         return
@@ -189,20 +139,20 @@ def _compute(what: str, tensors: dict[str, Any], fields: Sequence[Any]) -> None:
         index = tensors[name]
         if index is not None and index.numel():
             check_range(name, int(index.min()), int(index.max()), len(maps))
-    cpu.run(what, _views(tensors, lookup), lookup, scale, threads=torch.get_num_threads())
+    cpu.run(what, views(tensors, lookup), lookup, scale, threads=torch.get_num_threads())
 
 
-def _views(tensors: dict[str, Any], lookup: Lookup) -> dict[str, Any]:
+def views(tensors: dict[str, Any], lookup: Lookup) -> dict[str, Any]:
     """Return tensors' memory as arrays, displacements in the order (y, x)."""
-    views: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, list):
-            views[name] = [memory.numpy_view(level) for level in tensor]
+            arrays[name] = [memory.numpy_view(level) for level in tensor]
         elif tensor is not None:
             view = memory.numpy_view(tensor)
             is_volume = name in ("cost", "grad_cost")
-            views[name] = view.swapaxes(2, 3) if is_volume and lookup.x_first else view
-    return views
+            arrays[name] = view.swapaxes(2, 3) if is_volume and lookup.x_first else view
+    return arrays
 
 
 def _check(
@@ -220,29 +170,32 @@ def _check(
     given = {"fmap1": fmap1, "coords": coords, "index1": index1, "index2": index2}
     given |= {f"fmap2[{number}]": level for number, level in enumerate(levels)}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    check(*_described(tensors), lookup)
-    _check_devices(tensors)
+    check(*described(tensors), lookup)
+    check_devices(tensors)
 
 
-def _described(
+def described(
     tensors: dict[str, Tensor],
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Return the shapes and the dtypes of tensors, by name."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return shapes, {name: _dtype_name(tensor) for name, tensor in tensors.items()}
+    return shapes, {name: dtype_name(tensor) for name, tensor in tensors.items()}
 
 
-def _dtype_name(tensor: Tensor) -> str:
+def dtype_name(tensor: Tensor) -> str:
+    """Return the name of a tensor's dtype."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _check_devices(tensors: dict[str, Tensor]) -> None:
+def check_devices(tensors: dict[str, Tensor]) -> None:
+    """Check that tensors, by name, are on one device."""
     if len({tensor.device for tensor in tensors.values()}) > 1:
         devices = ", ".join(f"{name} {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"all tensors must be on one device, got {devices}")
 
 
-def _check_grad(grad_cost: Tensor, cost: Tensor) -> None:
+def check_grad(grad_cost: Tensor, cost: Tensor) -> None:
+    """Check the gradient of a cost."""
     if grad_cost.shape != cost.shape or grad_cost.dtype is not cost.dtype:
         raise ValueError(
             f"grad_cost must have the cost's shape {tuple(cost.shape)} and dtype {cost.dtype}, got "
@@ -274,7 +227,7 @@ def _fake_cost(
     index2: Tensor | None,
     *fields: Any,
 ) -> Tensor:
-    shape = _parsed(len(levels), fields).cost_shape(fmap1.shape, coords.shape)
+    shape = parsed(len(levels), fields).cost_shape(fmap1.shape, coords.shape)
     return fmap1.new_empty(shape)
 
 
@@ -301,28 +254,11 @@ def _fake_grads(
     )
 
 
-def _fake_samples(levels: Sequence[Tensor], coords: Tensor, *fields: Any) -> Tensor:
-    radius, _, _, x_first = fields
-    patch = [2 * reach + 1 for reach in radius]
-    shape = *(patch[::-1] if x_first else patch), *coords.shape[2:]
-    return levels[0].new_empty(coords.shape[0], len(levels), *shape)
-
-
-def _fake_samples_grads(
-    grad_cost: Tensor, levels: Sequence[Tensor], coords: Tensor, *fields: Any
-) -> tuple[list[Tensor], Tensor]:
-    need_levels, need_coords = fields[-1]
-    return (
-        [level.new_empty(level.shape if need_levels else (0,)) for level in levels],
-        coords.new_empty(coords.shape if need_coords else (0,)),
-    )
-
-
 # Batches of vmap are folded into those of the maps.
 
 
 def _vmap_pyramid(info: Any, in_dims: Any, fmap2: Tensor, *fields: Any) -> Any:
-    maps = _batched(fmap2, in_dims[0], info.batch_size)
+    maps = batched(fmap2, in_dims[0], info.batch_size)
     results = Ops.pyramid(maps.flatten(0, 1), *fields)
     split = [level.unflatten(0, maps.shape[:2]) for level in results]
     return split, [0] * len(split)
@@ -330,7 +266,7 @@ def _vmap_pyramid(info: Any, in_dims: Any, fmap2: Tensor, *fields: Any) -> Any:
 
 def _vmap_pyramid_grads(info: Any, in_dims: Any, grads: Sequence[Tensor], *fields: Any) -> Any:
     maps = [
-        _batched(grad, dim, info.batch_size) for grad, dim in zip(grads, in_dims[0], strict=True)
+        batched(grad, dim, info.batch_size) for grad, dim in zip(grads, in_dims[0], strict=True)
     ]
     result = Ops.pyramid_grads([grad.flatten(0, 1) for grad in maps], *fields)
     return result.unflatten(0, maps[0].shape[:2]), 0
@@ -339,14 +275,14 @@ def _vmap_pyramid_grads(info: Any, in_dims: Any, grads: Sequence[Tensor], *field
 def _folded(info: Any, in_dims: Any, arrays: Sequence[Any]) -> tuple[list[Any], Any, Any]:
     """Fold batches into samples; return the arrays, and how to unfold fmap1 and levels."""
     count = info.batch_size
-    fmap1, coords = (_batched(arrays[k], in_dims[k], count) for k in (0, 2))
-    levels = [_batched(level, dim, count) for level, dim in zip(arrays[1], in_dims[1], strict=True)]
+    fmap1, coords = (batched(arrays[k], in_dims[k], count) for k in (0, 2))
+    levels = [batched(level, dim, count) for level, dim in zip(arrays[1], in_dims[1], strict=True)]
     indices: list[Any] = []
     for k, maps in ((3, fmap1), (4, levels[0])):
         if arrays[k] is None:
             indices.append(None)
             continue
-        index = _batched(arrays[k], in_dims[k], count)
+        index = batched(arrays[k], in_dims[k], count)
         first = torch.arange(count, device=index.device, dtype=index.dtype) * maps.shape[1]
         indices.append((index + first[:, None]).flatten())
     folded = [fmap1.flatten(0, 1), [level.flatten(0, 1) for level in levels]]
@@ -361,7 +297,7 @@ def _vmap_cost(info: Any, in_dims: Any, *arguments: Any) -> Any:
 
 def _vmap_grads(info: Any, in_dims: Any, grad_cost: Tensor, *arguments: Any) -> Any:
     arrays, maps1, maps2 = _folded(info, in_dims[1:], arguments[:5])
-    grad_cost = _batched(grad_cost, in_dims[0], info.batch_size).flatten(0, 1)
+    grad_cost = batched(grad_cost, in_dims[0], info.batch_size).flatten(0, 1)
     grad1, grad2, grad_coords = Ops.lookup_grads(grad_cost, *arrays, *arguments[5:])
     need1, need2, need_coords = arguments[-1]
     count = info.batch_size
@@ -374,42 +310,7 @@ def _vmap_grads(info: Any, in_dims: Any, grad_cost: Tensor, *arguments: Any) -> 
     return results, (0, [0] * len(grad2), 0)
 
 
-def _vmap_samples(info: Any, in_dims: Any, levels: Sequence[Tensor], *arguments: Any) -> Any:
-    coords = _batched(arguments[0], in_dims[1], info.batch_size).flatten(0, 1)
-    maps = _joint(levels, in_dims[0], info.batch_size)
-    cost = Ops.volume_lookup(maps, coords, *arguments[1:])
-    return cost.unflatten(0, (info.batch_size, -1)), 0
-
-
-def _vmap_samples_grads(
-    info: Any, in_dims: Any, grad_cost: Tensor, levels: Sequence[Tensor], *arguments: Any
-) -> Any:
-    count = info.batch_size
-    grad_cost = _batched(grad_cost, in_dims[0], count).flatten(0, 1)
-    coords = _batched(arguments[0], in_dims[2], count).flatten(0, 1)
-    maps = _joint(levels, in_dims[1], count)
-    grads, grad_coords = Ops.volume_lookup_grads(grad_cost, maps, coords, *arguments[1:])
-    results = (
-        [grad.reshape(count, *_apart(grad, count)) for grad in grads],
-        grad_coords.reshape(count, *_apart(grad_coords, count)),
-    )
-    return results, ([0] * len(grads), 0)
-
-
-def _joint(tensors: Sequence[Tensor], in_dims: Any, count: int) -> list[Tensor]:
-    """Return tensors with the batch folded into the samples."""
-    return [
-        _batched(tensor, dim, count).flatten(0, 1)
-        for tensor, dim in zip(tensors, in_dims, strict=True)
-    ]
-
-
-def _apart(tensor: Tensor, count: int) -> tuple[int, ...]:
-    """Return the shape of an entry of a batch; a result that is not needed has no elements."""
-    return (tensor.shape[0] // count, *tensor.shape[1:])
-
-
-def _batched(tensor: Tensor, dim: int | None, count: int) -> Tensor:
+def batched(tensor: Tensor, dim: int | None, count: int) -> Tensor:
     """Return a tensor with the batch first, repeated if it has none."""
     return tensor.expand(count, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
@@ -428,33 +329,31 @@ def _flops_of_grads(grad_cost: Any, *arguments: Any, out_shape: Any = None) -> i
     return _flops(*arguments) * sum(map(bool, arguments[-1]))
 
 
-def _register(library: torch.library.Library) -> None:
-    """Define the operators and what they mean."""
-    values: dict[str, tuple[Any, Any, Any]] = {
-        "pyramid": (_pyramid, _fake_pyramid, _vmap_pyramid),
-        "pyramid_grads": (_pyramid_grads, _fake_pyramid_grads, _vmap_pyramid_grads),
-        "lookup": (_cost, _fake_cost, _vmap_cost),
-        "lookup_grads": (_grads, _fake_grads, _vmap_grads),
-        "volume_lookup": (_samples, _fake_samples, _vmap_samples),
-        "volume_lookup_grads": (_samples_grads, _fake_samples_grads, _vmap_samples_grads),
-    }
-    for name, (kernel, fake, batched) in values.items():
-        library.define(  # type: ignore[no-untyped-call]
-            name + _SCHEMAS[name],
-            tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
-        )
-        differentiable = partial(lookup_derivatives.derive, name)
-        for key, function in (("CPU", kernel), ("CUDA", kernel), ("Autograd", differentiable)):
-            library.impl(name, function, key)  # type: ignore[no-untyped-call]
-        qualified = f"cupycorr::{name}"
-        torch.library.register_fake(qualified, fake, lib=library)
-        torch.library.register_vmap(qualified, batched, lib=library)
-    register_flop_formula(Ops.lookup)(_flops)
-    register_flop_formula(Ops.lookup_grads)(_flops_of_grads)
+def register(
+    library: torch.library.Library, name: str, schema: str, kernel: Any, fake: Any, folded: Any
+) -> None:
+    """Define an operator: its values, shapes, derivatives, and what vmap makes of it."""
+    library.define(  # type: ignore[no-untyped-call]
+        name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+    )
+    differentiable = partial(lookup_derivatives.derive, name)
+    for key, function in (("CPU", kernel), ("CUDA", kernel), ("Autograd", differentiable)):
+        library.impl(name, function, key)  # type: ignore[no-untyped-call]
+    qualified = f"cupycorr::{name}"
+    torch.library.register_fake(qualified, fake, lib=library)
+    torch.library.register_vmap(qualified, folded, lib=library)
 
 
 _LIBRARY = torch.library.Library("cupycorr", "FRAGMENT")  # type: ignore[no-untyped-call]
-_register(_LIBRARY)
+for _name, _functions in {
+    "pyramid": (_pyramid, _fake_pyramid, _vmap_pyramid),
+    "pyramid_grads": (_pyramid_grads, _fake_pyramid_grads, _vmap_pyramid_grads),
+    "lookup": (_cost, _fake_cost, _vmap_cost),
+    "lookup_grads": (_grads, _fake_grads, _vmap_grads),
+}.items():
+    register(_LIBRARY, _name, _SCHEMAS[_name], *_functions)
+register_flop_formula(Ops.lookup)(_flops)
+register_flop_formula(Ops.lookup_grads)(_flops_of_grads)
 
 
 # What the door calls.
@@ -490,28 +389,3 @@ def correlation_lookup(
     elif scale is None:
         scale = fmap1.shape[1] ** -0.5
     return Ops.lookup(fmap1, list(levels), coords, index1, index2, *fields_of(lookup, scale))
-
-
-def volume_pyramid(volume: Any, lookup: Lookup) -> tuple[Any, ...]:
-    """Return the levels of a tensor; see `cupycorr.volume_pyramid`."""
-    if isinstance(volume, Tensor):
-        check_volume(tuple(volume.shape), _dtype_name(volume))
-        lookup.level_sizes(*volume.shape[-2:])
-    levels = [volume]
-    for _ in range(1, lookup.levels):
-        maps = levels[-1].flatten(0, -3).unsqueeze(1)
-        pooled = torch.nn.functional.avg_pool2d(maps, lookup.pool)
-        levels.append(pooled.reshape(*volume.shape[:-2], *pooled.shape[-2:]))
-    return tuple(levels)
-
-
-def volume_lookup(volume: Any, coords: Any, lookup: Lookup) -> Any:
-    """Return samples of tensors; see `cupycorr.volume_lookup`."""
-    is_map = not isinstance(volume, (tuple, list))
-    levels = list(volume_pyramid(volume, lookup) if is_map else volume)
-    if isinstance(coords, Tensor):
-        tensors = {"coords": coords, **{f"volume[{k}]": level for k, level in enumerate(levels)}}
-        check_samples(*_described(tensors), lookup)
-        operators.check(levels[0], levels[0])
-    fields = lookup.radius, lookup.dilation_patch, lookup.pool, lookup.x_first
-    return Ops.volume_lookup(levels, coords, *fields)

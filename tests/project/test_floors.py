@@ -33,6 +33,7 @@ ROOMS = {
     "cupycorr.cuda": Room(2),
     "cupycorr.cuda.cost": Room(2.1),
     "cupycorr.cuda.launch": Room(2.15),
+    "cupycorr.cuda.plain": Room(2.2),
     "cupycorr.cuda.tiles": Room(2.2),
     "cupycorr.cuda.tensor": Room(2.25),
     "cupycorr.cuda.tensor_adjoint": Room(2.27),
@@ -51,6 +52,7 @@ ROOMS = {
     "cupycorr.api": Room(4, NUMPY, TORCH | {"cupy"}),
     "cupycorr.grouped": Room(4, NUMPY, TORCH),
     "cupycorr.sampling": Room(4.1, NUMPY, frozenset({"cupy"})),
+    "cupycorr.volumes": Room(4.2, NUMPY),
     "cupycorr.onnx": Room(4, NUMPY | TORCH | {"onnxscript"}),
     # The torch module enters by the public door, where its tensors are checked.
     "cupycorr.modules": Room(5, TORCH),
