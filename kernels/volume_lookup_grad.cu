@@ -1,11 +1,11 @@
 // The gradients of the volume lookup: with respect to every level of the volume, and to coords.
 //
-//   share[n, l, p](v, u)         = sum of w_d(b) * w_k(a) * grad_cost[n, l, j, i, p] over all outputs
-//                                  (j, i) and corners (d, k) that read cell (v, u)
-//   grad_volume_l[n, p, v, u]    = share[n, l, p](v, u), 0 outside of the window
-//   grad_coords[n, 0, p]         = sum over l, j, i of grad_cost / pool_x^l *
-//                                  sum over d of w_d(b) * (volume_l(.., + 1) - volume_l(.., + 0))
-//   grad_coords[n, 1, p]         likewise
+//   share[n, l, p](v, u)       = sum of w_d(b) * w_k(a) * grad_cost[n, l, j, i, p] over all outputs
+//                                (j, i) and corners (d, k) that read cell (v, u)
+//   grad_volume_l[n, p, v, u]  = share[n, l, p](v, u), 0 outside of the window
+//   grad_coords[n, 0, p]       = sum over l, j, i of grad_cost / pool_x^l *
+//                                sum over d of w_d(b) * (volume_l(.., + 1) - volume_l(.., + 0))
+//   grad_coords[n, 1, p]       likewise
 //
 // The rest: volume_lookup.cuh. A derivative at an integer is the one from the right: it reads the
 // cell behind, though that has no weight in cost. A coordinate that is NaN makes both gradients NaN
@@ -172,7 +172,7 @@ __device__ __forceinline__ void write_maps(element* maps, const Level& level,
   }
 }
 
-extern "C" __global__ void __launch_bounds__(threads) volume_gradients(
+extern "C" __global__ void __launch_bounds__(threads, 1) volume_gradients(
     const element* __restrict__ grad_cost, const Maps volume,
     const accumulator* __restrict__ coords, const Grads grad_volume,
     accumulator* __restrict__ grad_coords, const Sizes s, const accumulator) {
@@ -200,11 +200,12 @@ extern "C" __global__ void __launch_bounds__(threads) volume_gradients(
     const Level level = level_of(s, volume, number);
     const Window* const of_level = windows + number * tile;
     const element* const from = grad_cost + cost_at(s, n, number, 0, 0, p0);
+    const auto read = [&](int q, int k) { return widen(from[k * positions_of(s) + q]); };
     const element* const maps = level.map + map_at(s, level, n, p0);
     if constexpr (staged) {
 #pragma unroll 4
-      for (int k = part; k < outputs; k += parts) {
-        if (own < count) upstreams[own * upstream_pitch + k] = widen(from[k * positions_of(s) + own]);
+      for (int k = part; k < outputs && own < count; k += parts) {
+        upstreams[own * upstream_pitch + k] = read(own, k);
       }
       if constexpr (of_coords) {
         stage_windows<outputs_y, outputs_x>(maps, level, of_level, count, 0, 0, cells);
@@ -213,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(threads) volume_gradients(
     }
     const auto upstream = [&](int q, int j, int i) {
       const int k = x_first ? i * outputs_y + j : j * outputs_x + i;
-      return staged ? upstreams[q * upstream_pitch + k] : widen(from[k * positions_of(s) + q]);
+      return staged ? upstreams[q * upstream_pitch + k] : read(q, k);
     };
     const auto share = [&](int q, int row, int column) {
       return share_of(of_level[q], row, column, [&](int j, int i) { return upstream(q, j, i); });
