@@ -8,7 +8,6 @@ and one order: a repeated call gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -134,12 +133,16 @@ def _prepared(
 
 
 def _contiguous(array: Any, allocate: Allocate, stream: Stream | None) -> Any:
-    """Return an array, or its copy, whose elements lie in their order."""
+    """Return an array whose elements lie in their order, or a copy of its bits that does."""
     if array.flags.c_contiguous:
         return array
     address, owner = allocate(array.nbytes)
     memory = cupy.cuda.UnownedMemory(address, array.nbytes, owner)
-    copy = cupy.ndarray(array.shape, array.dtype, cupy.cuda.MemoryPointer(memory, 0))
-    with nullcontext() if stream is None else cupy.cuda.ExternalStream(stream.ptr):
-        copy[...] = array
+    bits = f"int{8 * array.itemsize}"
+    copy = cupy.ndarray(array.shape, bits, cupy.cuda.MemoryPointer(memory, 0))
+    _copy(array.view(bits), copy, stream=stream)
     return copy
+
+
+# CuPy's own copies go to its current stream only.
+_copy = cupy.ElementwiseKernel("T given", "T copy", "copy = given", "cupycorr_copy")
