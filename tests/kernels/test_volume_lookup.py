@@ -213,7 +213,7 @@ def moved(what, name, dtype, **how):
         volume_lookup_host.grads(
             grad, levels, coords, lookup, dtype, mode="trace", log=log, results=(what,), **how
         )
-    ((_, accesses),) = log
+    (accesses,) = log
     ends = accesses["offset"], accesses["offset"] + accesses["bytes"] - 1
     sectors = [end // SECTOR_BYTES for end in ends]  # of an access, the first and the last
     rows = np.concatenate(
@@ -229,15 +229,15 @@ def test_blocks_move_little_more_than_each_sector_once(name, what, dtype):
     assert moved(what, name, dtype) <= MOST_MOVED
 
 
-def halved(launch):
-    """Turn a launch into one of tiles of a few positions."""
+def with_small_tiles(launch):
+    """Turn a launch into one whose tiles have four positions."""
     constants = dict(launch.constants) | {"tile": 4}
     blocks = launch.blocks * dict(launch.constants)["tile"] // 4
     return launch._replace(constants=tuple(constants.items()), blocks=blocks)
 
 
 def test_tiles_that_share_sectors_are_found():
-    assert moved("cost", "stereo", "float16", planned=halved) > MOST_MOVED
+    assert moved("cost", "stereo", "float16", planned=with_small_tiles) > MOST_MOVED
 
 
 @pytest.mark.parametrize(

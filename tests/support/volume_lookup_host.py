@@ -44,7 +44,7 @@ def _compute(
     """Run a launch, on guarded arrays by name.
 
     ``aligned`` says whether arrays begin at multiples of 16 bytes, ``planned`` turns a launch into
-    the one that is run, and ``log``, a list, is given a record of all accesses (with the launch).
+    the one that is run, and ``log``, a list, is given the record of all accesses.
     """
     cells = tuple(level.shape[-2:] for level in levels)
     given = inputs | {f"level{n}": level for n, level in enumerate(levels)} | {"coords": coords}
@@ -69,7 +69,7 @@ def _compute(
     how = {"order": order} | ({} if log is None else {"log": "arrays"})
     accesses = host.run(host.build(launch, mode, patch), launch, operands, wide(1), **how)
     if log is not None:
-        log.append((launch, accesses))
+        log.append(accesses)
     for name, whole in arrays.items():
         whole.check(name)
     for name, value in kept.items():
