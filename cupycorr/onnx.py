@@ -1,6 +1,6 @@
-"""The cost volume in ONNX's standard operators, for torch's exporters.
+"""The cost volume and the lookup in ONNX's standard operators, for torch's exporters.
 
-An exported model needs neither cupycorr nor a custom operator where it runs. Its cost volume is
+An exported model needs neither cupycorr nor a custom operator where it runs. A cost volume is
 one batched matrix product, however many displacements there are, of the maps cut into tiles::
 
     fmap1 (N, groups, tile_y * tile_x, C)      lattice positions of one phase
@@ -11,13 +11,18 @@ of pairs that do not meet. An index, the sum of a vertical and a horizontal part
 the cost volume. One more pixel, and one more group that holds it alone, give the zeros of terms
 outside the maps. The taps are summed last, one by one.
 
+A lookup gathers the vectors of the cells that are met, (E, P, cells of a row, C), and multiplies
+them with those of the positions, row after row of a patch; then it interpolates the products.
+
 Sizes that a model leaves open are computed when it runs, by the same formulas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from itertools import product
+from operator import mul
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,10 +33,11 @@ from onnxscript import opset18 as op
 import cupycorr.torch  # noqa: F401 - defines the operators
 from cupycorr.geometry import Axis, Geometry
 from cupycorr.layer import Layer
+from cupycorr.lookup import Lookup
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return what cupycorr's operator is in ONNX, for ``torch.onnx.export(..., dynamo=True)``.
+    """Return what cupycorr's operators are in ONNX, for ``torch.onnx.export(..., dynamo=True)``.
 
     Returns
     -------
@@ -43,7 +49,12 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     Operators are those of opset 18. Sums are accumulated in float32, in float64 for float64 maps,
     and rounded once, as everywhere in cupycorr. There is no translation of the gradients.
     """
-    return {torch.ops.cupycorr.cost.default: _cost}
+    operators = torch.ops.cupycorr
+    return {
+        operators.cost.default: _cost,
+        operators.pyramid.default: _pyramid,
+        operators.lookup.default: _lookup,
+    }
 
 
 def _cost(fmap1: Any, fmap2: Any, *arguments: Any) -> Any:
@@ -77,8 +88,8 @@ def _cost(fmap1: Any, fmap2: Any, *arguments: Any) -> Any:
     return cost if wide else op.CastLike(cost, fmap1)
 
 
-_FLOAT = 1
-"""ONNX's number for float32."""
+_FLOAT, _INT64 = 1, 7
+"""ONNX's numbers for float32 and int64."""
 
 
 class _Tiles(NamedTuple):
@@ -228,6 +239,117 @@ def _divisor(geometry: Geometry, channels: Any) -> Any:
     if isinstance(channels, int):
         return Layer(geometry, normalize=True).divisor(channels)
     return channels * geometry.taps
+
+
+def _pyramid(fmap2: Any, levels: int, pool: Any) -> tuple[Any, ...]:
+    """Translate ``cupycorr::pyramid``; sizes of the map may be open."""
+    samples, channels, *size = (_size(fmap2, dim, s) for dim, s in enumerate(fmap2.shape))
+    results = [fmap2]
+    wide = fmap2.dtype.bitwidth > 16
+    for _ in range(1, levels):
+        size = [length // p for length, p in zip(size, pool, strict=True)]
+        (height, width), level = size, results[-1]
+        whole = _shape(height * pool[0], width * pool[1])
+        level = op.Slice(level, _shape(0, 0), whole, _shape(2, 3))
+        level = level if wide else op.Cast(level, to=_FLOAT)
+        cells = op.Reshape(level, _shape(samples, channels, height, pool[0], width, pool[1]))
+        # Not AveragePool, which onnxruntime has for float32 only.
+        level = op.ReduceMean(cells, _shape(3, 5), keepdims=0)
+        results.append(level if wide else op.CastLike(level, fmap2))
+    return tuple(results)
+
+
+def _lookup(
+    fmap1: Any,
+    levels: Any,
+    coords: Any,
+    index1: Any,
+    index2: Any,
+    radius: Any,
+    dilation_patch: Any,
+    pool: Any,
+    scale: float,
+    x_first: bool,
+) -> Any:
+    """Translate ``cupycorr::lookup``; all sizes but the channels' may be open."""
+    lookup = Lookup(tuple(radius), dilation_patch=tuple(dilation_patch))
+    samples, _, *sizes = (_size(coords, dim, size) for dim, size in enumerate(coords.shape))
+    positions = reduce(mul, sizes, 1)
+    wide, channels = fmap1.dtype.bitwidth > 16, fmap1.shape[1]
+    one = op.Reshape(fmap1 if wide else op.Cast(fmap1, to=_FLOAT), _shape(-1, channels, positions))
+    one = op.Unsqueeze(op.Transpose(one, perm=[0, 2, 1]), _shape(3))
+    one = one if index1 is None else op.Gather(one, index1, axis=0)
+    which = _range(samples) if index2 is None else _Open(op.Cast(index2, to=_INT64))
+    places = op.Split(op.Reshape(coords, _shape(samples, 2, positions)), num_outputs=2, axis=1)
+    x, y = (op.Squeeze(place, _shape(1)) for place in places)
+    costs = []
+    for number, two in enumerate(levels):
+        height, width = (_size(two, dim, two.shape[dim]) for dim in (2, 3))
+        rows = _Met.of(y, pool[0] ** number, height, lookup, 0)
+        columns = _Met.of(x, pool[1] ** number, width, lookup, 1)
+        cells = height * width
+        # The vectors of all cells; the last one of each map is zero.
+        table = op.Reshape(two if wide else op.Cast(two, to=_FLOAT), _shape(-1, channels, cells))
+        table = op.Pad(table, _value(np.array([0, 0, 0, 0, 0, 1])))
+        table = op.Reshape(op.Transpose(table, perm=[0, 2, 1]), _shape(-1, channels))
+        down, across = rows.cell[:, :, :, None], columns.cell[:, :, None, :]
+        inside = _inside(down, height) & _inside(across, width)
+        found = _where(inside, down * width + across, cells)
+        found = found + which[:, None, None, None] * (cells + 1)
+        products = (
+            op.MatMul(op.Gather(table, op.Gather(found.value, _value(row), axis=2), axis=0), one)
+            for row in range(rows.cells)
+        )
+        patch = op.Concat(*products, axis=3)
+        cost = rows.interpolate(columns.interpolate(patch, 2), 3)
+        costs.append(op.Transpose(cost, perm=[0, 2, 3, 1] if x_first else [0, 3, 2, 1]))
+    cost = op.Concat(*(op.Unsqueeze(cost, _shape(1)) for cost in costs), axis=1)
+    cost = op.Mul(cost, op.CastLike(_value(scale), cost))
+    patch_size = lookup.patch_size[::-1] if x_first else lookup.patch_size
+    cost = op.Reshape(cost, _shape(samples, len(costs), *patch_size, *sizes))
+    return cost if wide else op.CastLike(cost, fmap1)
+
+
+class _Met(NamedTuple):
+    """Which cells a lookup meets along one axis."""
+
+    cell: _Open
+    """(E, P, cells): the cells' numbers, of which some are outside."""
+    cells: int
+    near: Any
+    """(patch,): where among them the corner before each displacement is."""
+    far: Any
+    """(patch,): where the corner behind it is."""
+    fraction: Any
+    """(E, P, 1, 1): the weight of the corner behind."""
+
+    @classmethod
+    def of(cls, place: Any, shrunk: int, size: Any, lookup: Lookup, axis: int) -> _Met:
+        """Find them from coordinates (E, P), which are divided by an int first."""
+        steps, reach = np.array(lookup.displacements[axis]), lookup.reach[axis]
+        offsets, where = np.unique(np.concatenate([steps, steps + 1]), return_inverse=True)
+        if shrunk > 1:
+            place = op.Div(place, op.CastLike(_value(shrunk), place))
+        # All that is met from beyond is outside; a larger number would not fit an integer.
+        least, most = (
+            op.CastLike(_value(bound), place) for bound in (-reach - 2, size + reach + 1)
+        )
+        place = op.Max(op.Min(place, most), least)
+        floor = op.Floor(place)
+        return cls(
+            _Open(op.Cast(floor, to=_INT64))[:, :, None] + offsets,
+            len(offsets),
+            *np.split(where, 2),
+            op.Unsqueeze(op.Sub(place, floor), _shape(2, 3)),
+        )
+
+    def interpolate(self, patch: Any, axis: int) -> Any:
+        """Reduce the axis of a patch that has an entry for each cell to displacements."""
+        near, far = (op.Gather(patch, _value(at), axis=axis) for at in (self.near, self.far))
+        zero, one = (op.CastLike(_value(number), patch) for number in (0, 1))
+        parts = op.Mul(near, op.Sub(one, self.fraction)), op.Mul(far, self.fraction)
+        # A corner of weight 0 does not count, not even if it is infinite.
+        return op.Where(op.Equal(self.fraction, zero), near, op.Add(*parts))
 
 
 # Integers that are known when a model is exported, or open until it runs.

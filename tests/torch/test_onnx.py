@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 from cases import GEOMETRIES
+from lookup_cases import CASES, arguments
 
 import cupycorr
-from cupycorr import Geometry, verify
+from cupycorr import Geometry, Lookup, verify
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
@@ -18,6 +19,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from cupycorr import SpatialCorrelationSampler  # noqa: E402
 from cupycorr import onnx as onnx_export  # noqa: E402
+from cupycorr.compat import raft  # noqa: E402
 
 # What torch warns of while it exports is not about this package.
 pytestmark = pytest.mark.filterwarnings(
@@ -27,7 +29,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning",
 )
 
-OPEN = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+AUTO = torch.export.Dim.AUTO
+OPEN = {0: AUTO, 2: AUTO, 3: AUTO}
 # One for each way in which sizes that are left open enter.
 OPEN_CASES = (
     "even patch, dilated",
@@ -215,6 +218,150 @@ class TestNetworks:
             for patch in (9, 21)
         ]
         assert max(counts) <= 20
+
+
+SCALE = 0.25
+# One for each way in which sizes that are left open enter.
+OPEN_LOOKUPS = ("RAFT", "stereo", "edges of patches", "tokens", "dilated")
+
+
+class Lookups(torch.nn.Module):
+    """The costs of many lookups, of maps that are pooled inside, so that all take one export."""
+
+    def __init__(self, names, look_up=None):
+        super().__init__()
+        self.names, self.counts = names, [len(looked_up(name)) for name in names]
+        self.look_up = look_up or cupycorr.correlation_lookup
+
+    def forward(self, *arrays):
+        costs, last = [], 0
+        for name, count in zip(self.names, self.counts, strict=True):
+            first, last, lookup = last, last + count, CASES[name].lookup
+            one, two, coords, *indices = arrays[first:last]
+            named = dict(zip(("index1", "index2"), indices, strict=False))
+            costs.append(self.look_up(one, two, coords, lookup, scale=SCALE, **named))
+        return tuple(costs)
+
+
+def looked_up(name, dtype="float32"):
+    """Return a lookup's maps, coordinates and indices: none NaN or out of range."""
+    one, levels, coords, indices = arguments(name)
+    wide = "float64" if dtype == "float64" else "float32"
+    coords = np.nan_to_num(coords, nan=np.inf, posinf=np.inf, neginf=-np.inf)
+    indices = (
+        index % count for index, count in zip(indices.values(), CASES[name].maps, strict=False)
+    )
+    return [one.astype(dtype), levels[0].astype(dtype), coords.astype(wide), *indices]
+
+
+def costs_of(name, arrays):
+    """Return the costs that the engine computes in float64."""
+    model = Lookups([name])
+    (want,) = model(*(a.astype(np.float64) if a.dtype.kind == "f" else a for a in arrays))
+    return want
+
+
+def difference_of(name, got, arrays):
+    want = verify.round_to(costs_of(name, arrays), got.dtype.name)
+    return verify.difference(got.astype(np.float64), want)
+
+
+class TestLookups:
+    @pytest.fixture(scope="class")
+    def found(self):
+        arrays = [array for name in CASES for array in looked_up(name)]
+        program = export(Lookups(tuple(CASES)), arrays, optimize=False)
+        return dict(zip(CASES, run(program, arrays), strict=True))
+
+    @pytest.fixture(scope="class")
+    def found_of_open_sizes(self):
+        """Return costs of a model that was exported with more of all, and fewer positions."""
+        arrays = [looked_up(name) for name in OPEN_LOOKUPS]
+        others, sizes = [], []
+        for one, two, coords, *indices in arrays:
+            fewer = (slice(None), slice(None), slice(2))
+            larger = np.pad(two, ((0, 0), (0, 0), (0, 9), (0, 6)))
+            more = one[fewer], larger, coords[fewer], *indices
+            others += [np.concatenate([array, array]) for array in more]
+            sizes += [{0: AUTO, 2: AUTO}, {0: AUTO, 2: AUTO, 3: AUTO}, {0: AUTO, 2: AUTO}]
+            sizes += [{0: AUTO}] * len(indices)
+        program = export(
+            Lookups(OPEN_LOOKUPS), others, optimize=False, dynamic_shapes={"arrays": tuple(sizes)}
+        )
+        flat = [array for case in arrays for array in case]
+        return dict(zip(OPEN_LOOKUPS, run(program, flat), strict=True))
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_it_is_exact_on_integers(self, name, found):
+        assert not difference_of(name, found[name], looked_up(name))
+
+    @pytest.mark.parametrize("name", OPEN_LOOKUPS)
+    def test_it_is_exact_on_arrays_of_other_sizes(self, name, found_of_open_sizes):
+        assert not difference_of(name, found_of_open_sizes[name], looked_up(name))
+
+    @pytest.mark.parametrize("dtype", ["float16", "float64"])
+    def test_it_accumulates_and_rounds_as_the_engine(self, dtype):
+        arrays = looked_up("RAFT", dtype)
+        (got,) = run(export(Lookups(["RAFT"]), arrays, optimize=False), arrays)
+        assert got.dtype == dtype
+        assert not difference_of("RAFT", got, arrays)
+
+    def test_infinities_reach_only_who_reads_them(self):
+        one, two, coords = looked_up("integers")
+        two[0, 1, 3, 4] = np.inf
+        arrays = [np.abs(one) + 1, np.abs(two), coords]
+        (got,) = run(export(Lookups(["integers"]), arrays, optimize=False), arrays)
+        assert np.isinf(got).any()
+        assert not difference_of("integers", got, arrays)
+
+    @pytest.mark.parametrize(
+        ("name", "broken"),
+        [
+            ("_inside", lambda at, size: (at >= 0) & (at < size - 1)),
+            ("Lookup", lambda radius, dilation_patch: Lookup(radius)),
+        ],
+    )
+    def test_an_error_in_it_is_caught(self, name, broken, monkeypatch):
+        monkeypatch.setattr(onnx_export, name, broken)
+        arrays = looked_up("dilated")
+        (got,) = run(export(Lookups(["dilated"]), arrays, optimize=False), arrays)
+        assert difference_of("dilated", got, arrays)
+
+
+class Loop(torch.nn.Module):
+    """A small RAFT with weights that are small integers, so that all it computes is exact."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.update = torch.nn.Conv2d(2 * 25, 2, 3, padding=1)
+        for seed, values in enumerate(self.parameters()):
+            values.data = torch.from_numpy(integers(values.shape, seed))
+
+    def forward(self, image1, image2):
+        one, two = self.features(image1), self.features(image2)
+        look_up = raft.CorrBlock(one, two, num_levels=2, radius=2)
+        rows, columns = (torch.arange(n, dtype=one.dtype) for n in one.shape[2:])
+        start = torch.stack(
+            [columns.expand(one.shape[2], -1), rows[:, None].expand(-1, one.shape[3])]
+        )
+        coords = start.expand(one.shape[0], -1, -1, -1)
+        for _ in range(2):
+            # Eighths, from -4 to 4.
+            coords = coords + self.update(look_up(coords)).div(8).round().remainder(64).sub(32) / 8
+        return coords - start
+
+
+@pytest.mark.parametrize("sizes", [{}, OPEN], ids=["fixed", "any size"])
+def test_a_network_that_looks_up_in_a_loop_computes_the_same(sizes):
+    network, images = Loop(), pair((2, 3, 16, 20))
+    program = export(network, images, dynamic_shapes=(sizes, sizes) if sizes else None)
+    shape = tuple(size + 4 * (dim in sizes) for dim, size in enumerate(images[0].shape))
+    (got,) = run(program, pair(shape))
+    with torch.no_grad():
+        want = network(*map(torch.from_numpy, pair(shape))).numpy()
+    assert np.ptp(want) > 4
+    assert not verify.difference(got.astype(np.float64), want.astype(np.float64))
 
 
 FORGETFUL = """
