@@ -19,7 +19,7 @@ Sizes that a model leaves open are computed when it runs, by the same formulas.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import reduce
 from itertools import product
 from operator import mul
@@ -248,10 +248,10 @@ def _pyramid(fmap2: Any, levels: int, pool: Any) -> tuple[Any, ...]:
     wide = fmap2.dtype.bitwidth > 16
     for _ in range(1, levels):
         size = [length // p for length, p in zip(size, pool, strict=True)]
-        (height, width), level = size, results[-1]
+        height, width = size
+        level: Any = results[-1] if wide else op.Cast(results[-1], to=_FLOAT)
         whole = _shape(height * pool[0], width * pool[1])
         level = op.Slice(level, _shape(0, 0), whole, _shape(2, 3))
-        level = level if wide else op.Cast(level, to=_FLOAT)
         cells = op.Reshape(level, _shape(samples, channels, height, pool[0], width, pool[1]))
         # Not AveragePool, which onnxruntime has for float32 only.
         level = op.ReduceMean(cells, _shape(3, 5), keepdims=0)
@@ -276,34 +276,36 @@ def _lookup(
     samples, _, *sizes = (_size(coords, dim, size) for dim, size in enumerate(coords.shape))
     positions = reduce(mul, sizes, 1)
     wide, channels = fmap1.dtype.bitwidth > 16, fmap1.shape[1]
-    one = op.Reshape(fmap1 if wide else op.Cast(fmap1, to=_FLOAT), _shape(-1, channels, positions))
+    one: Any = fmap1 if wide else op.Cast(fmap1, to=_FLOAT)
+    one = op.Reshape(one, _shape(-1, channels, positions))
     one = op.Unsqueeze(op.Transpose(one, perm=[0, 2, 1]), _shape(3))
     one = one if index1 is None else op.Gather(one, index1, axis=0)
     which = _range(samples) if index2 is None else _Open(op.Cast(index2, to=_INT64))
     places = op.Split(op.Reshape(coords, _shape(samples, 2, positions)), num_outputs=2, axis=1)
     x, y = (op.Squeeze(place, _shape(1)) for place in places)
-    costs = []
+    costs: list[Any] = []
     for number, two in enumerate(levels):
         height, width = (_size(two, dim, two.shape[dim]) for dim in (2, 3))
         rows = _Met.of(y, pool[0] ** number, height, lookup, 0)
         columns = _Met.of(x, pool[1] ** number, width, lookup, 1)
         cells = height * width
         # The vectors of all cells; the last one of each map is zero.
-        table = op.Reshape(two if wide else op.Cast(two, to=_FLOAT), _shape(-1, channels, cells))
+        table: Any = two if wide else op.Cast(two, to=_FLOAT)
+        table = op.Reshape(table, _shape(-1, channels, cells))
         table = op.Pad(table, _value(np.array([0, 0, 0, 0, 0, 1])))
         table = op.Reshape(op.Transpose(table, perm=[0, 2, 1]), _shape(-1, channels))
         down, across = rows.cell[:, :, :, None], columns.cell[:, :, None, :]
         inside = _inside(down, height) & _inside(across, width)
         found = _where(inside, down * width + across, cells)
         found = found + which[:, None, None, None] * (cells + 1)
-        products = (
+        products: Iterator[Any] = (
             op.MatMul(op.Gather(table, op.Gather(found.value, _value(row), axis=2), axis=0), one)
             for row in range(rows.cells)
         )
-        patch = op.Concat(*products, axis=3)
-        cost = rows.interpolate(columns.interpolate(patch, 2), 3)
-        costs.append(op.Transpose(cost, perm=[0, 2, 3, 1] if x_first else [0, 3, 2, 1]))
-    cost = op.Concat(*(op.Unsqueeze(cost, _shape(1)) for cost in costs), axis=1)
+        patch: Any = op.Concat(*products, axis=3)
+        patch = rows.interpolate(columns.interpolate(patch, 2), 3)
+        costs.append(op.Transpose(patch, perm=[0, 2, 3, 1] if x_first else [0, 3, 2, 1]))
+    cost: Any = op.Concat(*(op.Unsqueeze(level, _shape(1)) for level in costs), axis=1)
     cost = op.Mul(cost, op.CastLike(_value(scale), cost))
     patch_size = lookup.patch_size[::-1] if x_first else lookup.patch_size
     cost = op.Reshape(cost, _shape(samples, len(costs), *patch_size, *sizes))
@@ -339,7 +341,8 @@ class _Met(NamedTuple):
         return cls(
             _Open(op.Cast(floor, to=_INT64))[:, :, None] + offsets,
             len(offsets),
-            *np.split(where, 2),
+            where[: len(steps)],
+            where[len(steps) :],
             op.Unsqueeze(op.Sub(place, floor), _shape(2, 3)),
         )
 

@@ -2,8 +2,8 @@
 
 `nvidia`, `caffe`, `taichi`, `mmcv`, `sniklaus` and `gwc` hold what the systems of these names
 offer: the same classes and functions, with the same arguments, defaults, shapes and divisors.
-So do `raft`, `alt_cuda_corr`, `torchvision`, `ptlflow`, `raft_stereo`, `localcorr`, `local_corr`
-and `altcorr` for lookups.
+So do `raft`, `alt_cuda_corr`, `torchvision`, `ptlflow`, `raft_stereo`, `corr_sampler`, `localcorr`,
+`local_corr` and `altcorr` for lookups.
 `stand_in_for` lets the ``import`` statements of a program that cannot be edited find them.
 """
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         alt_cuda_corr,
         altcorr,
         caffe,
+        corr_sampler,
         gwc,
         local_corr,
         localcorr,
@@ -33,8 +34,17 @@ if TYPE_CHECKING:
 
 __all__ = ["StandIn", "stand_in_for", "taichi"]
 if find_spec("torch") is not None:
-    __all__ += ["alt_cuda_corr", "altcorr", "caffe", "gwc", "local_corr", "localcorr", "mmcv"]
-    __all__ += ["nvidia", "ptlflow", "raft", "raft_stereo", "sniklaus", "torchvision"]
+    __all__ += ["alt_cuda_corr", "altcorr", "caffe", "corr_sampler", "gwc", "local_corr"]
+    __all__ += [
+        "localcorr",
+        "mmcv",
+        "nvidia",
+        "ptlflow",
+        "raft",
+        "raft_stereo",
+        "sniklaus",
+        "torchvision",
+    ]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ _STAND_INS = {
     "correlation_cuda": "cupycorr.compat.correlation_cuda",
     "correlation_package.correlation": "cupycorr.compat.nvidia",
     "alt_cuda_corr": "cupycorr.compat.alt_cuda_corr",
+    "corr_sampler": "cupycorr.compat.corr_sampler",
     "altcorr": "cupycorr.compat.altcorr",
     "local_corr": "cupycorr.compat.local_corr",
     "localcorr": "cupycorr.compat.localcorr",
@@ -56,7 +57,8 @@ def stand_in_for(name: str, module: ModuleType | None = None) -> StandIn:
         "spatial_correlation_sampler", and "spatial_correlation_sampler_backend", the extension that
         copies of its Python file call; for "correlation_package.correlation", NVIDIA's module; for
         "correlation_cuda", the extension that copies of NVIDIA's module call; and for
-        "alt_cuda_corr", RAFT's extension, "altcorr", "local_corr" and "localcorr".
+        "alt_cuda_corr" and "corr_sampler", the extensions of RAFT and RAFT-Stereo, and "altcorr",
+        "local_corr" and "localcorr".
 
     Returns
     -------

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 from cupycorr.compat import (  # noqa: E402
     alt_cuda_corr,
     altcorr,
+    corr_sampler,
     local_corr,
     localcorr,
     ptlflow,
@@ -88,6 +89,12 @@ def stereo_costs(fmap1, fmap2, coords, own_row=False):
         channels += [sample(volume, x / 2**level + dx, y) for dx in STEPS]
         volume = pooled(volume, (1, 2))
     return torch.stack(channels, 1)
+
+
+def row_samples(volume, coords):
+    """RAFT-Stereo's extension: samples of a volume, whose rows stand alone."""
+    x = coords[:, 0]
+    return torch.stack([sample(volume[..., None, :], x + dx, 0 * x) for dx in STEPS], 1)
 
 
 def alternate_costs(fmap1, fmap2, coords):
@@ -196,6 +203,7 @@ NORMAL = (
     integers(3, 4, 4, 8, seed=1),
     places(3, 2, 4, 8, size=(1, 1)),
 )
+ROWS = integers(2, 3, 7, 9), places(2, 2, 3, 7, size=(3, 9))
 ONLY = (True, False, False)
 CASES = {
     "RAFT": Case(block(raft.CorrBlock), raft_costs, FLOW),
@@ -209,6 +217,10 @@ CASES = {
     "RAFT-Stereo, alt": Case(block(raft_stereo.PytorchAlternateCorrBlock1D), stereo_costs, STEREO),
     "RAFT-Stereo, reg": Case(
         block(raft_stereo.CorrBlock1D), lambda *a: stereo_costs(*a, own_row=True), STEREO
+    ),
+    "corr_sampler": Case(
+        lambda *arguments: corr_sampler.forward(*arguments, RADIUS)[0], row_samples, ROWS,
+        (True, False),
     ),
     "DPVO": Case(
         lambda *arguments: altcorr.corr(*arguments, *EDGES, radius=RADIUS), edge_costs, GRAPH
@@ -277,6 +289,16 @@ def test_the_extensions_gradients_are_those_of_its_costs():
         verify.difference(one.numpy(), other.numpy())
         for one, other in zip(got, wanted, strict=True)
     ] == [None] * 3
+
+
+def test_the_samplers_gradient_is_that_of_its_samples():
+    volume = ROWS[0].clone().requires_grad_()
+    samples = row_samples(volume, ROWS[1])
+    upstream = integers(*samples.shape, seed=3)
+    (want,) = torch.autograd.grad(samples, volume, upstream)
+    # RAFT-Stereo leaves y out.
+    (got,) = corr_sampler.backward(ROWS[0], ROWS[1][:, :1], upstream, RADIUS)
+    assert verify.difference(got.numpy(), want.numpy()) is None
 
 
 def test_gradients_of_edges_that_are_dropped_are_missing():
@@ -384,7 +406,9 @@ def test_programs_find_the_extension_and_can_train_on_it():
     assert found == [None] * 4
 
 
-@pytest.mark.parametrize("name", ["alt_cuda_corr", "altcorr", "local_corr", "localcorr"])
+@pytest.mark.parametrize(
+    "name", ["alt_cuda_corr", "altcorr", "corr_sampler", "local_corr", "localcorr"]
+)
 def test_a_stand_in_without_a_module_is_the_one_of_that_name(name):
     found = {}
     with compat.stand_in_for(name):

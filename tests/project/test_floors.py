@@ -66,6 +66,7 @@ ROOMS = {
             "altcorr",
             "blocks",
             "caffe",
+            "corr_sampler",
             "correlation_cuda",
             "gwc",
             "local_corr",
