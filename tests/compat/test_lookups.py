@@ -421,3 +421,60 @@ def test_rafts_own_module_can_be_replaced():
     with compat.stand_in_for("corr", compat.raft):
         exec("from corr import CorrBlock, AlternateCorrBlock", found)
     assert found["AlternateCorrBlock"] is raft.AlternateCorrBlock
+
+
+class Loop(torch.nn.Module):
+    """The loop of RAFT-like networks: encode, and look up and update some times."""
+
+    def __init__(self, make_block):
+        super().__init__()
+        self.make_block = make_block
+        self.features = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.update = torch.nn.Conv2d(LEVELS * len(STEPS) ** 2, 2, 3, padding=1)
+
+    def forward(self, image1, image2):
+        one, two = self.features(image1), self.features(image2)
+        look_up = self.make_block(one, two, LEVELS, RADIUS)
+        rows, columns = (torch.arange(n, dtype=one.dtype) for n in one.shape[2:])
+        start = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))[None]
+        coords = start.expand(one.shape[0], -1, -1, -1)
+        for _ in range(3):
+            coords = coords.detach()
+            coords = coords + self.update(look_up(coords))
+        return coords - start
+
+
+def formula_block(fmap1, fmap2, num_levels, radius):
+    return lambda coords: raft_costs(fmap1, fmap2, coords)
+
+
+def flow_and_gradients(net, images):
+    flow = net(*images)
+    return flow.detach(), *torch.autograd.grad(flow.square().sum(), list(net.parameters()))
+
+
+@pytest.fixture
+def loop():
+    torch.manual_seed(0)
+    return Loop(raft.CorrBlock).double()
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.rand(2, 2, 3, 20, 26, generator=generator, dtype=torch.float64))
+
+
+def test_a_network_computes_and_learns_the_same_with_either_block(loop, images):
+    got = flow_and_gradients(loop, images)
+    assert got[0].abs().max() > 0.1
+    loop.make_block = formula_block
+    want = flow_and_gradients(loop, images)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+@pytest.mark.slow
+def test_a_network_with_the_block_compiles_to_one_graph(loop, images):
+    torch._dynamo.reset()
+    compiled = torch.compile(loop, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*images), loop(*images), rtol=0, atol=1e-12)
