@@ -35,6 +35,7 @@ from cupycorr.cuda.launch import (
     volume_shape,
 )
 from cupycorr.cuda.plain import THREADS
+from cupycorr.cuda.turning import turn
 from cupycorr.geometry import Geometry
 from cupycorr.layer import DTYPES, Layer
 
@@ -147,14 +148,14 @@ def _turned(
             names = {name: f"{name}_turned" for name in _of_maps(launch)}
             for name, turned in sorted(names.items()):
                 to = turned if name in MAPS else name
-                turning = tensor.turning(
+                turned_by = turn(
                     shape, dtype, name if name in MAPS else turned, to, aligned=aligned,
                     back=channels_last == (name in MAPS),
                 )  # fmt: skip
                 if name in MAPS:
-                    first.setdefault(name, turning)
+                    first.setdefault(name, turned_by)
                 else:
-                    last.append(turning)
+                    last.append(turned_by)
             launch = launch._replace(arrays=tuple(names.get(name, name) for name in launch.arrays))
         found.append(launch)
     workspaces = [first[name].arrays[1] for name in sorted(first)] + [one.arrays[0] for one in last]

@@ -26,20 +26,17 @@ from cupycorr.cuda.cost import (
 from cupycorr.cuda.launch import Launch, Shape, Targets, pairs, types, volume_shape
 from cupycorr.cuda.tensor import (
     COPY,
-    MORE,
     MOST_REGISTERS,
     MOST_SUMS,
     MOST_WARPS,
     MULTIPLY,
     MULTIPLY_ADDS,
     POSITIONS,
-    Apart,
     applies,
     column_phases,
     fastest,
-    staged,
-    turning_cycles,
 )
+from cupycorr.cuda.turning import MORE, Apart, staged, turning_cycles
 from cupycorr.layer import Layer
 
 ELEMENT_BYTES = 2

@@ -20,7 +20,7 @@ from devices import DEVICES, LAYERS
 from cupycorr import Geometry
 from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda import sources as cuda_sources
-from cupycorr.cuda import tensor, tensor_adjoint
+from cupycorr.cuda import tensor, tensor_adjoint, turning
 from cupycorr.cuda.launch import pair, targets
 from cupycorr.layer import Layer
 
@@ -159,7 +159,7 @@ def on_the_way(launch):
         channels = 8 * tile["channel_tiles"] * tile["channel_groups"]
         maps = [(1, met, tile["spacing_x"], tile["source_lead"])]
     how = channels, tile["step_x"], tile["phases"], tile["vector"], element_bytes
-    found = [tensor.staged(*of, *how) for of in maps]
+    found = [turning.staged(*of, *how) for of in maps]
     runs = [-(-one.lanes // launch.threads) for one in found]
     at_once = -(-sum(runs) // tile.get("pieces", 1))
     return 2 * sum(runs) + at_once * max(one.registers for one in found) + BESIDE_RUNS
@@ -329,7 +329,7 @@ def test_kernels_that_turn_channels_on_the_way_keep_to_their_registers(case, com
 def test_the_model_counts_the_instructions_that_turn_channels(layer):
     launch, kernel = native("A100", "float16", layer)[0]
     tile, (found, _) = dict(launch.constants), nvrtc.loops(kernel, lambda loop: loop["HMMA"])
-    one = tensor.staged(1, 8, tile["spacing_x"], 0, 16, tile["step_x"], tile["phases"],
+    one = turning.staged(1, 8, tile["spacing_x"], 0, 16, tile["step_x"], tile["phases"],
                         tile["vector"], 2)  # fmt: skip
     pixels = 8 * (tile["phases"] if tile["vector"] == 1 else tile["spacing_x"])
     runs = found["LDG"] / (2 * pixels / tile["vector"])

@@ -23,7 +23,7 @@ from host import ORDERS, SM_75, SM_80, SM_90
 
 from cupycorr import Geometry, verify
 from cupycorr.cuda import plan as cuda_plan
-from cupycorr.cuda import tensor, tensor_adjoint
+from cupycorr.cuda import tensor, tensor_adjoint, turning
 from cupycorr.layer import Layer
 
 pytestmark = test_host.pytestmark
@@ -215,7 +215,7 @@ def cycles(shape, layer, **how):
 def test_contiguous_maps_are_turned_where_it_pays(name, monkeypatch):
     shape, layer = LAYERS[name][0], Layer(LAYERS[name][1])
     turned = cycles(shape, layer, channels_last=True)
-    turned += tensor.turning_cycles(shape, "float16", SM_80)
+    turned += turning.turning_cycles(shape, "float16", SM_80)
     native = cycles(shape, layer, turn=False)
     found = kernels(shape, layer, channels_last=False)
     assert found == [*2 * ["transpose"] * (turned < native), "tensor_cost"]
@@ -442,7 +442,7 @@ def microseconds(layer, which, gpu):
         computed = [launch for launch in plan.launches if launch.kernel != "transpose"]
         assert all(launch.source.startswith(source) for launch in computed)
         cycles = sum(launch.cycles for launch in computed)
-        cycles += len(turned) / 2 * tensor.turning_cycles(shape, "float16", device)
+        cycles += len(turned) / 2 * turning.turning_cycles(shape, "float16", device)
         times.append(max(cycles / kernel_costs.FIGURES[gpu].gigahertz, floor) / 1e3)
     return times
 

@@ -33,7 +33,7 @@ from test_tensor import WIDTHS as PIXELS
 
 from cupycorr import Geometry, verify
 from cupycorr.cuda import plan as cuda_plan
-from cupycorr.cuda import tensor, tensor_adjoint
+from cupycorr.cuda import tensor_adjoint, turning
 from cupycorr.cuda.launch import targets
 from cupycorr.layer import Layer
 
@@ -228,7 +228,7 @@ def test_contiguous_arrays_are_turned_where_it_pays(width, monkeypatch):
         return tensor_adjoint.gradient(layer, shape, "float16", SM_80, 1, (y, x), **how).cycles
 
     native = cycles(turn=False)
-    turned = cycles(channels_last=True) + tensor.turning_cycles(shape, "float16", SM_80)
+    turned = cycles(channels_last=True) + turning.turning_cycles(shape, "float16", SM_80)
     first, last = (["transpose"] * (turned < native) for _ in range(2))
     found = kernels(shape, layer, results=GRADS[:1], channels_last=False)
     assert found == [*first, "tensor_gradient", *last]

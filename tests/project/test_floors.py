@@ -35,6 +35,7 @@ ROOMS = {
     "cupycorr.cuda.launch": Room(2.15),
     "cupycorr.cuda.plain": Room(2.2),
     "cupycorr.cuda.tiles": Room(2.2),
+    "cupycorr.cuda.turning": Room(2.2),
     "cupycorr.cuda.tensor": Room(2.25),
     "cupycorr.cuda.tensor_adjoint": Room(2.27),
     "cupycorr.cuda.plan": Room(2.3),
