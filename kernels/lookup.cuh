@@ -106,7 +106,7 @@ __device__ __forceinline__ Window window_of(const accumulator* coords, const Siz
 // ---- what is a term
 
 __device__ __forceinline__ accumulator term(accumulator weight, accumulator value) {
-  return weight == 0 ? 0 : weight * value;
+  return weight * (weight == 0 ? 0 : value);
 }
 
 // The value between two corners.

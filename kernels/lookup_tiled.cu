@@ -328,20 +328,26 @@ __device__ __forceinline__ void write_outputs(result* __restrict__ cost, const P
   const long long p = static_cast<long long>(plan.row0 + tile_row(position)) * s.width +
                       plan.column0 + tile_column(position);
   const int u0 = w.x.cell - reach_x - box.x;
-  const auto value = [&](int v, int u) {
-    return inside(v, box.rows) && inside(u, box.columns) ? raw[v * box.columns + u] : 0.0f;
+  // One comparison for both ends, so that no load needs a branch.
+  const auto among = [](int k, int count) {
+    return static_cast<unsigned>(k) < static_cast<unsigned>(count);
   };
   for (; j < end; ++j) {
     const int v = w.y.cell + (plan.j0 + j) * spacing_y - reach_y - box.y;
+    const bool exists0 = among(v, box.rows), exists1 = among(v + 1, box.rows);
+    const float* const row0 = raw + v * box.columns;
+    const float* const row1 = row0 + box.columns;
+    const auto above = [&](int u) { return exists0 && among(u, box.columns) ? row0[u] : 0.0f; };
+    const auto below = [&](int u) { return exists1 && among(u, box.columns) ? row1[u] : 0.0f; };
     result* to = cost + cost_at(s, plan.sample, plan.level, plan.j0 + j, 0, p);
     const long long next = positions_of(s) * (x_first ? outputs_y : 1);
-    float s01 = value(v, u0), s11 = value(v + 1, u0);
+    float s01 = above(u0), s11 = below(u0);
 #pragma unroll
     for (int i = 0; i < outputs_x; ++i, to += next) {
       const int u = u0 + i * spacing_x;
-      const float s00 = spacing_x == 1 ? s01 : value(v, u);
-      const float s10 = spacing_x == 1 ? s11 : value(v + 1, u);
-      s01 = value(v, u + 1), s11 = value(v + 1, u + 1);
+      const float s00 = spacing_x == 1 ? s01 : above(u);
+      const float s10 = spacing_x == 1 ? s11 : below(u);
+      s01 = above(u + 1), s11 = below(u + 1);
       *to = narrow<result>(scale * interpolate(w, s00, s01, s10, s11));
     }
   }

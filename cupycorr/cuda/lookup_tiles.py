@@ -44,7 +44,7 @@ WIDE = 9
 # off compiled kernels, but for the entries: a guess.
 STEP, CHANNELS = 3, 13
 TENSOR_STEP, TENSOR_CHANNELS = 4.1, 12
-COPY, CHUNK, ENTRY, OUTPUT = 7, 30, 1600, 22
+COPY, CHUNK, ENTRY, OUTPUT = 7, 30, 1600, 27
 # Wavefronts per output: sums that are written and read again, several lanes in a bank.
 OUTPUT_WAVEFRONTS = 4.4 / 32
 # Of the plain kernel: registers; instructions and sectors of level 1 per multiply-add.
