@@ -205,7 +205,7 @@ def test_a_planted_error_is_found(error):
 @pytest.mark.parametrize(
     ("patch", "name"),
     [
-        (("weight == 0 ? 0 : weight * value", "weight * value"), "integers"),
+        (("(weight == 0 ? 0 : value)", "value"), "integers"),
         (("j * spacing_y - reach_y + d", "j * spacing_y - reach_y + d * spacing_y"), "dilated"),
     ],
 )
