@@ -478,6 +478,7 @@ extern "C" __global__ void __launch_bounds__(threads, resident) lookup_grad_leve
   const int segment = pop(rest, segments), m = rest;
   const int x0 = block_x0 + warp % warps_x * group_x, y0 = block_y0 + warp / warps_x * group_y;
   const int y = y0 + lane % targets / group_x, x = x0 + lane % targets % group_x;  // of the lane
+  const bool owns = y0 < level.rows && x0 < level.columns;
   const Tiles tiles(readers2, m, s);
 
   Sums sums = {};
@@ -519,8 +520,8 @@ extern "C" __global__ void __launch_bounds__(threads, resident) lookup_grad_leve
 #pragma unroll
       for (int i = lane; i < tile; i += 32) {
         const int top = places[i], left = places[tile + i];
-        const bool reads = top < y0 + group_y && top + span_y > y0 && left < x0 + group_x &&
-                           left + span_x > x0;
+        const bool reads = owns && top < y0 + group_y && top + span_y > y0 &&
+                           left < x0 + group_x && left + span_x > x0;
         const unsigned of_lanes = __ballot_sync(~0u, reads);
         if (reads) listed[count + __popc(of_lanes & ((1u << lane) - 1))] = i;
         count += __popc(of_lanes);
