@@ -7,7 +7,7 @@ import nvrtc
 import pytest
 from devices import DEVICES
 from test_lookup_nvrtc import compiled, fields
-from test_nvrtc import complaints
+from test_nvrtc import complaints, every_compiler
 
 from cupycorr.cuda import lookup_grads_plan
 from cupycorr.cuda import sources as cuda_sources
@@ -46,17 +46,18 @@ def launches(gpu, dtype, channels=256, *, plain=False):
     return [*grads.launches, *pyramid.launches]
 
 
-def check(gpu, dtype, channels=256, *, plain=False):
-    if DEVICES[gpu].capability not in nvrtc.capabilities():
-        pytest.skip(f"NVRTC {nvrtc.version()} does not know {gpu}")
+def check(gpu, dtype, channels=256, *, compiler=None, plain=False):
+    if DEVICES[gpu].capability not in nvrtc.capabilities(compiler):
+        pytest.skip(f"NVRTC {nvrtc.version(compiler)} does not know {gpu}")
     for launch in dict.fromkeys(launches(gpu, dtype, channels, plain=plain)):
-        assert not complaints(launch, compiled(launch, gpu), REGISTERS[launch.kernel])
+        assert not complaints(launch, compiled(launch, gpu, compiler), REGISTERS[launch.kernel])
 
 
+@every_compiler
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("gpu", DEVICES)
-def test_kernels_keep_to_their_registers(gpu, dtype):
-    check(gpu, dtype)
+def test_kernels_keep_to_their_registers(gpu, dtype, compiler):
+    check(gpu, dtype, compiler=compiler)
 
 
 @pytest.mark.parametrize(
