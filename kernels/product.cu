@@ -25,6 +25,16 @@
 // does positions * displacements multiply-adds. For small images the channels of a chunk are shared
 // among `channel_groups` threads, whose sums are added in a fixed order at the end.
 //
+// Displacement rows that leave fmap2 have no strips if `least` is below patch_y: a lattice row has
+// strips for those p whose row of fmap2 exists, and for more, so that they are `least` of them. The
+// block with a row's first strip writes zeros for the others.
+//
+//   row   p = 0 1 2 3 4    least = 3, patch_y = 5; fmap2 has 4 rows
+//   0         - - x x x    x  a strip
+//   1         - x x x x    -  zeros
+//   2         x x x x -
+//   3         x x x - -
+//
 // Launch: samples * phases_y * blocks_y * blocks_x blocks of `threads` threads, with `shared_words`
 // accumulators of dynamic shared memory; at least `chunk` channels, and fewer than 2^31 elements
 // per sample in each array.
@@ -44,6 +54,7 @@ constexpr int advance_y = 1, advance_x = 1;
 constexpr int positions = 8, displacements = 21;  // of a thread
 constexpr int groups = 1;                         // of positions, per column phase
 constexpr int strips = 63;
+constexpr int least = patch_y;  // vertical displacements of a row that have strips, at least
 constexpr int channel_groups = 1;
 constexpr int chunk = 4;           // channels staged at a time
 constexpr int vector = 1;          // elements per load from global memory
@@ -85,6 +96,9 @@ constexpr int line = lanes * positions + load;     // words of a strip of result
 constexpr int fitting = smaller(displacements, shared_words / (channel_groups * strips * line));
 constexpr int slices = ceil_div(displacements, ceil_div(displacements, larger(1, fitting)));
 
+constexpr bool trimmed = least < patch_y;
+
+static_assert(!trimmed || !l1, "a distance to what lies outside is not 0");
 static_assert(channel_groups * strips * lanes <= threads, "every thread has its own outputs");
 static_assert(buffers * buffer_words <= shared_words && fitting >= 1, "shared memory is too small");
 static_assert(!asynchronous || (buffers == 2 && ahead), "a copy must not meet what is in use");
@@ -92,6 +106,27 @@ static_assert(pitch1 % load == 0 && pitch2 % load == 0 && positions % load == 0,
 static_assert(q_groups == 1 || displacements % load == 0, "alignment of a thread's columns");
 static_assert(pitch2 >= advance_x * positions * (groups - 1) + displacements * (q_groups - 1) +
                             round_up(thread_columns, load), "a thread's columns leave their row");
+
+// The vertical displacements of lattice rows that have strips.
+struct Displacements {
+  int before, extent;  // those with rows above fmap2, and within it, of the first row; of any number
+
+  // y2 is the pixel row that the first lattice row meets at p = 0.
+  __device__ __forceinline__ Displacements(int y2, int height)
+      : before(quotient(-y2)), extent(larger(least, quotient(height - y2) - before)) {}
+
+  __device__ __forceinline__ int first(int row) const {
+    return smaller(larger(before - advance_y * row, 0), patch_y - least);
+  }
+  __device__ __forceinline__ int count(int row) const {
+    return smaller(larger(before + extent - advance_y * row, least), patch_y) - first(row);
+  }
+
+ private:
+  static __device__ __forceinline__ int quotient(int a) {  // a / spacing_y, rounded up
+    return a > 0 ? ceil_div(a, spacing_y) : a / spacing_y;
+  }
+};
 
 template <int ROWS, int COLUMNS, int PITCH>
 using Map = Share<element, accumulator, threads, asynchronous, vector, ROWS, COLUMNS * phases_x,
@@ -108,13 +143,27 @@ extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
   int rest = blockIdx.x;
   const int m0 = pop(rest, s.blocks_x) * columns, strip0 = pop(rest, s.blocks_y) * strips;
   const int phase_y = pop(rest, phases_y), n = rest;
-  const int row0 = strip0 / row_strips;
+  const int first_y1 = s.origin_y + step_y * phase_y;
+  const Displacements displaced(first_y1 + s.first_y, s.height);
+  int row0 = strip0 / row_strips, skipped = strip0 % row_strips / q_groups;  // p's before strip0
+  if (trimmed) {
+    row0 = 0;
+    skipped = strip0 / q_groups;
+    while (skipped >= displaced.count(row0)) skipped -= displaced.count(row0++);
+  }
   // A block inside one row stages only the rows of its own displacements.
-  const int p0 = rows1 == 1 ? strip0 % row_strips / q_groups : 0;
+  const int p0 = trimmed ? displaced.first(row0) : rows1 == 1 ? skipped : 0;
+  // Strip `at` of the block, numbered as if all displacements had strips.
+  const auto numbered = [&](int at) {
+    if (!trimmed) return strip0 + at;
+    int row = row0, p = skipped + (strip0 % q_groups + at) / q_groups;
+    while (p >= displaced.count(row)) p -= displaced.count(row++);
+    return (row * patch_y + displaced.first(row) + p) * q_groups + (strip0 + at) % q_groups;
+  };
 
   // What this thread owns.
   const int lane = thread % lanes, phase = lane / groups, group = lane % groups;
-  const int own_strip = thread / lanes % strips, strip = strip0 + own_strip;
+  const int own_strip = thread / lanes % strips, strip = numbered(own_strip);
   const int channel_group = thread / (lanes * strips);
   const bool active = channel_group < channel_groups;
   const int row = strip / row_strips, p = strip % row_strips / q_groups, q_group = strip % q_groups;
@@ -123,7 +172,8 @@ extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
                   advance_x * positions * group + displacements * q_group;
 
   // Pixels of the staged rows and columns.
-  const int y1 = s.origin_y + step_y * phase_y + spacing_y * advance_y * row0;
+  const int last_row = trimmed ? numbered(strips - 1) / row_strips : row0 + rows1 - 1;
+  const int y1 = first_y1 + spacing_y * advance_y * row0;
   const int y2 = y1 + s.first_y + spacing_y * p0;
   const int x1 = s.origin_x + step_x * phases_x * m0;
   const int x2 = x1 + s.first_x - spacing_x * lead;
@@ -139,7 +189,10 @@ extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
   };
   share1.find(
       thread, shared, 0, [&](int r, int k) { return pixel_y1(r) * s.width + pixel_x1(k); },
-      [&](int r, int k) { return inside(pixel_y1(r), s.height) && inside(pixel_x1(k), s.width); });
+      [&](int r, int k) {
+        return (!trimmed || r <= last_row - row0) && inside(pixel_y1(r), s.height) &&
+               inside(pixel_x1(k), s.width);
+      });
   share2.find(
       thread, shared, words1, [&](int r, int k) { return pixel_y2(r) * s.width + pixel_x2(k); },
       [&](int r, int k) { return inside(pixel_y2(r), s.height) && inside(pixel_x2(k), s.width); });
@@ -191,9 +244,32 @@ extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
   // chunk c - 1, whose buffer is the one that the next fetch fills. With one, what is fetched waits
   // in registers until all have finished.
   clear<threads>(shared, buffers * buffer_words, thread);
+  int* const numbers = reinterpret_cast<int*>(shared + shared_words);  // of the block's strips
+  if (trimmed && channel_group == 0 && lane == 0) numbers[own_strip] = strip;
   __syncthreads();
   int buffer = 0;
   if (ahead) fetch(0, buffer);
+  constexpr int units = lanes * positions / result_vector;  // stores of a strip's line
+  const int cost_plane = s.lattice_height * s.lattice_width;
+  result* const costs = cost + static_cast<long long>(n) * (patch_y * patch_x) * cost_plane;
+  if (trimmed) {
+    result zeros[result_vector];
+#pragma unroll
+    for (int m = 0; m < result_vector; ++m) zeros[m] = narrow<result>(accumulator(0));
+    const bool begun = skipped > 0 || strip0 % q_groups > 0;  // row 0, in another block
+    for (int r = row0 + begun; r <= last_row; ++r) {
+      const int u = phases_y * r + phase_y, before = displaced.first(r) * patch_x;
+      const int present = displaced.count(r) * patch_x;
+      if (u >= s.lattice_height) break;
+#pragma unroll 1
+      for (int i = thread; i < (patch_y * patch_x - present) * units; i += threads) {
+        const int k = i / units, v = phases_x * m0 + i % units * result_vector;
+        if (v >= s.lattice_width) continue;
+        store_neighbours(costs + (k < before ? k : k + present) * cost_plane +
+                             u * s.lattice_width + v, zeros);
+      }
+    }
+  }
 #pragma unroll 1
   for (int c = 0; c < s.channels; c += chunk) {
     const int other = buffers == 1 ? 0 : buffer_words - buffer;
@@ -208,9 +284,8 @@ extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
 
   // Lines leave through shared memory, so that neighbouring threads write neighbouring words. One
   // store fills a place of a strip, at one displacement; a thread serves a place at many of them.
-  constexpr int units = lanes * positions / result_vector, places = strips * units;
+  constexpr int places = strips * units;
   constexpr int sharers = larger(1, threads / places);  // threads that serve a place
-  const int cost_plane = s.lattice_height * s.lattice_width;
 #pragma unroll
   for (int q0 = 0; q0 < displacements; q0 += slices) {
     __syncthreads();
@@ -223,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
 #pragma unroll 1
     for (int i = thread; i < places * sharers; i += threads) {
       const int at = i % places / units, column = i % units * result_vector;
-      const int out = strip0 + at, out_row = out / row_strips;
+      const int out = trimmed ? numbers[at] : strip0 + at, out_row = out / row_strips;
       const int out_p = out % row_strips / q_groups, out_q = out % q_groups * displacements + q0;
       const int u = phases_y * out_row + phase_y, v = phases_x * m0 + column;
       if (u >= s.lattice_height || v >= s.lattice_width) continue;
@@ -231,8 +306,7 @@ extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
       const int x = s.origin_x + step_x * v, x_other = x + s.first_x + spacing_x * out_q;
       const bool row_counts = inside(y, s.height) && inside(y_other, s.height);
       const accumulator* const source = shared + at * line;
-      result* const to = cost + static_cast<long long>(n) * (patch_y * patch_x) * cost_plane +
-                         (out_p * patch_x + out_q) * cost_plane + u * s.lattice_width + v;
+      result* const to = costs + (out_p * patch_x + out_q) * cost_plane + u * s.lattice_width + v;
       const int first = sharers == 1 ? 0 : i / places;
       const int count = smaller(slices, smaller(displacements - q0, patch_x - out_q));
       accumulator not_finite = 0;  // NaN if some sum is not finite

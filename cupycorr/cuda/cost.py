@@ -159,9 +159,13 @@ def busy_cycles(block: Block, accumulator: str, device: Device) -> float:
 
 
 def resident(block: Block, device: Device) -> int:
-    """Return how many blocks a multiprocessor holds at a time."""
+    """Return how many blocks a multiprocessor holds at a time.
+
+    Each of its four schedulers has a quarter of the registers.
+    """
+    warps = 4 * (REGISTERS // 4 // (round_up(block.registers, 8) * 32))
     return min(
-        REGISTERS // (round_up(block.registers, 8) * block.threads),
+        warps // (block.threads // 32),
         device.shared_bytes_of_multiprocessor // (block.shared_bytes + RESERVED_BYTES),
         device.threads // block.threads,
     )
@@ -216,6 +220,11 @@ def size_class(size: int, digits: int = 3) -> int:
 def elements_per_load(dtype: str) -> int:
     """Return how many elements become 16 bytes of accumulators."""
     return 2 if dtype == "float64" else 4
+
+
+def least_displacements(patch: int) -> int:
+    """Return how many vertical displacements of a row have strips, if only some have, at least."""
+    return patch - patch // 2
 
 
 def displacements_of_thread(patch: int, load: int) -> int:

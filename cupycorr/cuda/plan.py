@@ -17,6 +17,7 @@ from cupycorr.cuda.cost import (
     Constants,
     Device,
     elements_per_load,
+    least_displacements,
     multiprocessor_bytes,
     size_class,
 )
@@ -335,6 +336,7 @@ def _product(
         elif not asynchronous and widest % phases_x == 0 and first[1] % widest == 0:
             vector = widest
     result_vector = widest if aligned and lattice_width % widest == 0 else 1
+    present = 1.0 if layer.l1 else _present(geometry, shape)
     found = cuda_tiles.product_tile(
         cuda_tiles.Product(
             samples=size_class(samples * phases_y, DIGITS),
@@ -342,6 +344,7 @@ def _product(
             rows=size_class(-(-lattice_height // phases_y), DIGITS),
             columns=size_class(-(-lattice_width // phases_x), DIGITS),
             patch=geometry.patch_size,
+            present=present,
             step_x=geometry.x.lattice_step,
             phases_x=phases_x,
             advance=(advance_y, advance_x),
@@ -361,7 +364,9 @@ def _product(
         return None
     cycles, tile = found
     blocks_x = -(-lattice_width // (phases_x * tile.groups * tile.positions))
-    strips = -(-lattice_height // phases_y) * tile.strips_per_row
+    strips = tile.q_groups * max(
+        sum(end - first for first, end in rows) for rows in _displaced(geometry, shape, tile.least)
+    )
     blocks_y = -(-strips // tile.strips)
     return Launch(
         "product.cu",
@@ -391,6 +396,50 @@ def _product(
         scaled=geometry.taps == 1,
         cycles=cycles,
     )
+
+
+def _present(geometry: Geometry, shape: Shape) -> float:
+    """Return the share of strips whose row of the second map exists; 1 where all are computed.
+
+    Where product.cu leaves strips out, it stages as many rows as are enough if each row meets the
+    second map at half of its displacements, and so at no fewer than it has strips for. The share is
+    that of images of about this size.
+    """
+    samples, channels, height, width = shape
+    patch, size = geometry.patch_size[0], size_class(height, DIGITS)
+    least = least_displacements(patch)
+    if _displaced(geometry, shape, least) != _displaced(geometry, shape, 1):
+        return 1
+    found = _displaced(geometry, (samples, channels, size, width), least)
+    return sum(end - first for rows in found for first, end in rows) / (
+        patch * sum(map(len, found))
+    )
+
+
+def _displaced(geometry: Geometry, shape: Shape, least: int) -> list[list[tuple[int, int]]]:
+    """Return the vertical displacements of each row of each row phase that have strips.
+
+    From the first to the end, as product.cu finds them.
+    """
+    axis, height, patch = geometry.y, shape[2], geometry.patch_size[0]
+    phases, advance = axis.phases
+    number = volume_shape(geometry, shape)[3]
+    found = []
+    for phase in range(phases):
+        y2 = phase * axis.lattice_step - axis.padding + axis.first_displacement
+        before = -(y2 // axis.dilation_patch)
+        extent = max(least, -((y2 - height) // axis.dilation_patch) - before)
+        rows = range(-(-(number - phase) // phases))
+        found.append(
+            [
+                (
+                    min(max(before - advance * row, 0), patch - least),
+                    min(max(before - advance * row + extent, least), patch),
+                )
+                for row in rows
+            ]
+        )
+    return found
 
 
 def _gradient(

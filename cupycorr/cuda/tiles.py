@@ -23,6 +23,7 @@ from cupycorr.cuda.cost import (
     cycles_in_rounds,
     displacements_of_thread,
     elements_per_load,
+    least_displacements,
     odd_units,
     powers_of_two,
     resident,
@@ -43,7 +44,7 @@ LEAST_BUSY = 0.8  # share of a block's threads that have outputs
 # For l1, instructions in place of a multiply-add: two additions, and two comparisons in gradients.
 ADDITIONS, COMPARISONS = 2, 2
 FAR = 1 << 20  # 16-byte units, beyond all shared memory
-DIFFERENCES = 8  # that a thread holds until they are added
+DIFFERENCES = 24  # registers for what a thread holds until it is added
 
 # The counts below are read off NVRTC's machine code of product.cu and product_adjoint.cu, for the
 # layers of tests/support/devices.py; tests/kernels/test_nvrtc.py holds the registers to budgets.
@@ -57,6 +58,9 @@ FETCH, COPY, CHANNEL = {True: 43, False: 27}, {True: 2.4, False: 3}, 6
 # and of the places that a thread serves between two barriers, of a store, of one by a thread that
 # shares its place, and of a result.
 PLACE, STORE, SHARED_STORE, RESULT = 45, 3, 8, 2
+# Where only some displacements have strips: instructions beside, of a row that is passed, and of a
+# store of zeros.
+SEARCH, SEARCH_ROW, ZERO = 100, 8, 14
 # product_adjoint.cu: registers per thread, per sum, per word of G that is held, of which the
 # compiler holds no more than so many, per copy of the source, and per column whose copies a thread
 # makes; and more for the first map,
@@ -86,6 +90,8 @@ class Product(NamedTuple):
     columns: int
     """Lattice columns of a phase."""
     patch: tuple[int, int]
+    present: float
+    """Share of the strips whose row of the second map exists; 1 if all must be computed."""
     step_x: int
     """Pixels between neighbouring columns."""
     phases_x: int
@@ -132,7 +138,9 @@ class ProductTile(NamedTuple):
     positions: int
     groups: int
     strips: int
-    strips_per_row: int
+    least: int
+    """Vertical displacements of a row that have strips, at least; all if patch."""
+    q_groups: int
     threads: int
     shared_bytes: int
     cycles: float
@@ -208,8 +216,11 @@ def _product_tiles(
     all numbers with what was among the best with those.
     """
     load, fewest = elements_per_load(problem.accumulator), LIKELY_CHUNK if likely else 1
-    best: dict[tuple[_Columns, int], tuple[float, set[int]]] = {}
-    for positions, channel_groups in product((8, 4, 2), (1, 2, 4, 8)):
+    best: dict[tuple[_Columns, int, int], tuple[float, set[int]]] = {}
+    patch = problem.patch[0]
+    leasts = (patch,) if problem.present == 1 else (patch, least_displacements(patch))
+    kinds = product((8, 4, 2), (1, 2, 4, 8), leasts)
+    for positions, channel_groups, least in kinds:
         if positions % load:
             continue
         for groups in powers_of_two(-(-problem.columns // positions)):
@@ -217,26 +228,32 @@ def _product_tiles(
             lanes = columns.lanes * channel_groups
             tried = set(range(1, MOST_THREADS // lanes + 1))
             if likely:
-                tried = _likely_strips(problem, columns, lanes, device)
-            least = inf
+                present = 1 if least == patch else problem.present
+                tried = _likely_strips(problem, columns, lanes, present, device)
+            cycles = inf
             for strips in sorted(tried):
                 for found in _tiles_of_strips(
-                    problem, device, columns, strips, channel_groups, fewest
+                    problem, device, columns, strips, channel_groups, least, fewest
                 ):
-                    least = min(least, found[0])
+                    cycles = min(cycles, found[0])
                     yield found
-            best[columns, channel_groups] = least, tried
-    for columns, channel_groups in nsmallest(REFINED, best, key=lambda kind: best[kind][0]):
+            best[columns, channel_groups, least] = cycles, tried
+    for kind in nsmallest(REFINED, best, key=lambda kind: best[kind][0]):
+        columns, channel_groups, least = kind
         every = range(1, MOST_THREADS // (columns.lanes * channel_groups) + 1)
-        for strips in sorted(set(every) - best[columns, channel_groups][1]):
-            yield from _tiles_of_strips(problem, device, columns, strips, channel_groups, fewest)
+        for strips in sorted(set(every) - best[kind][1]):
+            yield from _tiles_of_strips(
+                problem, device, columns, strips, channel_groups, least, fewest
+            )
 
 
-def _likely_strips(problem: Product, own: _Columns, lanes: int, device: Device) -> set[int]:
+def _likely_strips(
+    problem: Product, own: _Columns, lanes: int, present: float, device: Device
+) -> set[int]:
     """Return numbers of strips that fill warps, or share rows, or share blocks out evenly."""
     row_strips = problem.patch[0] * -(-problem.patch[1] // own.displacements)
     others = problem.samples * -(-problem.columns // own.staged1)
-    all_strips = problem.rows * row_strips
+    all_strips = ceil(problem.rows * row_strips * present)
     found = set()
     for threads in (32, 64, 96, 128, 192, MOST_THREADS):
         most = threads // lanes
@@ -268,11 +285,13 @@ def _tiles_of_strips(
     own: _Columns,
     strips: int,
     channel_groups: int,
+    least: int,
     fewest: int,
 ) -> Iterator[tuple[float, ProductTile]]:
     """Yield the tiles of so many strips and channel groups; they differ in the channels staged.
 
-    Fewer than ``fewest`` channels only where no more fit.
+    Of rows that have ``least`` vertical displacements at least. Fewer than ``fewest`` channels only
+    where no more fit.
     """
     load = elements_per_load(problem.accumulator)
     word_bytes = 16 // load
@@ -282,7 +301,12 @@ def _tiles_of_strips(
         return
     q_groups = -(-problem.patch[1] // own.displacements)
     row_strips = problem.patch[0] * q_groups
+    trimmed, present = least < problem.patch[0], 1.0
     rows1, rows2 = _staged_rows(strips, row_strips, q_groups, problem.patch[0], problem.advance[0])
+    if trimmed:
+        present = problem.present
+        rows2 = problem.advance[0] * -(-(strips - 1) // row_strips) + problem.patch[0]
+        rows1 = min(problem.rows, -(-(strips - 1) // (least * q_groups)) + 1)
     words = problem.phases_x * (rows1 * own.pitch1 + rows2 * own.pitch2)
     staged_words = problem.phases_x * (rows1 * own.staged1 + rows2 * own.staged2)
     copies = sum(
@@ -291,10 +315,11 @@ def _tiles_of_strips(
     )
     line = channel_groups * strips * (own.lanes * own.positions + load)
     sums, operands = own.positions * own.displacements, own.positions + own.source
-    blocks = problem.samples * -(-problem.rows * row_strips // strips)
+    blocks = problem.samples * ceil(problem.rows * row_strips * present / strips)
     blocks *= -(-problem.columns // own.staged1)
+    zeros = (1 / present - 1) * strips * own.displacements  # lines that have no strips
     bytes_moved = bytes_of_rows(
-        strips * own.displacements, problem.phases_x * own.staged1, problem.result_bytes
+        strips * own.displacements + zeros, problem.phases_x * own.staged1, problem.result_bytes
     ) + problem.channels * sum(
         bytes_of_rows(rows, problem.phases_x * columns, problem.element_bytes, problem.step_x)
         for rows, columns in ((rows1, own.staged1), (rows2, own.staged2))
@@ -314,7 +339,8 @@ def _tiles_of_strips(
             continue
         if fits and chunk < fewest:
             return
-        shared_bytes = max(buffers * chunk * words, line) * word_bytes
+        numbers = round_up(strips, 4) * 4 * trimmed  # bytes of the strips' numbers
+        shared_bytes = max(buffers * chunk * words, line) * word_bytes + numbers
         values = sums + operands + (DIFFERENCES if problem.l1 else 0)
         offsets = (
             OFFSETS + (FLIGHT_OFFSETS * chunk if problem.asynchronous else COPY_OFFSETS) * copies
@@ -332,9 +358,13 @@ def _tiles_of_strips(
         fits = True
         fetching = FETCH[problem.asynchronous] + chunk * copies * COPY[problem.asynchronous]
         rounds = -(-problem.channels // chunk)
-        at_once = room(Block(threads, registers, shared_bytes), device) // (line * word_bytes)
+        at_once = room(Block(threads, registers, shared_bytes), device) - numbers
+        at_once //= line * word_bytes
         slices, storing = _storing(problem, own, strips, channel_groups, threads, at_once)
-        shared_bytes = max(shared_bytes, slices * line * word_bytes)
+        shared_bytes = max(shared_bytes, slices * line * word_bytes + numbers)
+        if trimmed:
+            storing += SEARCH + SEARCH_ROW * (problem.rows / 2 + 2 * rows1)
+            storing += zeros * own.lanes * own.positions / problem.result_vector / threads * ZERO
         block = Block(
             threads,
             registers,
@@ -352,15 +382,15 @@ def _tiles_of_strips(
         )  # fmt: skip
         constants = {
             "positions": own.positions, "displacements": own.displacements, "groups": own.groups,
-            "strips": strips, "channel_groups": channel_groups, "chunk": chunk,
+            "strips": strips, "least": least, "channel_groups": channel_groups, "chunk": chunk,
             "vector": problem.vector, "lead": problem.lead,
             "rows1": rows1, "rows2": rows2, "pitch1": own.pitch1, "pitch2": own.pitch2,
             "asynchronous": problem.asynchronous, "ahead": ahead, "buffers": buffers,
-            "threads": threads, "shared_words": shared_bytes // word_bytes,
+            "threads": threads, "shared_words": (shared_bytes - numbers) // word_bytes,
             "resident": resident(block, device),
         }  # fmt: skip
         tile = ProductTile(
-            tuple(constants.items()), own.positions, own.groups, strips, row_strips,
+            tuple(constants.items()), own.positions, own.groups, strips, least, q_groups,
             threads, shared_bytes,
             cycles_in_rounds(block, blocks, problem.accumulator, device),
         )  # fmt: skip

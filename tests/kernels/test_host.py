@@ -233,6 +233,11 @@ STRIDE = ((1, 20, 13, 29), Layer(Geometry(patch_size=(5, 7), stride=(1, 2))))
 VECTORS = ((1, 6, 9, 16), Layer(Geometry(patch_size=(3, 9))))
 COLUMN = ((1, 20, 17, 16), Layer(Geometry(patch_size=(9, 1))))
 WIDE_PATCH = ((1, 5, 5, 34), Layer(Geometry(patch_size=(2, 29))))
+LOW_MAP = ((2, 5, 4, 9), Layer(Geometry(patch_size=(7, 3))))
+STEEP = (
+    (1, 5, 23, 9),
+    Layer(Geometry(patch_size=(6, 3), stride=(2, 1), padding=(-1, 1), dilation_patch=(3, 1))),
+)
 
 
 def in_slices(tile, values, lines):
@@ -260,6 +265,16 @@ PRODUCT_TILES = {
         SM_75, PHASES, lambda t: in_slices(t, 7, t["strips"])),
     "groups of displacements": (SM_75, WIDE_PATCH, lambda t: t["strips"] == 3),
     "groups of displacements, one row": (SM_80, WIDE_PATCH, lambda t: t["strips"] == 2),
+    "strips left out": (SM_80, PHASES, lambda t: t["least"] == 3 and t["strips"] == 7),
+    "strips left out, a few per block": (
+        SM_75, PHASES, lambda t: t["least"] == 3 and t["strips"] == 2),
+    "strips left out, many per block": (SM_80, PHASES, lambda t: (t["least"] == 3) * t["strips"]),
+    "strips left out, low map": (SM_75, LOW_MAP, lambda t: t["least"] == 4 and t["strips"] == 5),
+    "strips left out, advance": (SM_80, STEEP, lambda t: t["least"] == 3 and t["strips"] == 11),
+    "strips left out, groups of displacements": (
+        SM_80, WIDE_PATCH, lambda t: t["least"] == 1 and t["strips"] == 3),
+    "strips left out, vectors": (
+        SM_80, VECTORS, lambda t: t["least"] == 2 and t["strips"] == 4),
 }  # fmt: skip
 GRADIENT_TILES = {
     "one row": (SM_80, PHASES, lambda t: t["rows"] == 1),
@@ -271,7 +286,7 @@ GRADIENT_TILES = {
     "channels shared": (SM_75, PHASES, lambda t: t["channel_groups"]),
     "advance, two rows": (SM_80, STRIDE, lambda t: t["rows"] == 2 and t["groups"] > 1),
     "advance, many channels": (SM_75, STRIDE, lambda t: t["channels"]),
-    "not ahead": (SM_75, STRIDE, lambda t: not t["ahead"]),
+    "not ahead": (SM_75, WIDE_PATCH, lambda t: not t["ahead"]),
     "vectors": (SM_80, VECTORS, lambda t: t["vector"] == 4 and t["rows"] == 2),
     "vectors through registers": (SM_75, VECTORS, lambda t: t["vector"] == 4 and t["groups"]),
     "results in slices": (SM_80, COLUMN, lambda t: in_slices(t, t["channels"], t["rows"])),

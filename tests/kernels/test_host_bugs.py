@@ -76,7 +76,8 @@ BUGS = {
         "column / PHASES * PHASE_PITCH + column % PHASES", SEVERAL_GROUPS),
     "shared memory is not cleared": Bug("i < count; i += THREADS * words", "i < 0; i += 1"),
     # product.cu
-    "no barrier between stores and use": Bug("land(c);\n    __syncthreads();", "land(c);"),
+    "no barrier between stores and use": Bug(
+        "land(buffer);\n    __syncthreads();", "land(buffer);"),
     "no barrier between clearing and stores": Bug(
         "buffer_words, thread);\n  __syncthreads();", "buffer_words, thread);", device=SM_80),
     "no barrier between use and results": Bug(
@@ -89,7 +90,15 @@ BUGS = {
     "a partial last chunk left out": Bug(
         "c < s.channels; c += chunk", "c + chunk <= s.channels; c += chunk", "33 channels"),
     "results of the wrong strip": Bug(
-        "out = strip0 + at,", "out = strip0 + (at + 1) % strips,", MANY_ROWS),
+        "trimmed ? numbers[at] : strip0 + at,", "strip0 + (at + 1) % strips,", SEVERAL_GROUPS),
+    "strips of displacements that have none": Bug(
+        "displaced.first(row) + p) * q_groups", "p) * q_groups", MANY_ROWS),
+    "displacements that have strips left out": Bug(
+        "quotient(height - y2) - before", "quotient(height - y2 - 1) - before", MANY_ROWS),
+    "zeros over results": Bug("k < before ? k : k + present", "k", MANY_ROWS),
+    "rows that begin with a block not zeroed": Bug("row0 + begun", "row0 + 1", MANY_ROWS),
+    "results of the wrong number": Bug(
+        "numbers[at] : strip0", "numbers[(at + 1) % strips] : strip0", MANY_ROWS),
     "columns advance by one": Bug("two[lead + advance_x * m + q]", "two[lead + m + q]", "stride"),
     "a result behind the row": Bug("v >= s.lattice_width", "v > s.lattice_width"),
     "products with what is outside": Bug(

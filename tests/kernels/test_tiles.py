@@ -61,9 +61,9 @@ def test_small_layers_get_many_warps_and_share_their_channels_out(shape, geometr
     plan = cuda_plan.plan(RESULTS, Layer(geometry), shape, "float32", device)
     product, *gradients = (launch for launch in plan.launches if launch.source != "taps.cu")
     for launch in (product, *gradients):
-        assert 128 <= launch.threads <= 192
-        assert launch.blocks >= device.multiprocessors
-    assert dict(product.constants)["resident"] >= 2
+        blocks = -(-launch.blocks // device.multiprocessors)
+        at_once = min(blocks, dict(launch.constants).get("resident", 2))
+        assert at_once * launch.threads >= 8 * 32
     assert dict(product.constants)["chunk"] >= 8
     assert dict(product.constants)["channel_groups"] >= 2
     for launch in gradients:

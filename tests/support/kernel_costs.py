@@ -25,7 +25,7 @@ from cupycorr.cuda.cost import (
 )
 from cupycorr.cuda.launch import Launch
 from cupycorr.cuda.plan import plan
-from cupycorr.cuda.tiles import ADDITIONS
+from cupycorr.cuda.tiles import ADDITIONS, SEARCH_ROW, ZERO
 from cupycorr.layer import Layer
 
 WORD = 4  # bytes of a float32
@@ -88,6 +88,13 @@ class Tile:
         self.thread_columns = self.lead + self.advance_x * (self.positions - 1) + self.displacements
         self.q_groups = ceil(self.patch_x / self.displacements)
         self.trips, self.served = self._stores()
+        self.trimmed = self.is_product and self.least < self.patch_y
+        self.empty = 0.0  # strips that a block fills with zeros, beside its own
+        if self.trimmed:
+            sizes = dict(launch.sizes)
+            rows = sizes["lattice_height"] / self.phases_y
+            every = rows * self.patch_y * self.q_groups
+            self.empty = max(0.0, every / sizes["blocks_y"] - self.strips)
 
     def _stores(self):
         """Return how results leave, between two barriers.
@@ -219,15 +226,18 @@ def counts(launch: Launch, channels: int) -> Counts:
         useful = channels * busy * tile.positions * tile.patch_x // tile.q_groups
         warps = ceil(busy * tile.channel_groups / 32)
         executed = channels // tile.channel_groups * warps * 32 * sums
+        # Where strips are left out, a block amid the map has fewer rows than there is room for.
+        across = ceil((tile.strips - 1) / (tile.patch_y * tile.q_groups)) + 1
+        rows1 = min(tile.rows1, across) if tile.trimmed else tile.rows1
         staged = channels * tile.phases_x * (
-            tile.rows1 * tile.columns + tile.rows2 * tile.source_columns
+            rows1 * tile.columns + tile.rows2 * tile.source_columns
         )  # fmt: skip
         results = busy * tile.positions * tile.patch_x // tile.q_groups
         moved = _bytes(
-            tile, busy // tile.lanes * tile.displacements, 1, tile.result
+            tile, (busy // tile.lanes + tile.empty) * tile.displacements, 1, tile.result
         ) + channels * sum(
             bytes_of_rows(rows, tile.phases_x * columns, BYTES[tile.element], tile.step_x)
-            for rows, columns in ((tile.rows1, tile.columns), (tile.rows2, tile.source_columns))
+            for rows, columns in ((rows1, tile.columns), (tile.rows2, tile.source_columns))
         )
     else:
         rounds = tile.patch_y
@@ -344,6 +354,10 @@ def machine(launch: Launch, channels: int, capability: int) -> Machine:
     inner, outer = nvrtc.loops(kernel, work, (RARE,))
     instructions = nvrtc.straight(kernel, (RARE,)) + outer.total() * (rounds - 1)
     instructions += _repeated_stores(tile, nvrtc.store_loops(kernel, (RARE,)))
+    if tile.trimmed:
+        rows = dict(launch.sizes)["lattice_height"] / tile.phases_y
+        places = tile.empty * tile.displacements * tile.lanes * tile.positions / tile.result_vector
+        instructions += round(ZERO * places / launch.threads + SEARCH_ROW * rows / 2)
     if tile.is_product and inner is not outer:  # the inner loop is over channels
         instructions += inner.total() * (ceil(channels / tile.channel_groups) - rounds)
     if not tile.is_product:
@@ -359,6 +373,8 @@ def _repeated_stores(tile, loops):
     stores = tile.served * (1 if tile.is_product else tile.step_y)  # of a thread at a place
     added = 0
     for of_places, of_stores in loops:
+        if not of_places["STG"]:  # but for marks
+            continue
         if of_stores is not None:  # several stores at once, and some behind them one by one
             beside = stores - of_places["STG"]
             added += tile.trips * beside * of_stores.total() / of_stores["STG"]
@@ -376,7 +392,10 @@ def _repeated_stores(tile, loops):
 # Marks of what only borders and sums that are not finite need, and of a gradient's last slot.
 RARE, LAST_SLOT = 0, 1
 MARKS = {
-    "product.cu": (("store(k, to + k * cost_plane, false);", "{{{rare} {text}}}"),),
+    "product.cu": (
+        ("store(k, to + k * cost_plane, false);", "{{{rare} {text}}}"),
+        ("const int k = i / units, v =", "{rare} {text}"),  # what is zeroed is counted by itself
+    ),
     "product_adjoint.cu": (
         ("share_g.trim(thread % row_threads", "{rare} {text}"),
         ("if (step_y == 1 || t > 0) continue;", "{text} {rare}"),
