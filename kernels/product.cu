@@ -36,8 +36,8 @@
 //   3         x x x - -
 //
 // Launch: samples * phases_y * blocks_y * blocks_x blocks of `threads` threads, with `shared_words`
-// accumulators of dynamic shared memory; at least `chunk` channels, and fewer than 2^31 elements
-// per sample in each array.
+// accumulators of dynamic shared memory, and `strips` integers behind them if least < patch_y; at
+// least `chunk` channels, and fewer than 2^31 elements per sample in each array.
 
 #ifndef CUPYCORR_CONSTANTS
 using element = float;      // of the maps
