@@ -109,7 +109,7 @@ static_assert(pitch2 >= advance_x * positions * (groups - 1) + displacements * (
 
 // The vertical displacements of lattice rows that have strips.
 struct Displacements {
-  int before, extent;  // those with rows above fmap2, and within it, of the first row; of any number
+  int before, extent;  // of the first row: those with rows above fmap2 and in it, of any number
 
   // y2 is the pixel row that the first lattice row meets at p = 0.
   __device__ __forceinline__ Displacements(int y2, int height)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cupycorr.compat.blocks import coordinates
 from cupycorr.lookup import Lookup
-from cupycorr.sampling import volume_lookup
+from cupycorr.volumes import volume_lookup
 
 __all__ = ["backward", "forward"]
 

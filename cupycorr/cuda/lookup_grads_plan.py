@@ -9,10 +9,10 @@ from __future__ import annotations
 from math import gcd, prod
 from typing import NamedTuple
 
-from cupycorr.cuda import tensor
 from cupycorr.cuda.cost import Constants, Device
 from cupycorr.cuda.launch import Launch, Workspace, pairs, types
 from cupycorr.cuda.lookup_plan import Problem, constants, sizes
+from cupycorr.cuda.turning import turn
 from cupycorr.layer import DTYPES
 from cupycorr.lookup import Lookup
 
@@ -204,7 +204,7 @@ class _Drawing:
         turned = f"{name}_turned"
         self.workspaces.append(Workspace(turned, shape, self.dtype))
         self.launches.append(
-            tensor.turning(shape, self.dtype, name, turned, aligned=self.aligned, back=False)
+            turn(shape, self.dtype, name, turned, aligned=self.aligned, back=False)
         )
         return turned
 
@@ -212,9 +212,7 @@ class _Drawing:
         """Lay the positions of a gradient of fmap1 side by side."""
         shape = (self.problem.maps[0], self.problem.channels, *self.problem.size)
         self.workspaces.append(Workspace(name, shape, self.dtype))
-        self.launches.append(
-            tensor.turning(shape, self.dtype, name, turned, aligned=self.aligned, back=True)
-        )
+        self.launches.append(turn(shape, self.dtype, name, turned, aligned=self.aligned, back=True))
 
     def list_readers(self, which: int) -> str:
         """List the samples that read each map of fmap1 (1) or fmap2 (2); return the array."""

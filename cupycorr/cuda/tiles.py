@@ -307,8 +307,9 @@ def _tiles_of_strips(
         present = problem.present
         rows2 = problem.advance[0] * -(-(strips - 1) // row_strips) + problem.patch[0]
         rows1 = min(problem.rows, -(-(strips - 1) // (least * q_groups)) + 1)
+    read1 = min(rows1, -(-(strips - 1) // row_strips) + 1)  # rows of a block amid the map
     words = problem.phases_x * (rows1 * own.pitch1 + rows2 * own.pitch2)
-    staged_words = problem.phases_x * (rows1 * own.staged1 + rows2 * own.staged2)
+    staged_words = problem.phases_x * (read1 * own.staged1 + rows2 * own.staged2)
     copies = sum(
         copies_of_thread(rows, problem.phases_x * columns, problem.vector, threads)
         for rows, columns in ((rows1, own.staged1), (rows2, own.staged2))
@@ -322,7 +323,7 @@ def _tiles_of_strips(
         strips * own.displacements + zeros, problem.phases_x * own.staged1, problem.result_bytes
     ) + problem.channels * sum(
         bytes_of_rows(rows, problem.phases_x * columns, problem.element_bytes, problem.step_x)
-        for rows, columns in ((rows1, own.staged1), (rows2, own.staged2))
+        for rows, columns in ((read1, own.staged1), (rows2, own.staged2))
     )
     buffers = 2 if problem.asynchronous else 1
     several = channel_groups > 1 and own.lanes * strips < 32  # of a warp

@@ -33,7 +33,7 @@ ROOMS = {
     "cupycorr.cuda": Room(2),
     "cupycorr.cuda.cost": Room(2.1),
     "cupycorr.cuda.launch": Room(2.15),
-    "cupycorr.cuda.plain": Room(2.2),
+    "cupycorr.cuda.plain": Room(2.17),
     "cupycorr.cuda.tiles": Room(2.2),
     "cupycorr.cuda.turning": Room(2.2),
     "cupycorr.cuda.tensor": Room(2.25),
