@@ -48,13 +48,13 @@ def numpy_engine() -> Engine:
     """Return this package's NumPy engine."""
 
     def cost(fmap1: Array, fmap2: Array, layer: Layer, dtype: str) -> Array:
-        one, two = (_to_dtype(a, dtype) for a in (fmap1, fmap2))
+        one, two = (to_dtype(a, dtype) for a in (fmap1, fmap2))
         return np.asarray(correlate(one, two, layer), np.float64)
 
     def grads(
         grad: Array, fmap1: Array, fmap2: Array, layer: Layer, dtype: str
     ) -> tuple[Array, Array]:
-        upstream, one, two = (_to_dtype(a, dtype) for a in (grad, fmap1, fmap2))
+        upstream, one, two = (to_dtype(a, dtype) for a in (grad, fmap1, fmap2))
         grad1, grad2 = differentiate(upstream, one, two, layer)
         return np.asarray(grad1, np.float64), np.asarray(grad2, np.float64)
 
@@ -74,18 +74,18 @@ def cupy_engine(*, plain: bool = False) -> Engine:
     cost_of, grads_of = (plain_cost, plain_grads) if plain else (correlate, differentiate)
 
     def array(values: Array, dtype: str) -> Any:
-        return cupy.asarray(_to_dtype(values, dtype))
+        return cupy.asarray(to_dtype(values, dtype))
 
     def cost(fmap1: Array, fmap2: Array, layer: Layer, dtype: str) -> Array:
         one, two = (array(a, dtype) for a in (fmap1, fmap2))
-        return _from_cupy(cost_of(one, two, layer))
+        return from_cupy(cost_of(one, two, layer))
 
     def grads(
         grad: Array, fmap1: Array, fmap2: Array, layer: Layer, dtype: str
     ) -> tuple[Array, Array]:
         upstream, one, two = (array(a, dtype) for a in (grad, fmap1, fmap2))
         grad1, grad2 = grads_of(upstream, one, two, layer)
-        return _from_cupy(grad1), _from_cupy(grad2)
+        return from_cupy(grad1), from_cupy(grad2)
 
     return Engine("cupy, plain kernels" if plain else "cupy", cost, grads)
 
@@ -132,7 +132,7 @@ def torch_engine(device: str = "cpu") -> Engine:
 
     def cost(fmap1: Array, fmap2: Array, layer: Layer, dtype: str) -> Array:
         one, two = (tensor(a, dtype) for a in (fmap1, fmap2))
-        return _from_torch(correlate(one, two, layer))
+        return from_torch(correlate(one, two, layer))
 
     def grads(
         grad: Array, fmap1: Array, fmap2: Array, layer: Layer, dtype: str
@@ -140,7 +140,7 @@ def torch_engine(device: str = "cpu") -> Engine:
         one, two = (tensor(a, dtype, differentiable=True) for a in (fmap1, fmap2))
         upstream = tensor(grad, dtype)
         grad1, grad2 = torch.autograd.grad(correlate(one, two, layer), (one, two), upstream)
-        return _from_torch(grad1), _from_torch(grad2)
+        return from_torch(grad1), from_torch(grad2)
 
     return Engine("torch", cost, grads)
 
@@ -366,15 +366,18 @@ def _describe(wrong: npt.NDArray[np.bool_], got: Array, want: Array) -> str | No
     )
 
 
-def _from_cupy(array: Any) -> Array:
+def from_cupy(array: Any) -> Array:
+    """Copy a CuPy array to float64 values."""
     return np.asarray(array.get().astype(np.float64))
 
 
-def _from_torch(tensor: Any) -> Array:
+def from_torch(tensor: Any) -> Array:
+    """Copy a tensor to float64 values."""
     return np.asarray(tensor.detach().cpu().double().numpy())
 
 
-def _to_dtype(array: Array, dtype: str) -> npt.NDArray[Any]:
+def to_dtype(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """Convert values to a dtype by its name, also to "bfloat16", which needs ml_dtypes."""
     if dtype == "bfloat16":
         import ml_dtypes
 

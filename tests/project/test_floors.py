@@ -58,6 +58,7 @@ ROOMS = {
     # The torch module enters by the public door, where its tensors are checked.
     "cupycorr.modules": Room(5, TORCH),
     "cupycorr.verify": Room(5, NUMPY, TORCH | {"cupy", "ml_dtypes"}),
+    "cupycorr.verify_lookup": Room(5.1, NUMPY, TORCH | {"cupy"}),
     # What has no torch module must not need torch.
     "cupycorr.compat": Room(6),
     **{
