@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
-from cupycorr import verify
+from cupycorr import verify, verify_lookup
 from cupycorr.api import correlate
 from cupycorr.layer import DTYPES
+from cupycorr.sampling import correlation_lookup
 
 from . import cuda, environment
 from .options import (
     ENGINES,
+    LookupProblem,
     Problem,
     Sizes,
     described,
@@ -68,6 +71,9 @@ def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple
     differences the latter two add up to the former. In float64 torch's own gradcheck and
     gradgradcheck follow, which compare with finite differences.
 
+    --radius R checks the flow-guided lookup in place of the cost volume: at coordinates inside and
+    outside of the maps, with the gradients by the maps and the coordinates.
+
     Exits with 1 if a check fails or a kernel does not compile, and with 2 if the options are wrong
     or something is missing.
     """
@@ -114,22 +120,26 @@ def _engines(device: str, asked: tuple[str, ...]) -> list[str]:
     return [name for name in present if name in asked or not asked]
 
 
-def _engine(name: str, device: str) -> verify.Engine:
+def _engine(module: Any, name: str, device: str) -> Any:
+    """Return an engine as `verify` or `verify_lookup` check it."""
     if name == "torch":
-        return verify.torch_engine(device)
+        return module.torch_engine(device)
     if name == "numpy":
-        return verify.numpy_engine()
-    return verify.cupy_engine(plain=name == "plain")
+        return module.numpy_engine()
+    return module.cupy_engine(plain=name == "plain")
 
 
 def _checks(
-    name: str, device: str, problem: Problem, dtype: str
+    name: str, device: str, problem: Problem | LookupProblem, dtype: str
 ) -> Iterator[tuple[verify.Check, str]]:
     """Yield each check of one engine, and what it compares with."""
-    engine, oracle = _engine(name, device), verify.definition()
+    is_lookup = isinstance(problem, LookupProblem)
+    module: Any = verify_lookup if is_lookup else verify
+    what = problem.lookup if isinstance(problem, LookupProblem) else problem.layer
+    engine, oracle = _engine(module, name, device), module.definition()
     try:
-        for check in verify.check(engine, problem.shape, problem.layer, dtype, oracle=oracle):
-            alone = check.name == "adjoint identity"
+        for check in module.check(engine, problem.shape, what, dtype, oracle=oracle):
+            alone = check.name.startswith("adjoint identity")
             yield check, "with itself" if alone else "with the definition"
     except RuntimeError as failure:
         if device == "cpu":
@@ -140,27 +150,40 @@ def _checks(
         yield from _torch_checks(device, problem)
 
 
-def _torch_checks(device: str, problem: Problem) -> Iterator[tuple[verify.Check, str]]:
+def _torch_checks(
+    device: str, problem: Problem | LookupProblem
+) -> Iterator[tuple[verify.Check, str]]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    one, two = (
-        torch.randn(problem.shape, dtype=torch.float64, generator=generator)
-        .to(device)
-        .requires_grad_()
-        for _ in range(2)
-    )
+    maps = [torch.randn(problem.shape, dtype=torch.float64, generator=generator) for _ in range(2)]
+    if isinstance(problem, LookupProblem):
+        # Odd sixteenths are no integers on any level: there costs have no derivative.
+        samples, _, height, width = problem.shape
+        steps = torch.randint(-3, max(height, width) + 3, (samples, 2, height, width, 2),
+                              generator=generator)  # fmt: skip
+        maps.append(steps[..., 0].double() + (steps[..., 1] % 8 * 2 + 1) / 16)
+    inputs = [one.to(device).requires_grad_() for one in maps]
     outputs = math.prod(problem.cost_shape)
-    fast = 2 * one.numel() + outputs > MOST_ENTRIES
+    fast = sum(one.numel() for one in inputs) + outputs > MOST_ENTRIES
     against = "with finite differences" + (", one random projection" if fast else "")
 
-    def cost(fmap1: torch.Tensor, fmap2: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = correlate(fmap1, fmap2, problem.layer)
+    def cost(*operands: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor
+        if isinstance(problem, LookupProblem):
+            coords = (*operands, inputs[-1].detach())[2]
+            result = correlation_lookup(*operands[:2], coords, problem.lookup)
+        else:
+            result = correlate(*operands, problem.layer)
         return result
 
-    for run in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+    # The lookup has second derivatives by its maps alone.
+    for run, operands in (
+        (torch.autograd.gradcheck, inputs),
+        (torch.autograd.gradgradcheck, inputs[:2]),
+    ):
         try:
-            run(cost, (one, two), fast_mode=fast)
+            run(cost, tuple(operands), fast_mode=fast)
             error = None
         except RuntimeError as failure:  # GradcheckError, or an engine that has no gradient
             error = " ".join(str(failure).split())

@@ -13,6 +13,7 @@ from cupycorr import Geometry
 from cupycorr.geometry import IntOrPair
 from cupycorr.layer import DTYPES as ALL
 from cupycorr.layer import SIMILARITIES, Layer
+from cupycorr.lookup import ORDERS, Lookup
 
 # The spellings of spatial-correlation-sampler.
 DTYPES = dict(zip(("half", "bfloat", "float", "double"), ALL, strict=True))
@@ -43,6 +44,14 @@ SIZES = {
     ),
 }
 GEOMETRY_FIELDS = {name: field for name, (_, field, _) in SIZES.items() if field is not None}
+# Names in `Lookup`.
+LOOKUP = {
+    "radius": "The flow-guided lookup in place of the cost volume: displacements on either side.",
+    "levels": "Levels of the lookup's pyramid.  [default: 1]",
+    "pool": "Cells that are averaged to one of the next level.  [default: 2]",
+    "order": "Which displacements of a lookup come first.  [default: yx]",
+}
+Value = IntOrPair | str | None
 
 
 class Problem(NamedTuple):
@@ -60,31 +69,59 @@ class Problem(NamedTuple):
         return self.layer.geometry.cost_shape(self.shape)
 
 
-def description(problem: Problem) -> str:
-    """Return the geometry in words of Python, and what is not as usual."""
-    unusual = {"l1": problem.layer.l1, "channels last": problem.channels_last}
-    return ", ".join([repr(problem.layer.geometry), *(name for name in unusual if unusual[name])])
+class LookupProblem(NamedTuple):
+    """A problem of the lookup: its name, the maps' shape (N, C, H, W), and what is looked up."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    lookup: Lookup
+    channels_last: bool = False
+    """Whether the maps lie in memory as (N, H, W, C)."""
+
+    @property
+    def cost_shape(self) -> tuple[int, ...]:
+        """The shape of the costs."""
+        return self.lookup.cost_shape(self.shape, (self.shape[0], 2, *self.shape[2:]))
+
+    @property
+    def is_stereo(self) -> bool:
+        """Whether positions look along their own row only."""
+        return self.lookup.radius[0] == 0 and self.lookup.pool[0] == 1
 
 
-def described(problem: Problem) -> str:
+def description(problem: Problem | LookupProblem) -> str:
+    """Return what is computed in words of Python, and what is not as usual."""
+    if isinstance(problem, LookupProblem):
+        what, l1 = repr(problem.lookup), False
+    else:
+        what, l1 = repr(problem.layer.geometry), problem.layer.l1
+    unusual = {"l1": l1, "channels last": problem.channels_last}
+    return ", ".join([what, *(name for name in unusual if unusual[name])])
+
+
+def described(problem: Problem | LookupProblem) -> str:
     """Return the name and the sizes, for a message."""
-    return f"{problem.name}: maps {problem.shape} with a cost volume of {problem.cost_shape}"
+    what = "costs" if isinstance(problem, LookupProblem) else "a cost volume"
+    return f"{problem.name}: maps {problem.shape} with {what} of {problem.cost_shape}"
 
 
 class Sizes(NamedTuple):
     """The values of the options, and which of them the user gave."""
 
-    values: dict[str, IntOrPair | None]
+    values: dict[str, Value]
     given: frozenset[str]
     similarity: str = "product"
 
-    def problem(self, name: str, preset: Mapping[str, IntOrPair] | None = None) -> Problem:
+    def problem(
+        self, name: str, preset: Mapping[str, IntOrPair | str] | None = None
+    ) -> Problem | LookupProblem:
         """Build the problem of the options, or of a preset with what the user gave on top.
 
         Raises
         ------
         click.UsageError
-            If the geometry is not valid or the taps do not fit.
+            If the geometry or the lookup is not valid, the taps do not fit, a level has no cell,
+            or an option is of the other kind.
         """
         values: dict[str, Any] = dict(self.values)
         if preset is not None:
@@ -92,12 +129,36 @@ class Sizes(NamedTuple):
             values = {option: neutral.get(option, 1) for option in SIZES} | dict(preset)
             values |= {option: self.values[option] for option in self.given}
         shape = (values["batch_size"], values["channel"], values["height"], values["width"])
+        is_lookup = values.get("radius") is not None
+        self._refuse(name, is_lookup)
         try:
+            if is_lookup:
+                fields = {option: values.get(option) for option in LOOKUP}
+                if "patch_dilation" in self.given:
+                    fields["dilation_patch"] = values["patch_dilation"]
+                lookup = Lookup(**{f: value for f, value in fields.items() if value is not None})
+                lookup.level_sizes(*shape[2:])
+                return LookupProblem(name, shape, lookup)
             geometry = Geometry(**{f: values[option] for option, f in GEOMETRY_FIELDS.items()})
             geometry.cost_shape(shape)
         except (TypeError, ValueError) as error:
             raise click.UsageError(f"{name}: {error}") from None
         return Problem(name, shape, Layer(geometry, self.similarity))
+
+    def _refuse(self, name: str, is_lookup: bool) -> None:
+        """Refuse options that say nothing about a problem of this kind."""
+        shared = {"patch_dilation"}
+        wrong = [
+            option
+            for option in self.given
+            if option in (GEOMETRY_FIELDS.keys() - shared if is_lookup else LOOKUP)
+        ]
+        if is_lookup and self.similarity != "product":
+            wrong.append("similarity")
+        for option in sorted(wrong):
+            flag = SIZES[option][0][-1] if option in SIZES else f"--{option}"
+            kind = "the cost volume, not for the lookup" if is_lookup else "the lookup: --radius"
+            raise click.UsageError(f"{name}: {flag} is for {kind}")
 
 
 class IntOrPairType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -123,12 +184,12 @@ class IntOrPairType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 def problem_options(
     defaults: Mapping[str, IntOrPair], flags: Mapping[str, str] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a command with the options of `SIZES`; it gets their values as ``sizes``.
+    """Decorate a command with the options of `SIZES` and `LOOKUP`; it gets them as ``sizes``.
 
     Parameters
     ----------
     defaults : mapping
-        Default per option.
+        Default per option of `SIZES`.
     flags : mapping, optional
         A further flag for some options.
     """
@@ -137,10 +198,10 @@ def problem_options(
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         def collect(*args: Any, **kwargs: Any) -> None:
             context = click.get_current_context()
-            values = {name: kwargs.pop(name) for name in SIZES}
+            values = {name: kwargs.pop(name) for name in (*SIZES, *LOOKUP)}
             given = frozenset(
                 name
-                for name in SIZES
+                for name in values
                 if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
             )
             sizes = Sizes(values, given, kwargs.pop("similarity"))
@@ -155,6 +216,14 @@ def problem_options(
             help="What is summed: products, or absolute differences.",
         )(wrapped)
         # Each decorator puts its option in front of those before it.
+        kinds: dict[str, Any] = {
+            "levels": click.IntRange(min=1),
+            "order": click.Choice(ORDERS),
+        }
+        for name, text in reversed(LOOKUP.items()):
+            kind = kinds.get(name, IntOrPairType())
+            metavar = {"levels": "INT", "order": None}.get(name, "INT|Y,X")
+            wrapped = click.option(f"--{name}", type=kind, metavar=metavar, help=text)(wrapped)
         for name, (names, field, text) in reversed(SIZES.items()):
             more = (flags[name],) if name in flags else ()
             wrapped = click.option(

@@ -1,4 +1,4 @@
-"""The layers of known networks, by the options of ``cupycorr bench``."""
+"""The layers and lookups of known networks, by the options of ``cupycorr bench``."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ import click
 
 from cupycorr.geometry import IntOrPair
 
-from .options import Problem, Sizes
+from .options import LookupProblem, Problem, Sizes
 
 
-def _pwc(batch: int, channels: int, height: int, width: int) -> dict[str, IntOrPair]:
-    size: dict[str, IntOrPair] = {
+def _pwc(batch: int, channels: int, height: int, width: int) -> dict[str, IntOrPair | str]:
+    size: dict[str, IntOrPair | str] = {
         "batch_size": batch, "channel": channels, "height": height, "width": width,
     }  # fmt: skip
     return size | {"patch": 9}
 
 
-FLOWNETC: dict[str, IntOrPair] = {
+def _raft(channels: int, height: int, width: int, radius: int) -> dict[str, IntOrPair | str]:
+    return {
+        "batch_size": 1, "channel": channels, "height": height, "width": width,
+        "radius": radius, "levels": 4, "order": "xy",
+    }  # fmt: skip
+
+
+FLOWNETC: dict[str, IntOrPair | str] = {
     "batch_size": 4, "channel": 256, "height": 48, "width": 64, "patch": 21, "patch_dilation": 2,
 }  # fmt: skip
-PRESETS: dict[str, dict[str, IntOrPair]] = {
+PRESETS: dict[str, dict[str, IntOrPair | str]] = {
     # The defaults of spatial-correlation-sampler's benchmark.py.
     "default": {
         "batch_size": 16, "kernel_size": 3, "patch": 3, "patch_dilation": 2, "channel": 64,
@@ -41,6 +48,11 @@ PRESETS: dict[str, dict[str, IntOrPair]] = {
         "batch_size": 2, "channel": 64, "height": 64, "width": 64,
         "kernel_size": 3, "patch": 9, "pad": 1,
     },
+    # The lookups of RAFT at 436 x 1024 pixels, of its small form, at 1080 x 1920, and of stereo.
+    "raft": _raft(256, 55, 128, 4),
+    "raft-small": _raft(128, 46, 62, 3),
+    "raft-1080p": _raft(256, 135, 240, 4),
+    "raft-stereo": _raft(256, 96, 160, 4) | {"radius": (0, 4), "pool": (1, 2), "order": "yx"},
 }  # fmt: skip
 
 
@@ -58,7 +70,7 @@ def preset_option(function: Callable[..., None]) -> Callable[..., None]:
 
 def chosen_problems(
     sizes: Sizes, presets: tuple[str, ...], channels_last: bool = False
-) -> list[Problem]:
+) -> list[Problem | LookupProblem]:
     """Return the problems of the presets, or that of the sizes if there is no preset."""
     names = list(PRESETS) if "all" in presets else list(dict.fromkeys(presets))
     problems = [sizes.problem(name, PRESETS[name]) for name in names]
