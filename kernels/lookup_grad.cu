@@ -76,9 +76,9 @@ static_assert(tile % 32 == 0 && tile <= threads, "a thread finds the window of a
 struct GradSizes : Sizes {
   int first, behind;     // the levels whose windows are stored: from first to before behind
   int segments[levels];  // 0 of others
-
-  __device__ __forceinline__ int stored() const { return behind - first; }
 };
+
+__device__ __forceinline__ int stored_levels(const GradSizes& s) { return s.behind - s.first; }
 
 // ---- what a warp lists and adds
 
@@ -217,7 +217,7 @@ __device__ __forceinline__ void store_all(Result* grad, const Sums& sums, const 
 
 __device__ __forceinline__ const float* window_at(const float* windows, const GradSizes& s, int e,
                                                   int level, long long p) {
-  const long long of_level = static_cast<long long>(e) * s.stored() + level - s.first;
+  const long long of_level = static_cast<long long>(e) * stored_levels(s) + level - s.first;
   return windows + (of_level * positions_of(s) + p) * (span_y * span_x);
 }
 
@@ -232,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(threads) spread_windows(
   const int thread = threadIdx.x, lane = thread % 32, area = s.height * s.width;
   int rest = blockIdx.x;
   const int p0 = pop(rest, ceil_div(area, 32)) * 32;
-  const int number = s.first + pop(rest, s.stored()), e = rest;
+  const int number = s.first + pop(rest, stored_levels(s)), e = rest;
   const int here = smaller(32, area - p0), p = p0 + smaller(lane, here - 1);
   for (int k = thread / 32; k < outputs; k += warps) {
     const long long at = cost_at(s, e, number, k / outputs_x, k % outputs_x, p);

@@ -23,7 +23,7 @@ REGISTERS = {
     "lookup_grad_fmap1": MOST,
     "lookup_grad_levels": MOST,
     "lookup_grad_coords": 112,
-    "spread_windows": 40,
+    "spread_windows": 48,
     "add_parts": 40,
     "list_readers": 40,
     "bound_tiles": 40,
