@@ -136,18 +136,24 @@ def test_gradients_are_adjoint_to_the_cost(name, plain):
     assert sum((one * two).sum() for one, two in pairs) == product
 
 
-def compare_many(**how):
-    """As `compare`, of more samples with one map than a block has threads."""
+def compare_many(samples=400, channels=4, dtype="float32", **how):
+    """As `compare`, of many samples with one map, or of many channels."""
     rng, lookup = np.random.default_rng(0), Lookup(1, 2)
-    fmap1 = rng.integers(-2, 3, (1, 4, 1, 2)).astype(float)
-    levels = lookup_definition.pyramid(16.0 * rng.integers(-2, 3, (1, 4, 5, 6)), lookup)
-    coords = rng.integers(-8, 56, (400, 2, 1, 2)) / 8
-    coords[:250] += 100  # no tile of the first that a block's threads look at reaches it
+    fmap1 = rng.integers(-2, 3, (1, channels, 1, 2)).astype(float)
+    levels = lookup_definition.pyramid(16.0 * rng.integers(-2, 3, (1, channels, 5, 6)), lookup)
+    coords = rng.integers(-8, 56, (samples, 2, 1, 2)) / 8
+    coords[: samples * 5 // 8] += 100  # no tile of the first that a block's threads see reaches it
     grad = rng.integers(-2, 3, lookup.cost_shape(fmap1.shape, coords.shape)).astype(float)
-    indices = dict.fromkeys(("index1", "index2"), np.zeros(400, np.int64))
+    indices = dict.fromkeys(("index1", "index2"), np.zeros(samples, np.int64))
     given = grad, fmap1, levels, coords, lookup, SCALE
     want = lookup_definition.grads(*given, **indices)
-    return differences(lookup_grads_host.grads(ONE, *given, **indices, **how), want, "float32")
+    return differences(lookup_grads_host.grads(ONE, *given, dtype, **indices, **how), want, dtype)
+
+
+@pytest.mark.parametrize("channels", [300, 512, 777])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_more_channels_than_a_warp_owns_are_exact(channels, dtype):
+    assert not compare_many(8, channels, dtype)
 
 
 def test_more_tiles_than_threads_are_exact():
