@@ -105,7 +105,7 @@ def test_words_that_do_not_exist_are_never_stored(kernel, case, device):
     for launch, arrays, accesses in tiles(case, device, kernel):
         writes = accesses[accesses["written"] == 1]
         start = first_round(accesses)
-        results = first_round(writes[writes["array"] >= 0], len(start)) - 1
+        results = first_round(leaving(accesses), len(start)) - 1
         stored = writes[writes["array"] == SHARED]
         block = stored["block"]
         stored = stored[(stored["round"] > start[block]) & (stored["round"] < results[block])]
@@ -170,12 +170,17 @@ def test_a_thread_of_the_gradient_reads_upstream_once_for_all_its_channels(case,
 
 def vectors_read(accesses):
     """Return the reads of 16 bytes of shared memory in the main loop, before results leave."""
-    leaving = accesses[(accesses["array"] >= 0) & (accesses["written"] == 1)]
-    results = first_round(leaving, accesses["block"].max() + 1)
+    results = first_round(leaving(accesses), accesses["block"].max() + 1)
     return accesses[
         (accesses["array"] == SHARED) & (accesses["written"] == 0) & (accesses["bytes"] == 16)
         & (accesses["round"] < results[accesses["block"]])
     ]  # fmt: skip
+
+
+def leaving(accesses):
+    """Return the writes of results. Zeros for strips that are left out are written before."""
+    writes = accesses[(accesses["array"] >= 0) & (accesses["written"] == 1)]
+    return writes[writes["round"] > first_round(accesses)[writes["block"]] + 1]
 
 
 def first_round(accesses, blocks=None):
