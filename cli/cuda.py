@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
-from cupycorr import api
+import numpy as np
+
+from cupycorr import api, sampling, verify
 from cupycorr.cuda.cost import LANES
 from cupycorr.verify import plain_cost, plain_grads
 
 from .bench.measure import Implementation, Timing, ours
-from .environment import Unavailable
-from .options import Problem, described
+from .environment import Unavailable, has
+from .options import LookupProblem, Problem, described
 
 LEAD_SECONDS = 1e-3
 RESOLUTION = 5e-7  # of events, in seconds
@@ -107,8 +109,10 @@ def implementation(engine: str) -> Implementation:
     return Implementation(f"cupycorr {engine}", "cupy", correlate, vjp)
 
 
-def kernels(problem: Problem, dtype: str) -> list[dict[str, Any]]:
+def kernels(problem: Problem | LookupProblem, dtype: str) -> list[dict[str, Any]]:
     """Make the kernels of a problem ready; return what each took and takes.
+
+    The kernels of a lookup are made ready by calls on zeros; those that were ready are left out.
 
     Raises
     ------
@@ -119,13 +123,40 @@ def kernels(problem: Problem, dtype: str) -> list[dict[str, Any]]:
 
     if 0 in problem.shape:
         return []  # nothing will be launched
+    if isinstance(problem, LookupProblem):
+        before = len(cuda_engine.made)
+        _call_lookup(problem, dtype)
+        return [one._asdict() for one in cuda_engine.made[before:]]
     compiled = cuda_engine.warm_up(
         problem.layer, problem.shape, dtype, channels_last=problem.channels_last
     )
     return [one._asdict() for one in compiled]
 
 
-def refuse_too_large(problem: Problem, itemsize: int, cold: bool) -> None:
+def _call_lookup(problem: LookupProblem, dtype: str) -> None:
+    """Compute levels, costs and gradients of maps of zeros."""
+    import cupy
+
+    samples, channels, height, width = problem.shape
+    if dtype == "bfloat16" and not has("ml_dtypes"):
+        raise Unavailable("arrays of bfloat16 need ml_dtypes: pip install ml_dtypes")
+    kind: Any = verify.to_dtype(np.zeros(0), dtype).dtype
+    order = (samples, height, width, channels) if problem.channels_last else problem.shape
+    fmap = cupy.zeros(order, kind)
+    fmap = fmap.transpose(0, 3, 1, 2) if problem.channels_last else fmap
+    wide = cupy.float64 if dtype == "float64" else cupy.float32
+    coords = cupy.zeros((samples, 2, height, width), wide)
+    grad = cupy.zeros(problem.cost_shape, kind)
+    levels = sampling.pyramid(fmap, problem.lookup)
+    sampling.correlation_lookup(fmap, levels, coords, problem.lookup)
+    # The gradient of a map is that of its levels, and their sum.
+    for fmap2 in (fmap, levels):
+        sampling.correlation_lookup_vjp(
+            grad, fmap, fmap2, coords, problem.lookup, needs=(True, True, True)
+        )
+
+
+def refuse_too_large(problem: Problem | LookupProblem, itemsize: int, cold: bool) -> None:
     """Refuse what does not fit into the device's memory.
 
     Raises

@@ -168,13 +168,13 @@ def _torch_checks(
     fast = sum(one.numel() for one in inputs) + outputs > MOST_ENTRIES
     against = "with finite differences" + (", one random projection" if fast else "")
 
-    def cost(*operands: torch.Tensor) -> torch.Tensor:
+    def cost(fmap1: torch.Tensor, fmap2: torch.Tensor, *coords: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor
         if isinstance(problem, LookupProblem):
-            coords = (*operands, inputs[-1].detach())[2]
-            result = correlation_lookup(*operands[:2], coords, problem.lookup)
+            where = coords[0] if coords else inputs[2].detach()
+            result = correlation_lookup(fmap1, fmap2, where, problem.lookup)
         else:
-            result = correlate(*operands, problem.layer)
+            result = correlate(fmap1, fmap2, problem.layer)
         return result
 
     # The lookup has second derivatives by its maps alone.

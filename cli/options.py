@@ -182,7 +182,7 @@ class IntOrPairType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 
 
 def problem_options(
-    defaults: Mapping[str, IntOrPair], flags: Mapping[str, str] | None = None
+    defaults: Mapping[str, IntOrPair | str], flags: Mapping[str, str] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorate a command with the options of `SIZES` and `LOOKUP`; it gets them as ``sizes``.
 

@@ -18,6 +18,7 @@ import cupycorr
 from .. import cuda, environment, files, progress
 from ..options import (
     DTYPES,
+    LookupProblem,
     Problem,
     Sizes,
     described,
@@ -28,10 +29,13 @@ from ..options import (
     refuse_engines,
 )
 from ..presets import PRESETS, chosen_problems, preset_option
-from . import features, measure, memory, report
+from . import features, lookups, measure, memory, report
 from .peers import ITEMSIZE, PEERS, missing
 
 STANDARD_OUTPUT = Path("-")
+AnyProblem = Problem | LookupProblem
+Pair = tuple[features.Image, features.Image]
+Own = measure.Implementation | lookups.Implementation
 
 
 @click.command(short_help="Measure the time of forward and backward.")
@@ -77,6 +81,11 @@ STANDARD_OUTPUT = Path("-")
     show_default=True,
     help="Pixels of the images per position of the feature maps.",
 )
+@click.option(
+    "--flow",
+    type=click.Choice(["smooth", "rough"]),
+    help="Where lookups look.  [default: smooth, or with --images the flow between them]",
+)
 @engine_option(
     "What cupycorr computes on, repeatable: arrays of numpy on cpu, of cupy on cuda, or tensors of "
     "torch; plain: arrays of cupy by the plain kernels alone.  [default: all that is there, but "
@@ -86,7 +95,7 @@ STANDARD_OUTPUT = Path("-")
     "--against",
     "against",
     multiple=True,
-    type=click.Choice([*PEERS, "all"]),
+    type=click.Choice([*dict.fromkeys((*PEERS, *lookups.PEERS)), "all"]),
     help="Another implementation to measure in turns with cupycorr; repeatable.",
 )
 @click.option(
@@ -113,6 +122,7 @@ def bench(
     presets: tuple[str, ...],
     images: tuple[str, str] | None,
     downscale: int,
+    flow: str | None,
     engines: tuple[str, ...],
     against: tuple[str, ...],
     threads: int | None,
@@ -125,6 +135,10 @@ def bench(
     results are compared with those of cupycorr on NumPy arrays, to the bit, on maps of -1, 0 and
     1; what differs is reported and not timed. All implementations run in turns, on as many threads.
     On cuda the device's own time counts, by events on the current stream.
+
+    --radius R, or a preset of RAFT's, measures the flow-guided lookup: what is prepared once for a
+    pair of maps (levels, or another's volume of all pairs), and each lookup. Its results are held
+    to the bound of round-off, as those of others depend on their way to a coordinate.
 
     Exits with 1 if cupycorr itself fails, with 2 if the options are wrong or something is missing,
     and with 130 if it is interrupted; what is measured until then is shown and written.
@@ -140,7 +154,12 @@ def bench(
         files.refuse("--json", [json_file], inputs=images or ())
     kind = DTYPES[dtype]
     problems = chosen_problems(sizes, presets, channels_last)
-    implementations, absent = _implementations(device, engines, against, kind, sizes.similarity)
+    kinds = {isinstance(problem, LookupProblem) for problem in problems}
+    _refuse_peers(against, kinds)
+    candidates = {
+        is_lookup: _implementations(device, engines, against, kind, sizes.similarity, is_lookup)
+        for is_lookup in kinds
+    }
     pair = None if images is None else features.load_pair(*images)
     if pair is not None:
         problems = [_on_images(problem, pair, downscale, sizes) for problem in problems]
@@ -152,7 +171,7 @@ def bench(
         if device == "cuda":
             cuda.refuse_too_large(problem, ITEMSIZE[kind], cold)
     count = environment.usable_cores() if threads is None else threads
-    torch_too = any(one.library == "torch" for one in implementations)
+    torch_too = any(one.library == "torch" for some, _ in candidates.values() for one in some)
     with contextlib.ExitStack() as stack:
         with progress.bar("getting ready", None):
             stack.enter_context(measure.threads(count, torch_too))
@@ -164,6 +183,7 @@ def bench(
                 "runs": runs,
                 "max_seconds": max_seconds,
                 "input": "random" if images is None else {"images": images, "downscale": downscale},
+                "flow": flow or ("smooth" if images is None else "matched"),
                 "problems": [],
             }
             if device == "cuda":
@@ -184,12 +204,14 @@ def bench(
                 )
                 if device == "cuda":
                     memory.release()
+                implementations, absent = candidates[isinstance(problem, LookupProblem)]
                 able, unable = _split(implementations, problem, kind, device)
                 tiled = any(one.name in ("cupycorr cupy", "cupycorr torch") for one in able)
                 kernels = _kernels(problem, kind) if device == "cuda" and tiled else []
                 with progress.bar(problem.name, len(able) * (runs + 1)) as advance:
                     outcomes = measure.compare(
-                        able, problem, maps, kind, runs=runs, max_seconds=max_seconds,
+                        _jobs(able, problem, maps, pair, downscale, flow, kind, device),
+                        runs=runs, max_seconds=max_seconds,
                         advance=partial(advance, 1), stopwatch=stopwatch, device=device,
                     )  # fmt: skip
                 entry = report.entry(problem, kind, [*outcomes, *unable, *absent])
@@ -222,7 +244,41 @@ def _refuse_options(device: str, threads: int | None, cold: bool) -> None:
         raise click.UsageError("--cold is for cuda, got cpu")
 
 
-def _kernels(problem: Problem, dtype: str) -> list[dict[str, Any]]:
+def _refuse_peers(against: tuple[str, ...], kinds: set[bool]) -> None:
+    """Refuse others that compute none of what is measured."""
+    tables = {False: PEERS, True: lookups.PEERS}
+    known = {name for is_lookup in kinds for name in tables[is_lookup]}
+    for name in against:
+        if name != "all" and name not in known:
+            kind = "the cost volume" if name in PEERS else "the lookup: --radius"
+            raise click.UsageError(f"--against {name} is for {kind}")
+
+
+def _jobs(
+    able: list[Own],
+    problem: AnyProblem,
+    maps: tuple[measure.Array, measure.Array],
+    pair: Pair | None,
+    downscale: int,
+    flow: str | None,
+    dtype: str,
+    device: str,
+) -> list[measure.Job]:
+    """Give what is measured its arrays."""
+    if isinstance(problem, LookupProblem):
+        field = (
+            lookups.flow(problem, flow or "smooth")
+            if pair is None or flow is not None
+            else lookups.image_flow(problem, pair, downscale)
+        )
+        coords = lookups.coordinates(problem, field)
+        some = [one for one in able if isinstance(one, lookups.Implementation)]
+        return lookups.jobs(some, problem, maps, coords, dtype, device)
+    others = [one for one in able if isinstance(one, measure.Implementation)]
+    return measure.jobs(others, problem, maps, dtype, device)
+
+
+def _kernels(problem: AnyProblem, dtype: str) -> list[dict[str, Any]]:
     try:
         return cuda.kernels(problem, dtype)
     except RuntimeError:
@@ -235,7 +291,8 @@ def _implementations(
     against: tuple[str, ...],
     dtype: str,
     similarity: str,
-) -> tuple[list[measure.Implementation], list[measure.Outcome]]:
+    is_lookup: bool,
+) -> tuple[list[Own], list[measure.Outcome]]:
     """Return what can be measured here, and why the rest of what was asked for cannot.
 
     Raises
@@ -243,6 +300,8 @@ def _implementations(
     environment.Unavailable
         If something that was asked for by name is missing.
     """
+    candidates: list[tuple[Own, bool, str | None]]
+    own: Any = lookups.ours if is_lookup else measure.ours
     no_bfloat16 = (
         "bfloat16 needs ml_dtypes, not installed"
         if dtype == "bfloat16" and not environment.has("ml_dtypes")
@@ -250,22 +309,25 @@ def _implementations(
     )
     if device == "cuda":
         no_torch = None if environment.torch_finds_cuda() else "needs a torch that finds the GPU"
-        candidates = [(cuda.implementation(name), name in engines or name == "cupy", obstacle)
+        own = lookups.ours if is_lookup else cuda.implementation
+        candidates = [(own(name), name in engines or name == "cupy", obstacle)
                       for name, obstacle in (("cupy", no_bfloat16), ("plain", no_bfloat16),
                                              ("torch", no_torch))
                       if name in (engines or ("cupy", "torch"))]  # fmt: skip
     else:
         no_torch = None if environment.has("torch") else "needs torch, not installed"
-        candidates = [(measure.ours(name), name in engines, obstacle)
+        candidates = [(own(name), name in engines, obstacle)
                       for name, obstacle in (("numpy", no_bfloat16), ("torch", no_torch))
                       if name in engines or not engines]  # fmt: skip
     candidates += [
         (
-            measure.Implementation(name, "torch", peer.correlate),
+            lookups.IMPLEMENTATIONS[name]
+            if is_lookup
+            else measure.Implementation(name, "torch", peer.correlate),
             name in against,
             missing(peer, similarity, device),
         )
-        for name, peer in PEERS.items()
+        for name, peer in (lookups.PEERS if is_lookup else PEERS).items()
         if name in against or "all" in against
     ]
     present, absent = [], []
@@ -280,13 +342,15 @@ def _implementations(
 
 
 def _split(
-    implementations: list[measure.Implementation], problem: Problem, dtype: str, device: str
-) -> tuple[list[measure.Implementation], list[measure.Outcome]]:
+    implementations: list[Own], problem: AnyProblem, dtype: str, device: str
+) -> tuple[list[Own], list[measure.Outcome]]:
     """Separate what covers this problem from what does not."""
     able, unable = [], []
+    is_lookup = isinstance(problem, LookupProblem)
+    what = problem.lookup if isinstance(problem, LookupProblem) else problem.layer.geometry
     for one in implementations:
-        peer = PEERS.get(one.name)
-        obstacle = peer and peer.obstacle(problem.shape, problem.layer.geometry, dtype, device)
+        peer = (lookups.PEERS if is_lookup else PEERS).get(one.name)
+        obstacle = peer and peer.obstacle(problem.shape, what, dtype, device)
         if obstacle:
             unable.append(measure.Outcome(one.name, "skipped", obstacle))
         else:
@@ -294,23 +358,23 @@ def _split(
     return able, unable
 
 
-Pair = tuple[features.Image, features.Image]
-
-
-def _on_images(problem: Problem, images: Pair, downscale: int, sizes: Sizes) -> Problem:
+def _on_images(problem: AnyProblem, images: Pair, downscale: int, sizes: Sizes) -> AnyProblem:
     """Give a problem the size of the images' feature maps."""
     height, width = (size // downscale for size in images[0].shape)
     batch = problem.shape[0] if "batch_size" in sizes.given else 1
     shape = (batch, problem.shape[1], height, width)
     try:
-        problem.layer.geometry.cost_shape(shape)
+        if isinstance(problem, LookupProblem):
+            problem.lookup.level_sizes(height, width)
+        else:
+            problem.layer.geometry.cost_shape(shape)
     except ValueError as error:
         raise click.UsageError(f"{problem.name}: {error}") from None
     return problem._replace(shape=shape)
 
 
 def _image_maps(
-    problem: Problem, images: Pair, downscale: int
+    problem: AnyProblem, images: Pair, downscale: int
 ) -> tuple[measure.Array, measure.Array]:
     """Return the feature maps of the images, as often as the batch is large."""
     one, two = features.feature_maps(*images, problem.shape[1], downscale)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import prod, sqrt
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from .memory import peak
 
 Array = npt.NDArray[Any]
 PASSES = ("forward", "backward")
+ALL_PASSES = ("prepare", *PASSES, "prepare backward")
+"""Those of lookups: what all lookups of a pair of maps share is prepared apart."""
 GEMM_SIZE = 2048
 LEAST_RUNS = 3
 SETTLE_SECONDS = 0.025
@@ -56,6 +59,7 @@ class Measured(NamedTuple):
 
     timings: list[Timing]
     extra_bytes: int
+    output_bytes: int = 0
 
     @property
     def seconds(self) -> list[float]:
@@ -90,6 +94,17 @@ class Outcome(NamedTuple):
     status: str
     reason: str = ""
     passes: dict[str, Measured] | None = None
+
+
+class Job(NamedTuple):
+    """An implementation with its arrays."""
+
+    name: str
+    library: str
+    mistake: Callable[[], str | None]
+    """Describes the first result that is wrong, or returns None."""
+    steps: dict[str, Callable[[dict[str, Any]], Any]]
+    """What is timed, by the names of passes: each gets the results of those before it."""
 
 
 class _Maps(NamedTuple):
@@ -141,11 +156,57 @@ def random_maps(shape: tuple[int, ...], dtype: str) -> tuple[Array, Array]:
     return generator.standard_normal(shape, kind), generator.standard_normal(shape, kind)
 
 
-def compare(
+def jobs(
     implementations: list[Implementation],
     problem: Problem,
     maps: tuple[Array, Array],
     dtype: str,
+    device: str = "cpu",
+) -> list[Job]:
+    """Give implementations of a cost volume their arrays.
+
+    Parameters
+    ----------
+    implementations : list of Implementation
+        What is measured, forward and backward.
+    problem : Problem
+        Shape and layer.
+    maps : (array (N, C, H, W), array (N, C, H, W))
+        The maps that are timed; values of this dtype's kind.
+    dtype : {"float16", "bfloat16", "float32", "float64"}
+        What is computed in.
+    device : {"cpu", "cuda"}, default "cpu"
+        Where torch's tensors lie.
+    """
+    generator = np.random.default_rng(1)
+    grad = generator.standard_normal(problem.cost_shape, np.float32)
+    reference = _reference(problem, dtype)
+    arrays = {
+        library: library_maps((*maps, grad), library, dtype, device, problem.channels_last)
+        for library in dict.fromkeys(one.library for one in implementations)
+    }
+    return [
+        Job(
+            one.name,
+            one.library,
+            partial(_mistake, one, problem, dtype, *reference, device),
+            _steps(one, arrays[one.library], problem.layer),
+        )
+        for one in implementations
+    ]
+
+
+def _steps(
+    one: Implementation, maps: _Maps, layer: Layer
+) -> dict[str, Callable[[dict[str, Any]], Any]]:
+    return {
+        "forward": lambda done: one.correlate(maps.fmap1, maps.fmap2, layer),
+        "backward": lambda done: _gradients(one, maps, layer, done["forward"]),
+    }
+
+
+def compare(
+    jobs: list[Job],
     *,
     runs: int,
     max_seconds: float,
@@ -157,16 +218,10 @@ def compare(
 
     Parameters
     ----------
-    implementations : list of Implementation
+    jobs : list of Job
         What is measured.
-    problem : Problem
-        Shape and layer.
-    maps : (array (N, C, H, W), array (N, C, H, W))
-        The maps that are timed; values of this dtype's kind.
-    dtype : {"float16", "bfloat16", "float32", "float64"}
-        What is computed in.
     runs : int
-        Rounds; in each, every implementation runs forward and backward once.
+        Rounds; in each, all passes of every implementation run once.
     max_seconds : float
         An implementation that has used so much time stops after at least three rounds.
     advance : (name) -> None
@@ -177,20 +232,13 @@ def compare(
         Where torch's tensors lie.
     """
     stopwatch = by_clock if stopwatch is None else stopwatch
-    layer = problem.layer
-    generator = np.random.default_rng(1)
-    grad = generator.standard_normal(problem.cost_shape, np.float32)
     outcomes: dict[str, Outcome] = {}
-    reference = _reference(problem, dtype)
-    arrays: dict[str, _Maps] = {}
-    for library in dict.fromkeys(one.library for one in implementations):
-        arrays[library] = _maps((*maps, grad), library, dtype, device, problem.channels_last)
-    memory: dict[str, tuple[int, int]] = {}
-    for one in implementations:
+    memory: dict[str, dict[str, tuple[int, int]]] = {}
+    for one in jobs:
         try:
-            error = _mistake(one, problem, dtype, *reference, device)
+            error = one.mistake()
             if error is None:
-                memory[one.name] = _extra_memory(one, arrays[one.library], layer, device)
+                memory[one.name] = _memory(one, device)
             else:
                 outcomes[one.name] = Outcome(one.name, "wrong", error)
         except (RuntimeError, TypeError, ValueError, MemoryError) as failure:
@@ -199,28 +247,25 @@ def compare(
                 one.name, "failed", f"{type(failure).__name__}: {text[:200]}"
             )
         advance(one.name)
-    del reference
     timings = _rounds(
-        [one for one in implementations if one.name in memory], arrays, layer, stopwatch,
+        [one for one in jobs if one.name in memory], stopwatch,
         runs=runs, max_seconds=max_seconds, advance=advance, device=device,
     )  # fmt: skip
-    for name, extra in memory.items():
-        passes = {p: Measured(timings[name][i], extra[i]) for i, p in enumerate(PASSES)}
+    for name, taken in memory.items():
+        passes = {p: Measured(timings[name][p], *taken[p]) for p in taken}
         outcomes[name] = Outcome(name, "timed", passes=passes)
-    return [outcomes[one.name] for one in implementations]
+    return [outcomes[one.name] for one in jobs]
 
 
 def _rounds(
-    implementations: list[Implementation],
-    arrays: dict[str, _Maps],
-    layer: Layer,
+    jobs: list[Job],
     stopwatch: Stopwatch,
     *,
     runs: int,
     max_seconds: float,
     advance: Callable[[str], None],
     device: str,
-) -> dict[str, tuple[list[Timing], list[Timing]]]:
+) -> dict[str, dict[str, list[Timing]]]:
     """Run everything once per round, so that what else the machine does meets all alike.
 
     On the CPU each is first run untimed for a moment: threads of the one before it, OpenMP's above
@@ -229,35 +274,35 @@ def _rounds(
     Everything has run before, for its results and for its memory. On a GPU it runs here once more,
     because CuPy's pool does not yet hold the memory of the results: that is the warm-up.
     """
-    timings: dict[str, tuple[list[Timing], list[Timing]]] = {}
-    for one in implementations:
-        timings[one.name] = [], []
+    timings: dict[str, dict[str, list[Timing]]] = {}
+    for one in jobs:
+        timings[one.name] = {name: [] for name in one.steps}
         if device == "cuda":
-            _round(one, arrays[one.library], layer, stopwatch)
-    beside = len(implementations) > 1 and device == "cpu"
+            _round(one, stopwatch)
+    beside = len(jobs) > 1 and device == "cpu"
     for _ in range(runs):
-        for one in implementations:
-            forward, backward = timings[one.name]
-            used = sum(timing.seconds for timing in (*forward, *backward))
-            if len(forward) >= LEAST_RUNS and used >= max_seconds:
+        for one in jobs:
+            taken = timings[one.name]
+            last = [times[-1].seconds for times in taken.values() if times]
+            used = sum(timing.seconds for times in taken.values() for timing in times)
+            if len(taken["forward"]) >= LEAST_RUNS and used >= max_seconds:
                 continue
-            settle = beside and not (forward and forward[-1].seconds > 10 * SETTLE_SECONDS)
+            settle = beside and sum(last) <= 10 * SETTLE_SECONDS
             start = time.perf_counter()
             while settle and time.perf_counter() - start < SETTLE_SECONDS:
-                _round(one, arrays[one.library], layer, stopwatch)
-            taken = _round(one, arrays[one.library], layer, stopwatch)
-            forward.append(taken[0])
-            backward.append(taken[1])
+                _round(one, stopwatch)
+            for name, timing in _round(one, stopwatch).items():
+                taken[name].append(timing)
             advance(one.name)
     return timings
 
 
-def _round(
-    one: Implementation, maps: _Maps, layer: Layer, stopwatch: Stopwatch
-) -> tuple[Timing, Timing]:
-    forward, cost = stopwatch(lambda: one.correlate(maps.fmap1, maps.fmap2, layer))
-    backward, _ = stopwatch(lambda: _gradients(one, maps, layer, cost))
-    return forward, backward
+def _round(one: Job, stopwatch: Stopwatch) -> dict[str, Timing]:
+    timings: dict[str, Timing] = {}
+    results: dict[str, Any] = {}
+    for name, step in one.steps.items():
+        timings[name], results[name] = stopwatch(partial(step, results))
+    return timings
 
 
 def _gradients(one: Implementation, maps: _Maps, layer: Layer, cost: Any) -> tuple[Any, Any]:
@@ -302,24 +347,24 @@ def _mistake(
     device: str = "cpu",
 ) -> str | None:
     """Describe the first result that is not equal to this package's, or return None."""
-    maps = _maps(exact, one.library, dtype, device, problem.channels_last)
+    maps = library_maps(exact, one.library, dtype, device, problem.channels_last)
     cost = one.correlate(maps.fmap1, maps.fmap2, problem.layer)
     got = (cost, *_gradients(one, maps, problem.layer, cost))
     for name, result, wanted in zip(("cost", "grad_fmap1", "grad_fmap2"), got, want, strict=True):
-        error = verify.difference(_widened(result, wanted.dtype), wanted)
+        error = verify.difference(widened(result, wanted.dtype), wanted)
         if error is not None:
             return f"{name}: {error}"
     return None
 
 
-def _maps(
+def library_maps(
     values: Sequence[Array], library: str, dtype: str, device: str, channels_last: bool
 ) -> _Maps:
     """Bring values into a library's arrays of a dtype; torch's maps want gradients."""
     one, two, grad = values
     if channels_last:
         one, two = (fmap.transpose(0, 2, 3, 1) for fmap in (one, two))
-    arrays = [_array(array, library, dtype, device) for array in (one, two, grad)]
+    arrays = [library_array(array, library, dtype, device) for array in (one, two, grad)]
     if channels_last:
         arrays[:2] = (
             fmap.permute(0, 3, 1, 2) if library == "torch" else fmap.transpose(0, 3, 1, 2)
@@ -330,7 +375,7 @@ def _maps(
     return _Maps(*arrays)
 
 
-def _array(values: Array, library: str, dtype: str, device: str) -> Any:
+def library_array(values: Array, library: str, dtype: str, device: str) -> Any:
     """Bring values into a contiguous array of a library."""
     if library == "torch":
         import torch
@@ -349,7 +394,7 @@ def _array(values: Array, library: str, dtype: str, device: str) -> Any:
     return array
 
 
-def _widened(result: Any, kind: np.dtype[Any]) -> Array:
+def widened(result: Any, kind: np.dtype[Any]) -> Array:
     """Return a result of any library as a NumPy array of a kind that holds its values."""
     if hasattr(result, "detach"):
         result = result.detach().double().cpu().numpy()  # synchronises on a GPU
@@ -366,10 +411,18 @@ def by_clock(call: Callable[[], Any]) -> tuple[Timing, Any]:
     return Timing(time.perf_counter() - start), result
 
 
-def _extra_memory(
-    one: Implementation, maps: _Maps, layer: Layer, device: str = "cpu"
-) -> tuple[int, int]:
-    """Return the peaks of both passes beyond inputs and outputs, in bytes."""
-    forward, cost = peak(lambda: one.correlate(maps.fmap1, maps.fmap2, layer), one.library, device)
-    backward, grads = peak(lambda: _gradients(one, maps, layer, cost), one.library, device)
-    return max(0, forward - cost.nbytes), max(0, backward - sum(g.nbytes for g in grads))
+def _memory(one: Job, device: str = "cpu") -> dict[str, tuple[int, int]]:
+    """Return each pass's peak beyond inputs and outputs, and its outputs, in bytes."""
+    results: dict[str, Any] = {}
+    memory = {}
+    for name, step in one.steps.items():
+        most, results[name] = peak(partial(step, results), one.library, device)
+        outputs = _bytes(results[name])
+        memory[name] = max(0, most - outputs), outputs
+    return memory
+
+
+def _bytes(result: Any) -> int:
+    if isinstance(result, (tuple, list)):
+        return sum(_bytes(one) for one in result)
+    return 0 if result is None else int(result.nbytes)

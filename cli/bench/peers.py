@@ -28,16 +28,16 @@ ITEMSIZE = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 class Peer(NamedTuple):
     """Another implementation.
 
-    correlate : (fmap1, fmap2, layer) -> cost, on torch tensors
-    obstacle : (shape, geometry, dtype name, device) -> why it cannot compute this, or None
+    correlate : (fmap1, fmap2, layer) -> cost, on torch tensors; of lookups `lookups` has more
+    obstacle : (shape, geometry or lookup, dtype name, device) -> why it cannot do this, or None
     l1 : whether it sums absolute differences as well
     cpu : whether it computes on the CPU as well
     """
 
     name: str
     module: str
-    correlate: Callable[[Any, Any, Layer], Any]
-    obstacle: Callable[[tuple[int, int, int, int], Geometry, str, str], str | None]
+    correlate: Callable[..., Any]
+    obstacle: Callable[[tuple[int, int, int, int], Any, str, str], str | None]
     l1: bool = False
     cpu: bool = True
 
@@ -223,7 +223,7 @@ def _unfold_obstacle(
     entries = prod(shape[:2]) * prod(geometry.patch_size) * y.size * x.size
     # The copies, their products, and the gradients of both.
     needed = 4 * entries * ITEMSIZE[dtype]
-    return _never(shape, geometry, dtype, device) or _too_large(needed, device)
+    return _never(shape, geometry, dtype, device) or too_large(needed, device)
 
 
 def _all_pairs_obstacle(
@@ -233,7 +233,7 @@ def _all_pairs_obstacle(
     entries = shape[0] * y.size * x.size * shape[2] * shape[3]
     # The products and their gradient, once more as a copy.
     needed = 3 * entries * ITEMSIZE[dtype]
-    return _never(shape, geometry, dtype, device) or _too_large(needed, device)
+    return _never(shape, geometry, dtype, device) or too_large(needed, device)
 
 
 def _sampler_obstacle(
@@ -258,7 +258,8 @@ def _triton_obstacle(
     return _never(shape, geometry, dtype, device)
 
 
-def _too_large(needed: int, device: str) -> str | None:
+def too_large(needed: int, device: str) -> str | None:
+    """Say so if bytes are more than half of the memory that is free, or return None."""
     if device == "cuda":
         import torch
 

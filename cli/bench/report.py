@@ -12,11 +12,13 @@ from typing import Any
 import click
 
 from .. import cuda
-from ..options import GEOMETRY_FIELDS, Problem, description
-from .measure import PASSES, Outcome
+from ..options import GEOMETRY_FIELDS, LookupProblem, Problem, description
+from .measure import ALL_PASSES, PASSES, Outcome
 from .peers import ITEMSIZE
 
 SCALES = {"s": 1.0, "ms": 1e3, "us": 1e6}
+LOOKUPS = 12
+"""Lookups of a pair of maps in one pass of RAFT."""
 WIDTH = 100
 """Columns of the screen where that is no terminal, and at most."""
 COLUMNS = {
@@ -94,23 +96,36 @@ def exceeds_gemm(document: dict[str, Any], problem: dict[str, Any]) -> bool:
     )
 
 
-def entry(problem: Problem, dtype: str, outcomes: list[Outcome]) -> dict[str, Any]:
+def entry(problem: Problem | LookupProblem, dtype: str, outcomes: list[Outcome]) -> dict[str, Any]:
     """Return the problem and its outcomes for the JSON document."""
-    geometry = problem.layer.geometry
-    useful = geometry.multiply_adds(problem.shape)
     maps, cost = prod(problem.shape), prod(problem.cost_shape)
+    if isinstance(problem, LookupProblem):
+        lookup = problem.lookup
+        # Cells that a position reads: neighbours share corners unless the patch has gaps.
+        cells = [2 * r + 2 if d == 1 else 2 * (2 * r + 1)
+                 for r, d in zip(lookup.radius, lookup.dilation_patch, strict=True)]  # fmt: skip
+        useful = maps * lookup.levels * prod(cells)
+        area = sum(h * w for h, w in lookup.level_sizes(*problem.shape[2:]))
+        others = maps // max(1, prod(problem.shape[2:])) * area
+        what: dict[str, Any] = {"lookup": lookup.parameters()}
+    else:
+        geometry = problem.layer.geometry
+        useful, others = geometry.multiply_adds(problem.shape), maps
+        what = {
+            "geometry": {name: list(getattr(geometry, name)) for name in GEOMETRY_FIELDS.values()},
+            "similarity": problem.layer.similarity,
+        }
     return {
         "name": problem.name,
         "shape": list(problem.shape),
-        "geometry": {name: list(getattr(geometry, name)) for name in GEOMETRY_FIELDS.values()},
-        "similarity": problem.layer.similarity,
+        **what,
         "channels_last": problem.channels_last,
         "description": description(problem),
         "multiply_adds": {"forward": useful, "backward": 2 * useful},
         # Every input and output once.
         "bytes": {
-            "forward": (2 * maps + cost) * ITEMSIZE[dtype],
-            "backward": (4 * maps + cost) * ITEMSIZE[dtype],
+            "forward": (maps + others + cost) * ITEMSIZE[dtype],
+            "backward": (2 * maps + 2 * others + cost) * ITEMSIZE[dtype],
         },
         "implementations": [_implementation(outcome) for outcome in outcomes],
     }
@@ -127,6 +142,7 @@ def _implementation(outcome: Outcome) -> dict[str, Any]:
             "mean": measured.mean,
             "runs": len(measured.seconds),
             "extra_bytes": measured.extra_bytes,
+            "output_bytes": measured.output_bytes,
             "seconds": measured.seconds,
         }
         if measured.host_seconds:
@@ -160,11 +176,14 @@ def show(
     names = ("cupycorr torch", "cupycorr numpy", "cupycorr cupy", "cupycorr plain")
     ours = next((own[name] for name in names if name in own), None)
     left_out: set[str] = set()
-    for step in PASSES if timed else ():
-        shortest = min(one[step]["min"] for one in timed)
+    for step in ALL_PASSES:
+        rows = [one for one in timed if step in one]
+        if not rows:
+            continue
+        shortest = min(one[step]["min"] for one in rows)
         suited = _unit(shortest) if unit is None else unit
-        left_out |= _table(step, suited, [one["name"] for one in timed],
-                           [_cells(document, problem, one, ours, step, suited) for one in timed],
+        left_out |= _table(step, suited, [one["name"] for one in rows],
+                           [_cells(document, problem, one, ours, step, suited) for one in rows],
                            COLUMNS[document["device"]])  # fmt: skip
     if left_out:
         columns = ", ".join(column for column in SHOWN if column in left_out)
@@ -175,6 +194,8 @@ def show(
             _say("GEMM ?: faster than np.matmul; the machine was busy while that was timed.")
     for one in timed:
         click.echo(_peer_line(one, scale))
+        if "lookup" in problem:
+            _say(_together(one))
     for one in problem["implementations"]:
         if one["status"] != "timed":
             colour = None if one["status"] == "skipped" else "red"
@@ -246,16 +267,20 @@ def _cells(
     cells = {key: _number(measured[key] * SCALES[unit]) for key in ("min", "median", "mean")}
     cells["runs"] = str(measured["runs"])
     cells["extra MB"] = _number(measured["extra_bytes"] / 1e6)
-    cells["vs ours"] = "" if ours is None else f"{measured['min'] / ours[step]['min']:.2f}"
+    known = ours is not None and step in ours
+    cells["vs ours"] = f"{measured['min'] / ours[step]['min']:.2f}" if ours and known else ""
     if document["device"] == "cuda":
         kind = "float64" if document["dtype"] == "float64" else "float32"
         for title, amount, peak in (
             ("GFMA/s", "multiply_adds", kind),
             ("GB/s", "bytes", "memory"),
         ):
-            rate = problem[amount][step] / measured["median"]
-            cells[title] = _rate(rate, document["cuda"]["peaks"][peak])
+            done = problem[amount].get(step)
+            peaks = document["cuda"]["peaks"]
+            cells[title] = "" if done is None else _rate(done / measured["median"], peaks[peak])
         cells["host"] = _number(median(measured["host_seconds"]) * SCALES[unit])
+    elif step not in PASSES:
+        cells["GEMM"] = ""
     else:
         share = _gemm_share(document, problem, measured["median"], step)
         cells["GEMM"] = f"{100 * share:.1f}%" if share <= 1 else "?"
@@ -271,10 +296,21 @@ def _rate(rate: float, peak: float | None) -> str:
 def _peer_line(one: dict[str, Any], scale: str) -> str:
     """Return the line that spatial-correlation-sampler's benchmark prints."""
     parts = []
-    for step in PASSES:
+    for step in (step for step in ALL_PASSES if step in one):
         least, mean = (one[step][key] * SCALES[scale] for key in ("min", "mean"))
         parts.append(f"{step.capitalize()}: {least:.3f}/{mean:.3f} {scale}")
     return f"{one['name']}  {' | '.join(parts)}"
+
+
+def _together(one: dict[str, Any]) -> str:
+    """Return what a network's lookups take with their preparation, and what is kept for them."""
+    least = {step: one[step]["min"] for step in ALL_PASSES if step in one}
+    forward = least["prepare"] + LOOKUPS * least["forward"]
+    text = f"{one['name']}  {LOOKUPS} lookups with preparation: {1e3 * forward:.1f} ms"
+    if "prepare backward" in least:
+        both = forward + LOOKUPS * least["backward"] + least["prepare backward"]
+        text += f", with gradients {1e3 * both:.1f} ms"
+    return f"{text}; prepared: {_number(one['prepare']['output_bytes'] / 1e6)} MB"
 
 
 def _number(value: float) -> str:

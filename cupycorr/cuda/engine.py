@@ -85,6 +85,10 @@ class Compiled(NamedTuple):
     """Local memory per thread: registers that were spilled."""
 
 
+made: list[Compiled] = []
+"""The kernels that this process made ready, on all devices, in this order."""
+
+
 def current_device() -> int:
     """Return the number of the current device."""
     number: int = cupy.cuda.runtime.getDevice()
@@ -305,10 +309,7 @@ def warm_up(
         for launch in plan.launches:
             start = time.perf_counter()
             function = kernel_of(launch)
-            seconds = time.perf_counter() - start
-            compiled.append(
-                Compiled(launch.kernel, seconds, function.num_regs, function.local_size_bytes)
-            )
+            compiled.append(_described(launch, function, time.perf_counter() - start))
     return compiled
 
 
@@ -332,8 +333,14 @@ def kernel_of(launch: Launch) -> Any:
         with _compiling:
             function = _functions.get(key)
             if function is None:
+                start = time.perf_counter()
                 function = _functions[key] = _compile(launch)
+                made.append(_described(launch, function, time.perf_counter() - start))
     return function
+
+
+def _described(launch: Launch, function: Any, seconds: float) -> Compiled:
+    return Compiled(launch.kernel, seconds, function.num_regs, function.local_size_bytes)
 
 
 def _compile(launch: Launch) -> Any:

@@ -467,8 +467,11 @@ def test_extra_memory_leaves_out_the_results():
     geometry, maps = Geometry(patch_size=31), measure.random_maps((1, 1, 30, 40), "float32")
     cost = np.ones(geometry.cost_shape(maps[0].shape), np.float32)
     one = measure.ours("numpy")._replace(correlate=lambda *_: cost.copy())
-    forward, _ = measure._extra_memory(one, measure._Maps(*maps, cost), Layer(geometry))
-    assert forward < cost.nbytes / 10
+    steps = measure._steps(one, measure._Maps(*maps, cost), Layer(geometry))
+    job = measure.Job(one.name, one.library, lambda: None, steps)
+    extra, outputs = measure._memory(job)["forward"]
+    assert extra < cost.nbytes / 10
+    assert outputs == cost.nbytes
 
 
 def test_threads_are_limited_and_given_back():
