@@ -272,7 +272,7 @@ def test_bfloat16_arrays_need_ml_dtypes(monkeypatch, words):
 def test_warmup_takes_the_sizes_and_presets_of_bench():
     commands = {name: main.get_command(click.Context(main), name) for name in ("bench", "warmup")}
     flags = {name: {p.name: p.opts for p in command.params} for name, command in commands.items()}
-    shared = [*options.SIZES, "presets"]
+    shared = [*options.SIZES, *options.LOOKUP, "presets"]
     assert {name: flags["warmup"][name] for name in shared} == {
         name: flags["bench"][name] for name in shared
     }
