@@ -33,10 +33,13 @@ ITERATIONS, CHANNELS = 12, 256
 
 def results(make, block, dtype):
     """Return a network's flow and the gradients of its weights, in float64."""
+    # Weights and images are made in float32, so that they are the same in both dtypes.
+    torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
     net = make(corr_block=block).to(dtype).eval()
     texture = torch.rand(1, 3, 32, 40)
     image = torch.nn.functional.interpolate(texture, (128, 160), mode="bicubic").to(dtype)
+    torch.set_default_dtype(dtype)
     flow = net(image, image.roll((2, -3), (2, 3)), num_flow_updates=ITERATIONS)[-1]
     flow.square().mean().backward()
     grads = [weight.grad.flatten() for weight in net.parameters() if weight.grad is not None]
@@ -51,12 +54,11 @@ def check():
     for name, (make, radius) in NETWORKS.items():
         found = {way: [] for way in WAYS}
         for dtype in map(torch.__dict__.get, DTYPES):
-            torch.set_default_dtype(dtype)
             for way, block in WAYS.items():
                 found[way].append(results(make, block(radius=radius), dtype))
         errors, off = judge(*found.values())
         shown = " / ".join(f"{error:.1e}" for error in errors)
-        print(f"{name}: flows, gradients off by, torchvision / cupycorr: {shown}")
+        print(f"{name}: flows, gradients off by, torchvision / cupycorr: {shown}", flush=True)
         wrong += [f"{name}: {what}" for what in off]
     return wrong
 
