@@ -258,15 +258,18 @@ INFINITE = {"special": (np.inf, ("fmap1", "levels"))}
 PLAIN = {"plain": True}
 PLANTED = {
     # lookup_grad.cuh
-    "corners of weight 0": ("wy == 0 || wx == 0", "false", "integers", INFINITE),
+    "corners of weight 0": ("wy == 0 || wx == 0", "false", "integers", INFINITE | PLAIN),
     "dilated corners": (
         "j = lattice_index(v, d,", "j = lattice_index(v, d * spacing_y,",
         "dilated", {}),
-    "axes exchanged": ("wy * wx * grad(j, i)", "wy * wx * grad(i, j)", "square", {}),
+    "axes exchanged": ("wy * wx * grad(j, i)", "wy * wx * grad(i, j)", "square", PLAIN),
     "weights exchanged": (
         "wx = k ? w.x.weight : 1 - w.x", "wx = k ? 1 - w.x.weight : w.x",
         "square", {}),
-    "no scale": ("  sum *= scale;\n", "", "square", {}),
+    "no scale": ("  sum *= scale;\n", "", "square", PLAIN),
+    "spread without scale": ("= scale * widen(", "= widen(", "square", {}),
+    "rows of weight 0": ("below >= 0 && w.y.weight != 0", "below >= 0", "integers", INFINITE),
+    "columns of weight 0": ("right >= 0 && behind != 0", "right >= 0", "integers", INFINITE),
     "zero is no term": ("!exists ? no_term : sum == 0 ? 0 : sum", "sum == 0 ? no_term : sum",
                         "RAFT", {"special": (np.inf, ("fmap1", "levels"))}),
     "all terms": ("return share != 0 || 1 / share > 0;", "return true;", "integers", INFINITE),
