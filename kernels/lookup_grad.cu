@@ -6,9 +6,9 @@
 //   add_parts           grad_fmap2_l             of levels with several segments
 //   lookup_grad_coords  grad_coords
 //
-// The sums, and what a share is: lookup_grad.cuh. The maps' gradients are products of small matrices.
-// A warp owns 8 targets, group_y x group_x neighbours, and its lanes their channels. It lists what
-// its targets are passed something from, 32 at a time, and adds
+// The sums, and what a share is: lookup_grad.cuh. The maps' gradients are products of small
+// matrices. A warp owns 8 targets, group_y x group_x neighbours, and its lanes their channels. It
+// lists what its targets are passed something from, 32 at a time, and adds
 //
 //   sum[target][c] += share[item][target] * source[item][c]
 //
@@ -27,8 +27,8 @@
 // An item that is no term for some of the 8 targets has the share -0 there. That changes no sum,
 // unless the source is infinite: a sum that is not finite is added up anew, from its terms alone.
 //
-// For coords a warp owns a position. Its lanes own channels: each multiplies its own part of a cell's
-// product by the cell's slopes, and the lanes' sums are added last.
+// For coords a warp owns a position. Its lanes own channels: each multiplies its own part of a
+// cell's product by the cell's slopes, and the lanes' sums are added last.
 //
 // Threads. Lane i owns `loads` times `unit` neighbouring channels, from (i + 32 * load) * unit on.
 // Lanes behind the last channel compute the last ones again, and store nothing.
@@ -242,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(threads) spread_windows(
   const accumulator before = 1 - w.x.weight, behind = w.x.weight;
   __syncthreads();
   for (int v = thread / 32; v < span_y; v += warps) {
-    // What a row of the window gets from each column of outputs: as the first corner, and the second.
+    // What a row of the window gets from each column of outputs, as first and as second corner.
     const int above = lattice_index(v, 0, spacing_y, outputs_y);
     const int below = lattice_index(v, 1, spacing_y, outputs_y);
     const bool is_first = above >= 0 && w.y.weight != 1, is_second = below >= 0 && w.y.weight != 0;
@@ -646,7 +646,8 @@ extern "C" __global__ void __launch_bounds__(threads, resident) lookup_grad_coor
         const int k = first + lane;
         const int v = read_row(k / read_x, spacing_y), u = read_row(k % read_x, spacing_x);
         const int y = first_row(w) + v, x = first_column(w) + u;
-        const bool exists = k < read_y * read_x && inside(y, level.rows) && inside(x, level.columns);
+        const bool exists =
+            k < read_y * read_x && inside(y, level.rows) && inside(x, level.columns);
         Slopes found{0, 0};
         if (exists) {
           add_slopes(found, w, level, v, u, 1, [&](int j, int i) {

@@ -62,7 +62,7 @@ struct Slopes {
 
 // Add what cell (v, u) of a window, counted from the window's first, adds to the slopes: its share,
 // with -1 and 1 in place of one axis' weights, times the product of the maps there. A derivative at
-// an integer is the one from the right: it reads the cell behind, though that has no weight in cost.
+// an integer is the one from the right: it reads the cell behind, which has no weight in cost.
 template <typename Grad>
 __device__ __forceinline__ void add_slopes(Slopes& sum, const Window& w, const Level& level, int v,
                                            int u, accumulator product, Grad grad) {

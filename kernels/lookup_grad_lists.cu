@@ -5,15 +5,15 @@
 //   bound_tiles    bounds[e, l, tile]     the first and the last of the windows of tile_y x tile_x
 //                                         positions that reach the level; none: beyond each other
 //
-// Maps are those of `which`: fmap1, or fmap2 and its levels. A sample whose map does not exist comes
-// before all others, where no map begins; its place in the list is not written.
+// Maps are those of `which`: fmap1, or fmap2 and its levels. A sample whose map does not exist
+// comes before all others, where no map begins; its place in the list is not written.
 //
 // Threads. In list_readers a thread owns a map and a sample: it counts what comes before them. In
 // bound_tiles a thread owns a position.
 //
 // Launch: list_readers with as many blocks of `threads` threads as cover maps + 1 and the samples;
-// samples * levels * tiles blocks for bound_tiles, of tile_y * tile_x threads with as many Bounds of
-// dynamic shared memory.
+// samples * levels * tiles blocks for bound_tiles, of tile_y * tile_x threads with as many Bounds
+// of dynamic shared memory.
 
 #ifndef CUPYCORR_CONSTANTS
 using element = float;

@@ -12,8 +12,8 @@
 // over tiles of positions whose windows do not reach its cell (bound_tiles). For coords a warp owns
 // a position; its lanes share out the cells, and add what they find in their order.
 //
-// Launch: blocks of `threads` threads that cover the elements of fmap1, or those of all levels; or a
-// warp for each position, with 2 * threads accumulators of dynamic shared memory.
+// Launch: blocks of `threads` threads that cover the elements of fmap1, or those of all levels; or
+// a warp for each position, with 2 * threads accumulators of dynamic shared memory.
 
 #ifndef CUPYCORR_CONSTANTS
 using element = float;      // of the maps, their gradients and grad_cost

@@ -1,11 +1,12 @@
-// The adjoint of lookup_pool, for all levels at once: the gradient of a map from those of its levels.
+// The adjoint of lookup_pool for all levels: the gradient of a map from those of its levels.
 //
 //   grad[n, c, y, x] = g_0[n, y, x, c],
-//   g_l[n, v, u, c]  = grad_l[n, v, u, c] + g_{l+1}[n, v / pool_y, u / pool_x, c] / (pool_y * pool_x)
+//   g_l[n, v, u, c]  = grad_l[n, v, u, c] +
+//                          g_{l+1}[n, v / pool_y, u / pool_x, c] / (pool_y * pool_x)
 //
 // The last term is left out where level l + 1 has no such cell. Arrays are contiguous, in the order
-// of their indices. A block owns 32 channels of 32 pixels, adds them from the coarsest level on, and
-// turns them around in shared memory, so that both sides move neighbours.
+// of their indices. A block owns 32 channels of 32 pixels, adds them from the coarsest level on,
+// and turns them around in shared memory, so that both sides move neighbours.
 //
 // Launch: maps2 * ceil(channels / 32) * ceil(pixels / 32) blocks of `threads` threads with 32 * 33
 // accumulators of dynamic shared memory.
