@@ -1,4 +1,4 @@
-"""``cupycorr warmup``: compile the CUDA kernels of layers before they are needed."""
+"""``cupycorr warmup``: compile the CUDA kernels of layers and lookups before they are needed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def warmup(
     CuPy keeps them on disk (in ~/.cupy/kernel_cache, or where CUPY_CACHE_DIR says), so that the
     first call of a later process need not compile. Images of about the same size, to three binary
     digits, share kernels. Prints for each kernel the seconds that it took, the registers of a
-    thread, and the bytes of registers that did not fit and were spilled to memory.
+    thread, and the bytes of registers that did not fit and were spilled to memory. --radius R, or a
+    preset of RAFT's, compiles those of the flow-guided lookup, by calls on zeros of its sizes.
 
     Exits with 1 if a kernel does not compile, and with 2 if the options are wrong or something is
     missing.

@@ -291,7 +291,7 @@ def _implementations(
     against: tuple[str, ...],
     dtype: str,
     similarity: str,
-    is_lookup: bool,
+    is_lookup: bool = False,
 ) -> tuple[list[Own], list[measure.Outcome]]:
     """Return what can be measured here, and why the rest of what was asked for cannot.
 

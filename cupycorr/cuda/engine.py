@@ -309,7 +309,10 @@ def warm_up(
         for launch in plan.launches:
             start = time.perf_counter()
             function = kernel_of(launch)
-            compiled.append(_described(launch, function, time.perf_counter() - start))
+            seconds = time.perf_counter() - start
+            compiled.append(
+                Compiled(launch.kernel, seconds, function.num_regs, function.local_size_bytes)
+            )
     return compiled
 
 
@@ -335,12 +338,10 @@ def kernel_of(launch: Launch) -> Any:
             if function is None:
                 start = time.perf_counter()
                 function = _functions[key] = _compile(launch)
-                made.append(_described(launch, function, time.perf_counter() - start))
+                seconds = time.perf_counter() - start
+                taken = function.num_regs, function.local_size_bytes
+                made.append(Compiled(launch.kernel, seconds, *taken))
     return function
-
-
-def _described(launch: Launch, function: Any, seconds: float) -> Compiled:
-    return Compiled(launch.kernel, seconds, function.num_regs, function.local_size_bytes)
 
 
 def _compile(launch: Launch) -> Any:
