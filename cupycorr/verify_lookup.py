@@ -133,7 +133,11 @@ def plain_grads(
     inputs = _inputs(fmap1, fmap2, coords, lookup, index1, index2)
     results = {
         "grad_fmap1": cupy.empty_like(fmap1),
-        "grad_levels": [cupy.empty_like(level) for level in inputs["levels"]],
+        # In memory (F, h, w, C), as the engine writes them.
+        "grad_levels": [
+            cupy.empty_like(cupy.moveaxis(level, 1, -1), order="C").transpose(0, 3, 1, 2)
+            for level in inputs["levels"]
+        ],
         "grad_coords": cupy.empty_like(coords),
     }
     wanted = {name: one for (name, one), need in zip(results.items(), needs, strict=True) if need}

@@ -167,6 +167,9 @@ def bench(
         # At most at once: two libraries' maps, gradients and results, and the float originals.
         numbers = 6 * prod(problem.shape) + 3 * prod(problem.cost_shape)
         needed = numbers * (ITEMSIZE[kind] + max(4, ITEMSIZE[kind]))
+        if isinstance(problem, LookupProblem):
+            # Results in float64, and their bounds, are kept beside them.
+            needed += 8 * (9 * prod(problem.shape) + 3 * prod(problem.cost_shape))
         environment.require_memory(described(problem), needed)
         if device == "cuda":
             cuda.refuse_too_large(problem, ITEMSIZE[kind], cold)
@@ -183,9 +186,10 @@ def bench(
                 "runs": runs,
                 "max_seconds": max_seconds,
                 "input": "random" if images is None else {"images": images, "downscale": downscale},
-                "flow": flow or ("smooth" if images is None else "matched"),
                 "problems": [],
             }
+            if True in kinds:
+                document["flow"] = flow or ("smooth" if images is None else "matched")
             if device == "cuda":
                 document |= {"cuda": cuda.device(), "cold": cold}
                 stopwatch: measure.Stopwatch = cuda.Stopwatch(cold)
