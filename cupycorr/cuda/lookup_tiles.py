@@ -31,7 +31,7 @@ from cupycorr.lookup import Lookup
 UNIT_BYTES = 16  # of a copy
 STEP_CELLS = 16
 FINE = 6  # below so many, steps are done in pairs
-MOST_STEPS, MOST_TENSOR_STEPS = 11, 12  # as registers allow
+MOST_STEPS = 11  # as registers allow
 SPARE_STEPS = 2  # for boxes that are larger than those of constant flow
 BUFFERS = 2
 # Blocks of a multiprocessor, and the registers that they leave a thread. Two if what is fetched
@@ -124,7 +124,7 @@ def _shape(lookup: Lookup, size: tuple[int, int], tensor: bool) -> _Shape | None
     )
     if not tensor and tile_y * tile_x % 16:
         tile_x += group[1]  # a warp has two groups
-    most_cells = STEP_CELLS * (MOST_TENSOR_STEPS if tensor else MOST_STEPS)
+    most_cells = STEP_CELLS * MOST_STEPS
     span_x = 2 * lookup.reach[1] + 2
     for bands in range(1, lookup.patch_size[0] + 1):
         band = -(-lookup.patch_size[0] // bands)
