@@ -56,7 +56,8 @@ def check():
         for dtype in map(torch.__dict__.get, DTYPES):
             for way, block in WAYS.items():
                 found[way].append(results(make, block(radius=radius), dtype))
-        errors, off = judge(*found.values())
+        # These networks do not leap: what is off counts.
+        errors, off = judge(*found.values(), nudged=found["torchvision"][-1].flow)
         shown = " / ".join(f"{error:.1e}" for error in errors)
         print(f"{name}: flows, gradients off by, torchvision / cupycorr: {shown}", flush=True)
         wrong += [f"{name}: {what}" for what in off]
