@@ -93,7 +93,13 @@ def exceeds_gemm(document: dict[str, Any], problem: dict[str, Any]) -> bool:
         for one in problem["implementations"]
         if one["status"] == "timed"
         for step in PASSES
+        if _multiplies(problem, one, step)
     )
+
+
+def _multiplies(problem: dict[str, Any], one: dict[str, Any], step: str) -> bool:
+    """Tell whether a pass makes the problem's products: others' lookups may have made them."""
+    return step in PASSES and ("lookup" not in problem or one["name"].startswith("cupycorr"))
 
 
 def entry(problem: Problem | LookupProblem, dtype: str, outcomes: list[Outcome]) -> dict[str, Any]:
@@ -275,11 +281,12 @@ def _cells(
             ("GFMA/s", "multiply_adds", kind),
             ("GB/s", "bytes", "memory"),
         ):
-            done = problem[amount].get(step)
+            counts = _multiplies(problem, one, step)
+            done = problem[amount][step] if counts else None
             peaks = document["cuda"]["peaks"]
             cells[title] = "" if done is None else _rate(done / measured["median"], peaks[peak])
         cells["host"] = _number(median(measured["host_seconds"]) * SCALES[unit])
-    elif step not in PASSES:
+    elif not _multiplies(problem, one, step):
         cells["GEMM"] = ""
     else:
         share = _gemm_share(document, problem, measured["median"], step)
