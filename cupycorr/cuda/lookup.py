@@ -6,7 +6,7 @@ launches by one look-up (`_prepared`). The engine trusts its arguments.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from cupycorr.cuda.engine import (
     from_pool,
     kernel_of,
 )
+from cupycorr.cuda.launch import Launch, Workspace
 from cupycorr.cuda.lookup_plan import Problem, level_names, plan_cost, plan_pyramid
 from cupycorr.layer import DTYPES
 from cupycorr.lookup import Lookup
@@ -157,8 +158,7 @@ def launch(
         The arrays' shapes, and how they lie; no size is 0.
     addresses : dict of name to int
         Where arrays begin: of the cost "fmap1", "level0", "level1" ..., "coords", "cost", and
-        "index1" and "index2" if there are any; of a pyramid "fmap2", "level0", "level1" ... It is
-        changed.
+        "index1" and "index2" if there are any; of a pyramid "fmap2", "level0", "level1" ...
     dtype : {"float16", "bfloat16", "float32", "float64"}
         The maps' dtype.
     lookup, scale, plain
@@ -180,15 +180,7 @@ def launch(
         what, problem, lookup, dtype, scale, current_device(), bits % ALIGNMENT == 0,
         addresses.get("fmap2") != addresses["level0"], plain,
     )  # fmt: skip
-    owners = []  # of workspaces, until all is launched
-    for name, size in ready.workspaces:
-        addresses[name], owner = allocate(size)
-        owners.append(owner)
-    levels = np.array([[addresses[name] for name in ready.levels]], np.uint64).view(ready.struct)
-    operands: dict[str, Any] = {"index1": 0, "index2": 0, **addresses, "levels": levels[0]}
-    for function, grid, block, names, constants, shared_bytes in ready.launches:
-        values = [operands[name] for name in names]
-        function(grid, block, (*values, *constants), shared_bytes, stream)
+    carry_out(ready, addresses, allocate, stream)
 
 
 def described(arrays: Mapping[str, Any]) -> tuple[Problem, dict[str, Any]]:
@@ -224,17 +216,59 @@ def lying(fmap: Any) -> tuple[Any, bool]:
     return cupy.ascontiguousarray(fmap), False
 
 
-class _Ready(NamedTuple):
+class Ready(NamedTuple):
     """A plan whose kernels are loaded."""
 
     workspaces: tuple[tuple[str, int], ...]
     """Names and bytes of the arrays that launches hand to each other."""
-    levels: tuple[str, ...]
-    """The arrays that the lookup reads as its levels."""
-    struct: np.dtype[Any]
-    """The struct of their addresses, which kernels get by value."""
+    structs: tuple[tuple[str, tuple[str, ...], np.dtype[Any]], ...]
+    """The structs of addresses that kernels get by value: name, arrays, dtype."""
     launches: tuple[tuple[Any, Grid, Grid, tuple[str, ...], tuple[Any, Any], int], ...]
     """Function, grid, block, names of arrays, sizes and scale, bytes of shared memory."""
+
+
+def ready_of(
+    launches: Sequence[Launch],
+    workspaces: Sequence[Workspace],
+    structs: Iterable[tuple[str, tuple[str, ...]]],
+    dtype: str,
+    scale: float,
+) -> Ready:
+    """Load the kernels of a plan of maps of some dtype; structs hold addresses of arrays."""
+    scalar = np.dtype(DTYPES[dtype].accumulator).type
+    loaded = []
+    for one in launches:
+        fields, values = zip(*one.sizes, strict=True)
+        # CuPy passes a structured array of one element by value.
+        sizes = np.array([values], [(name, np.int32) for name in fields])
+        loaded.append(
+            (kernel_of(one).kernel, (one.blocks, 1, 1), (one.threads, 1, 1), one.arrays,
+             (sizes, scalar(scale)), one.shared_bytes)
+        )  # fmt: skip
+    return Ready(
+        tuple((one.name, prod(one.shape) * DTYPES[one.dtype].itemsize) for one in workspaces),
+        tuple(
+            (name, arrays, np.dtype([(one, np.uint64) for one in arrays]))
+            for name, arrays in structs
+        ),
+        tuple(loaded),
+    )
+
+
+def carry_out(
+    ready: Ready, addresses: dict[str, int], allocate: Allocate, stream: Stream | None
+) -> None:
+    """Launch what is ready on arrays of some addresses."""
+    owners = []  # of workspaces, until all is launched
+    operands: dict[str, Any] = dict(addresses)
+    for name, size in ready.workspaces:
+        operands[name], owner = allocate(size)
+        owners.append(owner)
+    for name, arrays, struct in ready.structs:
+        operands[name] = np.array([tuple(operands[one] for one in arrays)], struct)
+    for function, grid, block, names, constants, shared_bytes in ready.launches:
+        values = [operands.get(name, 0) for name in names]  # 0: an array that is not there
+        function(grid, block, (*values, *constants), shared_bytes, stream)
 
 
 @lru_cache(maxsize=1024)
@@ -248,26 +282,11 @@ def _prepared(
     aligned: bool,
     copied: bool,
     plain: bool,
-) -> _Ready:
+) -> Ready:
     """Plan a lookup's results on the current device, and load the kernels."""
     if what == "pyramid":
         plan = plan_pyramid(problem, lookup, dtype, copied=copied)
     else:
         plan = plan_cost(problem, lookup, dtype, device_of(number), aligned=aligned, plain=plain)
-    scalar = np.dtype(DTYPES[dtype].accumulator).type
-    launches = []
-    for one in plan.launches:
-        fields, values = zip(*one.sizes, strict=True)
-        # CuPy passes a structured array of one element by value.
-        sizes = np.array([values], [(name, np.int32) for name in fields])
-        launches.append(
-            (kernel_of(one).kernel, (one.blocks, 1, 1), (one.threads, 1, 1), one.arrays,
-             (sizes, scalar(scale)), one.shared_bytes)
-        )  # fmt: skip
-    levels = level_names(plan, lookup)
-    return _Ready(
-        tuple((one.name, prod(one.shape) * DTYPES[one.dtype].itemsize) for one in plan.workspaces),
-        levels,
-        np.dtype([(name, np.uint64) for name in levels]),
-        tuple(launches),
-    )
+    structs = [("levels", level_names(plan, lookup))]
+    return ready_of(plan.launches, plan.workspaces, structs, dtype, scale)

@@ -10,22 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import cupy
-import numpy as np
 
 from cupycorr.cuda.engine import (
     ALIGNMENT,
     Allocate,
-    Grid,
     Stream,
     current_device,
     device_of,
     from_pool,
-    kernel_of,
 )
-from cupycorr.cuda.lookup import described
+from cupycorr.cuda.lookup import Ready, carry_out, described, ready_of
 from cupycorr.cuda.lookup_grads_plan import (
     RESULTS,
     plan_grads,
@@ -157,7 +154,7 @@ def launch_grads(
             results, part, lookup, dtype, scale, current_device(), indexed, last,
             bits % ALIGNMENT == 0, plain,
         )  # fmt: skip
-        _launch(ready, addresses, allocate, stream)
+        carry_out(ready, addresses, allocate, stream)
         for name, step in steps.items():
             addresses[name] += count * step
 
@@ -197,33 +194,7 @@ def pyramid_grads(
     addresses = {f"grad_level{n}": one.data.ptr for n, one in enumerate(grad_levels)}
     addresses["grad_fmap2"] = grad_fmap2.data.ptr
     ready = _prepared((), problem, lookup, dtype, 1.0, current_device())
-    _launch(ready, addresses, allocate, None)
-
-
-class _Ready(NamedTuple):
-    """A plan whose kernels are loaded."""
-
-    workspaces: tuple[tuple[str, int], ...]
-    """Names and bytes of the arrays that launches hand to each other."""
-    structs: tuple[tuple[str, tuple[str, ...], np.dtype[Any]], ...]
-    """The structs of addresses that kernels get by value: name, arrays, dtype."""
-    launches: tuple[tuple[Any, Grid, Grid, tuple[str, ...], tuple[Any, Any], int], ...]
-    """Function, grid, block, names of arrays, sizes and scale, bytes of shared memory."""
-
-
-def _launch(
-    ready: _Ready, addresses: dict[str, int], allocate: Allocate, stream: Stream | None
-) -> None:
-    owners = []  # of workspaces, until all is launched
-    operands: dict[str, Any] = dict(addresses)
-    for name, size in ready.workspaces:
-        operands[name], owner = allocate(size)
-        owners.append(owner)
-    for name, arrays, struct in ready.structs:
-        operands[name] = np.array([tuple(operands[one] for one in arrays)], struct)
-    for function, grid, block, names, constants, shared_bytes in ready.launches:
-        values = [operands.get(name, 0) for name in names]  # 0: an array that is not there
-        function(grid, block, (*values, *constants), shared_bytes, stream)
+    carry_out(ready, addresses, allocate, None)
 
 
 @lru_cache(maxsize=1024)
@@ -238,7 +209,7 @@ def _prepared(
     last: bool = True,
     aligned: bool = True,
     plain: bool = False,
-) -> _Ready:
+) -> Ready:
     """Plan gradients on the current device, without results that of a pyramid; load kernels."""
     device = device_of(number)
     if results:
@@ -248,24 +219,7 @@ def _prepared(
         )  # fmt: skip
     else:
         plan = plan_pyramid_grads(problem, lookup, dtype, device)
-    scalar = np.dtype(DTYPES[dtype].accumulator).type
-    launches = []
-    for one in plan.launches:
-        fields, values = zip(*one.sizes, strict=True)
-        # CuPy passes a structured array of one element by value.
-        sizes = np.array([values], [(name, np.int32) for name in fields])
-        launches.append(
-            (kernel_of(one).kernel, (one.blocks, 1, 1), (one.threads, 1, 1), one.arrays,
-             (sizes, scalar(scale)), one.shared_bytes)
-        )  # fmt: skip
-    return _Ready(
-        tuple((one.name, prod(one.shape) * DTYPES[one.dtype].itemsize) for one in plan.workspaces),
-        tuple(
-            (name, arrays, np.dtype([(one, np.uint64) for one in arrays]))
-            for name, arrays in plan.structs
-        ),
-        tuple(launches),
-    )
+    return ready_of(plan.launches, plan.workspaces, plan.structs, dtype, scale)
 
 
 @lru_cache(maxsize=1024)

@@ -580,6 +580,20 @@ class TestTheLookup:
             assert (one.device.type, one.dtype) == ("cuda", other.dtype)
             assert_same(one, other)
 
+    def test_samples_of_a_volume_are_exact_on_integers(self, tensors):
+        def samples(volume, coords, upstream):
+            cost = cupycorr.volume_lookup(volume, coords, self.LOOKUP)
+            return cost, *torch.autograd.grad(cost, (volume, coords), upstream)
+
+        _, _, coords, upstream = self.arguments()
+        volume = maps("cpu", 1, shape=(2, *SHAPE[2:], 5, 6))[0].mul_(4).requires_grad_()
+        given = volume, coords, upstream
+        there = [tensors.place(one.detach()) for one in given]
+        for one in there[:2]:
+            one.requires_grad_()
+        for one, other in zip(samples(*there), samples(*given), strict=True):
+            assert_same(one, other)
+
     def test_work_goes_to_torchs_current_stream(self, tensors, monkeypatch):
         import cupy
 
