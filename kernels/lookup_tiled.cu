@@ -53,11 +53,11 @@ constexpr bool asynchronous = true;  // copy to shared memory past the registers
 constexpr int band = 9;              // rows of outputs of a block
 constexpr int group_y = 4, group_x = 4;
 constexpr int tile_y = 4, tile_x = 16;
-constexpr int steps = 12;      // of 16 cells, of the largest box
-constexpr int units = 4;       // of a chunk: 2 or 4
-constexpr int capacity = 368;  // cells of a pass
-constexpr int resident = 2;    // blocks of a multiprocessor
-constexpr int shared_bytes = 60672;
+constexpr int steps = 11;      // of 16 cells, of the largest box
+constexpr int units = 2;       // of a chunk: 2 or 4
+constexpr int capacity = 350;  // cells of a pass
+constexpr int resident = 3;    // blocks of a multiprocessor
+constexpr int shared_bytes = 32848;
 #endif
 
 #include "matrices.cuh"

@@ -38,7 +38,8 @@ NARROW = {"8 bytes": 20, "4 bytes": 22}
 EVERY_COPY = pytest.mark.parametrize("channels", COPIES.values(), ids=COPIES)
 EVERY_WIDTH = pytest.mark.parametrize("channels", (COPIES | NARROW).values(), ids=COPIES | NARROW)
 BOTH_LAYOUTS = pytest.mark.usefixtures("layout")
-LAYOUT = {"channels_last": True}  # of the maps, unless a test says otherwise
+# Of the maps, unless a test says otherwise; small ones are not left to the plain kernels.
+LAYOUT = {"channels_last": True, "plain": False}
 
 
 def read_as_they_lie(monkeypatch):
