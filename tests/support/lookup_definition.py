@@ -50,7 +50,8 @@ def cost(fmap1, levels, coords, lookup, scale, index1=None, index2=None):
 
 def grads(grad, fmap1, levels, coords, lookup, scale, index1=None, index2=None):
     """Return the gradients with respect to fmap1, the levels (a list) and coords."""
-    grad = grad.astype(np.float64)
+    grad, fmap1 = grad.astype(np.float64), fmap1.astype(np.float64)
+    levels = [level.astype(np.float64) for level in levels]
     grad_fmap1, grad_coords = np.zeros(fmap1.shape), np.zeros(coords.shape)
     grad_levels = [np.zeros(level.shape) for level in levels]
     positions = _positions(fmap1, levels, coords, lookup, index1, index2)
