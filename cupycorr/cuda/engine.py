@@ -302,6 +302,7 @@ def warm_up(
         As `run`.
     """
     device = device_of(cupy.cuda.Device().id)
+    layer = layer.ascending
     shape = (cuda_plan.samples_at_once(layer.geometry, shape, dtype), *shape[1:])
     compiled = []
     for results in (RESULTS["cost"], RESULTS["grads"]):
