@@ -165,8 +165,10 @@ extern "C" __global__ void __launch_bounds__(threads, resident) product_cost(
   const int lane = thread % lanes, phase = lane / groups, group = lane % groups;
   const int own_strip = thread / lanes % strips, strip = numbered(own_strip);
   const int channel_group = thread / (lanes * strips);
-  const bool active = channel_group < channel_groups;
   const int row = strip / row_strips, p = strip % row_strips / q_groups, q_group = strip % q_groups;
+  // Rows behind the last have the fewest strips, and so would read behind what is staged.
+  const bool active = channel_group < channel_groups &&
+                      (!trimmed || phases_y * row + phase_y < s.lattice_height);
   const int at1 = ((row - row0) * phases_x + phase) * pitch1 + group * positions;
   const int at2 = words1 + ((advance_y * (row - row0) + p - p0) * phases_x + phase) * pitch2 +
                   advance_x * positions * group + displacements * q_group;
