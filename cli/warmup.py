@@ -29,7 +29,7 @@ def warmup(
     """Compile the kernels that forward and backward need, for the current CUDA device.
 
     CuPy keeps them on disk (in ~/.cupy/kernel_cache, or where CUPY_CACHE_DIR says), so that the
-    first call of a later process need not compile. Images of about the same size, to three binary
+    first call of a later process need not compile. Images of about the same size, to four binary
     digits, share kernels. Prints for each kernel the seconds that it took, the registers of a
     thread, and the bytes of registers that did not fit and were spilled to memory. --radius R, or a
     preset of RAFT's, compiles those of the flow-guided lookup, by calls on zeros of its sizes.
