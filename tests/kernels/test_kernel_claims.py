@@ -11,6 +11,7 @@ from kernel_costs import used
 from test_host import TILED
 
 from cupycorr import Geometry
+from cupycorr.cuda import plan as cuda_plan
 from cupycorr.layer import Layer
 
 pytestmark = test_host.pytestmark
@@ -140,11 +141,14 @@ def test_a_thread_of_the_product_reads_its_positions_and_its_columns_once_per_ch
         load = 4
         columns = tile["lead"] + tile["advance_x"] * (tile["positions"] - 1) + tile["displacements"]
         per_channel = tile["positions"] + -(-columns // load) * load
-        owners = tile["channel_groups"] * tile["strips"] * tile["groups"] * tile["phases_x"]
-        channels = CASES[case][0][1]
-        operands = vectors_read(accesses)
-        expected = launch.blocks * owners // tile["channel_groups"] * channels * per_channel
-        assert operands["bytes"].sum() == 4 * expected
+        (samples, channels, *_), layer = CASES[case]
+        strips = launch.blocks * tile["strips"]
+        if tile["least"] < tile["patch_y"]:  # those behind the last row read nothing
+            phases = cuda_plan._displaced(layer.geometry, CASES[case][0], tile["least"])
+            strips = sum(end - first for rows in phases for first, end in rows) * samples
+            strips *= -(-tile["patch_x"] // tile["displacements"]) * dict(launch.sizes)["blocks_x"]
+        expected = strips * tile["groups"] * tile["phases_x"] * channels * per_channel
+        assert vectors_read(accesses)["bytes"].sum() == 4 * expected
 
 
 @EVERY_DEVICE
