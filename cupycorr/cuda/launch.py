@@ -52,6 +52,8 @@ class Plan(NamedTuple):
 
     launches: tuple[Launch, ...]
     workspaces: tuple[Workspace, ...]
+    structs: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """The arguments that are structs of addresses, and the arrays they hold, by name."""
 
 
 def volume_shape(geometry: Geometry, shape: Shape) -> Shape:

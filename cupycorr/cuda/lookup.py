@@ -6,7 +6,7 @@ launches by one look-up (`_prepared`). The engine trusts its arguments.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ from cupycorr.cuda.engine import (
     from_pool,
     kernel_of,
 )
-from cupycorr.cuda.launch import Launch, Workspace
-from cupycorr.cuda.lookup_plan import Problem, level_names, plan_cost, plan_pyramid
+from cupycorr.cuda.launch import Plan
+from cupycorr.cuda.lookup_plan import Problem, plan_cost, plan_pyramid
 from cupycorr.layer import DTYPES
 from cupycorr.lookup import Lookup
 
@@ -227,17 +227,11 @@ class Ready(NamedTuple):
     """Function, grid, block, names of arrays, sizes and scale, bytes of shared memory."""
 
 
-def ready_of(
-    launches: Sequence[Launch],
-    workspaces: Sequence[Workspace],
-    structs: Iterable[tuple[str, tuple[str, ...]]],
-    dtype: str,
-    scale: float,
-) -> Ready:
-    """Load the kernels of a plan of maps of some dtype; structs hold addresses of arrays."""
+def ready_of(plan: Plan, dtype: str, scale: float) -> Ready:
+    """Load the kernels of a plan for maps of some dtype."""
     scalar = np.dtype(DTYPES[dtype].accumulator).type
     loaded = []
-    for one in launches:
+    for one in plan.launches:
         fields, values = zip(*one.sizes, strict=True)
         # CuPy passes a structured array of one element by value.
         sizes = np.array([values], [(name, np.int32) for name in fields])
@@ -246,10 +240,10 @@ def ready_of(
              (sizes, scalar(scale)), one.shared_bytes)
         )  # fmt: skip
     return Ready(
-        tuple((one.name, prod(one.shape) * DTYPES[one.dtype].itemsize) for one in workspaces),
+        tuple((one.name, prod(one.shape) * DTYPES[one.dtype].itemsize) for one in plan.workspaces),
         tuple(
             (name, arrays, np.dtype([(one, np.uint64) for one in arrays]))
-            for name, arrays in structs
+            for name, arrays in plan.structs
         ),
         tuple(loaded),
     )
@@ -258,16 +252,16 @@ def ready_of(
 def carry_out(
     ready: Ready, addresses: dict[str, int], allocate: Allocate, stream: Stream | None
 ) -> None:
-    """Launch what is ready on arrays of some addresses."""
+    """Launch what is ready on arrays of some addresses; 0 is that of an array that is not there."""
     owners = []  # of workspaces, until all is launched
     operands: dict[str, Any] = dict(addresses)
     for name, size in ready.workspaces:
         operands[name], owner = allocate(size)
         owners.append(owner)
     for name, arrays, struct in ready.structs:
-        operands[name] = np.array([tuple(operands[one] for one in arrays)], struct)
+        operands[name] = np.array([tuple(operands.get(one, 0) for one in arrays)], struct)
     for function, grid, block, names, constants, shared_bytes in ready.launches:
-        values = [operands.get(name, 0) for name in names]  # 0: an array that is not there
+        values = [operands.get(name, 0) for name in names]
         function(grid, block, (*values, *constants), shared_bytes, stream)
 
 
@@ -288,5 +282,4 @@ def _prepared(
         plan = plan_pyramid(problem, lookup, dtype, copied=copied)
     else:
         plan = plan_cost(problem, lookup, dtype, device_of(number), aligned=aligned, plain=plain)
-    structs = [("levels", level_names(plan, lookup))]
-    return ready_of(plan.launches, plan.workspaces, structs, dtype, scale)
+    return ready_of(plan, dtype, scale)

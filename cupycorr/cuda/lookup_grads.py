@@ -219,7 +219,7 @@ def _prepared(
         )  # fmt: skip
     else:
         plan = plan_pyramid_grads(problem, lookup, dtype, device)
-    return ready_of(plan.launches, plan.workspaces, plan.structs, dtype, scale)
+    return ready_of(plan, dtype, scale)
 
 
 @lru_cache(maxsize=1024)

@@ -10,7 +10,7 @@ from math import gcd, prod
 from typing import NamedTuple
 
 from cupycorr.cuda.cost import Constants, Device
-from cupycorr.cuda.launch import Launch, Workspace, pairs, types
+from cupycorr.cuda.launch import Launch, Plan, Workspace, pairs, types
 from cupycorr.cuda.lookup_plan import Problem, constants, sizes
 from cupycorr.cuda.turning import turn
 from cupycorr.layer import DTYPES
@@ -27,15 +27,6 @@ WINDOWS_BYTES = 256 << 20  # of stored windows, unless one level needs more
 MOST_ELEMENTS = 2**31 - 1  # of a map: within reach of a 32-bit offset
 WORD = "float32"  # the dtype of a workspace of 4-byte words, whatever they are
 ITEM = 20  # instructions of a warp per item, beside the multiply-adds; read off compiled kernels
-
-
-class Plan(NamedTuple):
-    """The launches that compute gradients, in order."""
-
-    launches: tuple[Launch, ...]
-    workspaces: tuple[Workspace, ...]
-    structs: tuple[tuple[str, tuple[str, ...]], ...]
-    """The arguments that are structs of addresses, and the arrays they hold, by name."""
 
 
 class _Shape(NamedTuple):

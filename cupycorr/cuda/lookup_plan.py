@@ -74,7 +74,7 @@ def plan_cost(
     -------
     Plan
         Its arrays are "fmap1", "level0", "level1" ..., "coords", "index1", "index2" and "cost";
-        the lookup itself is given "levels", a struct of the addresses of `level_names`.
+        the lookup itself is given "levels", a struct of addresses.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def plan_cost(
             (names[0], "levels", "coords", "index1", "index2", "cost"),
             sizes(problem, problem.channels),
         )
-        return _checked(Plan((*packs, launch), workspaces))
+        return _checked(Plan((*packs, launch), workspaces, (("levels", names[1:]),)))
     channels = round_up(problem.channels, lookup_tiles.UNIT_BYTES // DTYPES[tile.element].itemsize)
     packs, workspaces, names = _packed(
         problem, dtype, channels, tile.element,
@@ -120,14 +120,7 @@ def plan_cost(
         sizes(problem, channels),
         cycles=tile.cycles,
     )
-    return _checked(Plan((*packs, launch), workspaces))
-
-
-def level_names(plan: Plan, lookup: Lookup) -> tuple[str, ...]:
-    """Return the arrays that a lookup reads as its levels."""
-    packed = {workspace.name for workspace in plan.workspaces}
-    names = [f"level{level}" for level in range(lookup.levels)]
-    return tuple(f"{name}_packed" if f"{name}_packed" in packed else name for name in names)
+    return _checked(Plan((*packs, launch), workspaces, (("levels", names[1:]),)))
 
 
 def plan_pyramid(problem: Problem, lookup: Lookup, dtype: str, *, copied: bool) -> Plan:

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import cupy
-import numpy as np
 
-from cupycorr.cuda.engine import Allocate, Grid, Stream, current_device, from_pool, kernel_of
-from cupycorr.cuda.launch import Shape
+from cupycorr.cuda.engine import Allocate, Stream, current_device, from_pool
+from cupycorr.cuda.launch import Plan, Shape
+from cupycorr.cuda.lookup import Ready, carry_out, ready_of
 from cupycorr.cuda.volume_lookup_plan import GRADIENTS, plan_cost, plan_grads, problem_of
-from cupycorr.layer import DTYPES
 from cupycorr.lookup import Lookup
 
 
@@ -75,30 +74,13 @@ def run(
         str(levels[0].dtype) if dtype is None else dtype,
         current_device(),
     )
-    operands: dict[str, Any] = {"grad_levels": ready.nowhere, "grad_coords": 0}
+    addresses: dict[str, int] = {}
     for name, value in {**given, **results, "levels": levels}.items():
         if name in ("levels", "grad_levels"):
-            operands[name] = np.array([tuple(one.data.ptr for one in value)], ready.struct)
+            addresses |= {f"{name[:-1]}{n}": one.data.ptr for n, one in enumerate(value)}
         else:
-            operands[name] = value.data.ptr
-    values = [operands[name] for name in ready.arrays]
-    ready.function(ready.grid, ready.block, (*values, *ready.constants), ready.shared_bytes, stream)
-
-
-class _Ready(NamedTuple):
-    """A launch whose kernel is loaded."""
-
-    function: Any
-    grid: Grid
-    block: Grid
-    arrays: tuple[str, ...]
-    constants: tuple[Any, Any]
-    """Sizes, and the scale that all kernels are given."""
-    shared_bytes: int
-    struct: np.dtype[Any]
-    """The struct of the levels' addresses, which kernels get by value."""
-    nowhere: Any
-    """Such a struct of levels that are not there."""
+            addresses[name] = value.data.ptr
+    carry_out(ready, addresses, allocate, stream)
 
 
 @lru_cache(maxsize=1024)
@@ -109,27 +91,19 @@ def _prepared(
     lookup: Lookup,
     dtype: str,
     number: int,
-) -> _Ready:
+) -> Ready:
     """Plan results on the current device, of this number, and load their kernel."""
     problem = problem_of(coords, cells)
     if results == ("cost",):
         launch = plan_cost(problem, lookup, dtype)
     else:
         launch = plan_grads(results, problem, lookup, dtype)
-    fields, values = zip(*launch.sizes, strict=True)
-    # CuPy passes a structured array of one element by value.
-    sizes = np.array([values], [(name, np.int32) for name in fields])
-    struct = np.dtype([(f"level{level}", np.uint64) for level in range(lookup.levels)])
-    return _Ready(
-        kernel_of(launch).kernel,
-        (launch.blocks, 1, 1),
-        (launch.threads, 1, 1),
-        launch.arrays,
-        (sizes, np.dtype(DTYPES[dtype].accumulator).type(1)),
-        launch.shared_bytes,
-        struct,
-        np.zeros(1, struct),
+    structs = tuple(
+        (name, tuple(f"{name[:-1]}{level}" for level in range(lookup.levels)))
+        for name in ("levels", "grad_levels")
+        if name in launch.arrays
     )
+    return ready_of(Plan((launch,), (), structs), dtype, 1.0)
 
 
 def _contiguous(array: Any, allocate: Allocate, stream: Stream | None) -> Any:

@@ -219,7 +219,7 @@ def compute(
             tf32=tf32,
         )  # fmt: skip
         plan = plan if planned is None else planned(plan)
-        run_plan(plan, part, dtype, divisor, order=order, mode=mode, patch=patch)
+        run_plan(plan, part, dtype, 1 / divisor, order=order, mode=mode, patch=patch)
     for name, whole in arrays.items():
         whole.check(name)
         if name in inputs and not _same(whole.array, inputs[name].astype(whole.array.dtype)):
@@ -250,16 +250,26 @@ def launches(shape, layer, dtype, device, *, plain=False, aligned=True, channels
     ]
 
 
-def run_plan(plan, arrays, dtype, divisor=1, *, order="ascending", mode="run", patch=None):
+def run_plan(plan, arrays, dtype, scale=1.0, *, order="ascending", mode="run", patch=None):
     """Run a plan's launches as the CUDA engine does."""
     wide = np.dtype(DTYPES[dtype].accumulator)
     workspaces = {name: _guarded(shape, kind, True, mode) for name, shape, kind in plan.workspaces}
     arrays = {**arrays, **{name: whole.array for name, whole in workspaces.items()}}
+    arrays |= {name: [arrays[one] for one in names] for name, names in plan.structs}
     for launch in plan.launches:
-        scale = wide.type(1 / divisor if launch.scaled else 1)
-        run(build(launch, mode, patch), launch, arrays, scale, order=order)
+        own = wide.type(scale if launch.scaled else 1)
+        run(build(launch, mode, patch), launch, arrays, own, order=order)
     for name, whole in workspaces.items():
         whole.check(name)
+
+
+def check_arrays(arrays, kept):
+    """Raise HostError if something beside guarded arrays was written, or one of those kept."""
+    for name, whole in arrays.items():
+        whole.check(name)
+    for name, value in kept.items():
+        if value.tobytes() != arrays[name].array.tobytes():
+            raise HostError(f"a write to {name}, which is only read")
 
 
 def run(library, launch, arrays, scale, *, order="ascending", log="none"):

@@ -3,6 +3,7 @@
 import host
 import numpy as np
 from lookup_cases import CASES, arguments
+from lookup_host import run_plan
 
 from cupycorr import verify
 from cupycorr.cuda import lookup_grads_plan
@@ -93,9 +94,7 @@ def grads(
         indexed=(index1 is not None, index2 is not None), last=last, aligned=aligned, plain=plain,
     )  # fmt: skip
     run_plan(plan if planned is None else planned(plan), arrays, dtype, scale, **how)
-    for name, value in kept.items():
-        if value.tobytes() != arrays[name].array.tobytes():
-            raise host.HostError(f"a write to {name}, which is only read")
+    host.check_arrays(arrays, kept)
     found = {name: arrays[name].array.astype(np.float64) for name in written}
     if last and "grad_fmap1" in found:
         found["grad_fmap1"] = np.moveaxis(found["grad_fmap1"], -1, 1)
@@ -119,22 +118,8 @@ def pyramid_grads(device, grad_levels, lookup, dtype="float32", **how):
         whole.array[...] = _lying(grad, True)
     plan = lookup_grads_plan.plan_pyramid_grads(problem, lookup, dtype, device)
     run_plan(plan, arrays, dtype, **how)
+    host.check_arrays(arrays, {})
     return arrays["grad_fmap2"].array.astype(np.float64)
-
-
-def run_plan(plan, arrays, dtype, scale=1.0, *, order="ascending", mode="run", patch=None):
-    """Run a plan's launches as the CUDA engine does, on guarded arrays by name."""
-    arrays = arrays | {
-        name: host._guarded(shape, kind, True, mode) for name, shape, kind in plan.workspaces
-    }
-    wide = np.dtype(DTYPES[dtype].accumulator).type
-    given = {name: whole.array for name, whole in arrays.items()}
-    given |= {name: [given[one] for one in names] for name, names in plan.structs}
-    for launch in plan.launches:
-        given |= dict.fromkeys(set(launch.arrays) - given.keys())
-        host.run(host.build(launch, mode, patch), launch, given, wide(scale), order=order)
-    for name, whole in arrays.items():
-        whole.check(name)
 
 
 def _lying(fmap, last):

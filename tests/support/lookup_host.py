@@ -54,10 +54,8 @@ def cost(
     )
     plan = lookup_plan.plan_cost(problem, lookup, dtype, device, aligned=aligned, plain=plain)
     plan = plan if planned is None else planned(plan)
-    run_plan(plan, arrays, lookup, scale, **how)
-    for name, value in given.items():
-        if value.tobytes() != arrays[name].array.tobytes():
-            raise host.HostError(f"a write to {name}, which is only read")
+    run_plan(plan, arrays, dtype, scale, **how)
+    host.check_arrays(arrays, given)
     return arrays["cost"].array.astype(np.float64)
 
 
@@ -75,25 +73,19 @@ def pyramid(device, fmap2, lookup, dtype="float32", *, last=False, **how):
     if last:
         arrays["level0"] = arrays["fmap2"]
     plan = lookup_plan.plan_pyramid(problem, lookup, dtype, copied=not last)
-    run_plan(plan, arrays, lookup, **how)
+    run_plan(plan, arrays, dtype, **how)
+    host.check_arrays(arrays, {})
     return [
         np.moveaxis(arrays[f"level{level}"].array.astype(np.float64), -1, 1)
         for level in range(lookup.levels)
     ]
 
 
-def run_plan(plan, arrays, lookup, scale=1.0, *, order="ascending", mode="run", patch=None):
-    """Run a plan's launches as the CUDA engine does, on guarded arrays by name."""
-    arrays = arrays | {
-        name: host._guarded(shape, kind, True, mode) for name, shape, kind in plan.workspaces
-    }
-    given = {"index1": None, "index2": None} | {name: one.array for name, one in arrays.items()}
-    given["levels"] = [given[name] for name in lookup_plan.level_names(plan, lookup)]
-    for launch in plan.launches:
-        wide = np.float64 if ("accumulator", "double") in launch.constants else np.float32
-        host.run(host.build(launch, mode, patch), launch, given, wide(scale), order=order)
-    for name, whole in arrays.items():
-        whole.check(name)
+def run_plan(plan, arrays, dtype, scale=1.0, **how):
+    """Run a plan's launches on guarded arrays by name; those that are not there are None."""
+    given = dict.fromkeys(name for launch in plan.launches for name in launch.arrays)
+    given |= {name: whole.array for name, whole in arrays.items()}
+    host.run_plan(plan, given, dtype, scale, **how)
 
 
 def _filled(values, dtype, aligned, mode):

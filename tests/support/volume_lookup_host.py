@@ -70,9 +70,5 @@ def _compute(
     accesses = host.run(host.build(launch, mode, patch), launch, operands, wide(1), **how)
     if log is not None:
         log.append(accesses)
-    for name, whole in arrays.items():
-        whole.check(name)
-    for name, value in kept.items():
-        if value.tobytes() != arrays[name].array.tobytes():
-            raise host.HostError(f"a write to {name}, which is only read")
+    host.check_arrays(arrays, kept)
     return {name: arrays[name].array.astype(np.float64) for name in results}
