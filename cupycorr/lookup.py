@@ -7,7 +7,9 @@ of displacements, on every level of a pyramid.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cupycorr.geometry import IntOrPair, Pair, integer, pair
 from cupycorr.layer import DTYPES
@@ -268,7 +270,27 @@ def check_map(shape: Shape, dtype: str, name: str = "fmap2") -> None:
         raise ValueError(f"every level must have cells, got {name} of shape {shape}")
 
 
-def check_range(name: str, least: int, most: int, maps: int) -> None:
-    """Check the smallest and the largest number of an index."""
+def convert_all(named: Mapping[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """Convert arrays and lists of them, by name; what is None stays so."""
+    return {
+        name: [convert(one) for one in value]
+        if isinstance(value, (tuple, list))
+        else value
+        if value is None
+        else convert(value)
+        for name, value in named.items()
+    }
+
+
+def scale_of(scale: float | None, channels: int) -> float:
+    """Return what costs are multiplied by: 1 / sqrt(C) if nothing is given."""
+    return float(max(1, channels) ** -0.5 if scale is None else scale)
+
+
+def check_range(name: str, index: Any, maps: int) -> None:
+    """Check the numbers of an index, an array or a tensor of the CPU."""
+    if len(index) == 0:
+        return
+    least, most = int(index.min()), int(index.max())
     if least < 0 or most >= maps:
         raise IndexError(f"{name} must be at least 0 and below {maps}, got {least} to {most}")

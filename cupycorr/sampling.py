@@ -9,7 +9,8 @@ import numpy as np
 
 from cupycorr import api
 from cupycorr.cpu import lookup as cpu
-from cupycorr.lookup import Lookup, check, check_map, check_range
+from cupycorr.cpu import pooling
+from cupycorr.lookup import Lookup, check, check_map, check_range, convert_all, scale_of
 
 
 def pyramid(fmap2: Any, lookup: Lookup) -> tuple[Any, ...]:
@@ -54,7 +55,7 @@ def pyramid(fmap2: Any, lookup: Lookup) -> tuple[Any, ...]:
     levels = _levels_like(fmap2, sizes)
     if levels[0] is not fmap2:
         levels[0][...] = fmap2
-    cpu.pyramid([api.storage(level) for level in levels], lookup)
+    pooling.pyramid([_by_cells(level) for level in levels], lookup.pool)
     return tuple(levels)
 
 
@@ -131,7 +132,7 @@ def correlation_lookup(
     inputs |= {"index1": index1, "index2": index2}
     shapes = {"cost": lookup.cost_shape(fmap1.shape, coords.shape)}
     run = _on_device if library == "cupy" else _on_cpu
-    return run("cost", inputs, shapes, lookup, _scale(scale, fmap1))["cost"]
+    return run("cost", inputs, shapes, lookup, scale_of(scale, fmap1.shape[1]))["cost"]
 
 
 def correlation_lookup_vjp(
@@ -198,7 +199,7 @@ def correlation_lookup_vjp(
     if need_coords:
         shapes["grad_coords"] = coords.shape
     run = _on_device if library == "cupy" else _on_cpu
-    grads = run("grads", inputs, shapes, lookup, _scale(scale, fmap1))
+    grads = run("grads", inputs, shapes, lookup, scale_of(scale, fmap1.shape[1]))
     grad2 = tuple(grads["grad_levels"]) if need2 else None
     if grad2 is not None and is_map:
         grad2 = _pooled_back(library, grad2, fmap2, lookup)
@@ -235,8 +236,8 @@ def _check(names: tuple[str, ...], arrays: tuple[Any, ...], lookup: Lookup) -> N
         return
     for name, maps in (("index1", arrays[0]), ("index2", arrays[1])):
         index = named.get(name)
-        if index is not None and index.size:
-            check_range(name, int(index.min()), int(index.max()), len(maps))
+        if index is not None:
+            check_range(name, index, len(maps))
 
 
 def check_devices(names: tuple[str, ...], arrays: tuple[Any, ...]) -> None:
@@ -265,10 +266,6 @@ def check_lookup(lookup: Any) -> None:
         raise TypeError(f"lookup must be a Lookup, got {type(lookup).__name__}")
 
 
-def _scale(scale: float | None, fmap1: Any) -> float:
-    return max(1, fmap1.shape[1]) ** -0.5 if scale is None else float(scale)
-
-
 def _levels_like(fmap2: Any, sizes: list[tuple[int, int]]) -> list[Any]:
     """Return arrays for the levels of a map: the map itself as the first if it lies like them."""
     module: Any = np if isinstance(fmap2, np.ndarray) else cupy_module()
@@ -289,21 +286,8 @@ def _on_cpu(
 ) -> dict[str, Any]:
     """Compute results of some names and shapes from checked NumPy arrays."""
     results = results_like(np, inputs, shapes, inputs["fmap1"].dtype)
-    cpu.run(what, stored({**inputs, **results}, lookup), lookup, scale)
+    cpu.run(what, convert_all({**inputs, **results}, api.storage), lookup, scale)
     return results
-
-
-def stored(named: dict[str, Any], lookup: Lookup) -> dict[str, Any]:
-    """Return NumPy arrays as engines read and write them, displacements in the order (y, x)."""
-    arrays: dict[str, Any] = {}
-    for name, array in named.items():
-        if isinstance(array, (tuple, list)):
-            arrays[name] = [api.storage(level) for level in array]
-        elif array is not None:
-            stored = api.storage(array)
-            is_volume = name in ("cost", "grad_cost")
-            arrays[name] = stored.swapaxes(2, 3) if is_volume and lookup.x_first else stored
-    return arrays
 
 
 def _on_device(
@@ -363,8 +347,13 @@ def _pooled_back(library: str, grads: tuple[Any, ...], fmap2: Any, lookup: Looku
             cuda.run("pyramid_grads", arrays, lookup, 1.0)
         return grad
     grad = np.empty(fmap2.shape, fmap2.dtype.newbyteorder("="))
-    cpu.pyramid_grads([api.storage(level) for level in grads], api.storage(grad), lookup)
+    pooling.pyramid_grads([_by_cells(level) for level in grads], _by_cells(grad), lookup.pool)
     return grad
+
+
+def _by_cells(fmap: Any) -> Any:
+    """Return a map (F, C, H, W) as the engine pools it, (F, H, W, C)."""
+    return np.moveaxis(api.storage(fmap), 1, -1)
 
 
 def cupy_module() -> Any:

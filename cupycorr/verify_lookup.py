@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cupycorr import sampling
-from cupycorr.lookup import Lookup
+from cupycorr.lookup import Lookup, scale_of
 from cupycorr.verify import (
     Array,
     Check,
@@ -109,7 +109,7 @@ def plain_cost(
 
     inputs = _inputs(fmap1, fmap2, coords, lookup, index1, index2)
     cost = cupy.empty(lookup.cost_shape(fmap1.shape, coords.shape), fmap1.dtype)
-    cuda.run("cost", {**inputs, "cost": cost}, lookup, _scale(scale, fmap1), plain=True)
+    cuda.run("cost", {**inputs, "cost": cost}, lookup, scale_of(scale, fmap1.shape[1]), plain=True)
     return cost
 
 
@@ -142,7 +142,7 @@ def plain_grads(
     }
     wanted = {name: one for (name, one), need in zip(results.items(), needs, strict=True) if need}
     arrays = {**inputs, "grad_cost": grad_cost, **wanted}
-    cuda.run("grads", arrays, lookup, _scale(scale, fmap1), plain=True)
+    cuda.run("grads", arrays, lookup, scale_of(scale, fmap1.shape[1]), plain=True)
     grad2 = wanted.get("grad_levels")
     if grad2 is not None and not isinstance(fmap2, (tuple, list)):
         arrays = {"grad_levels": grad2, "grad_fmap2": cupy.empty_like(fmap2)}

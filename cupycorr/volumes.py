@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from cupycorr import api
+from cupycorr.cpu import pooling
 from cupycorr.cpu import volume as cpu
-from cupycorr.lookup import Lookup, check_samples, check_volume
+from cupycorr.lookup import Lookup, check_samples, check_volume, convert_all
 from cupycorr.sampling import (
     check_devices,
     check_grad,
     check_lookup,
     cupy_module,
     results_like,
-    stored,
 )
 
 
@@ -53,7 +53,7 @@ def volume_pyramid(volume: Any, lookup: Lookup) -> tuple[Any, ...]:
     levels = [volume, *(module.empty((*volume.shape[:-2], *size), dtype) for size in sizes[1:])]
     flat = [level.reshape(-1, *level.shape[-2:]) for level in levels]
     if library == "numpy":
-        cpu.pyramid([api.storage(level) for level in flat], lookup)
+        pooling.pyramid([api.storage(level) for level in flat], lookup.pool)
     elif lookup.levels > 1:
         from cupycorr.cuda import lookup as cuda
 
@@ -165,7 +165,7 @@ def volume_lookup_vjp(
     flat = [grad.reshape(-1, *grad.shape[-2:]) for grad in grads]
     out = total.reshape(flat[0].shape)
     if library == "numpy":
-        cpu.pyramid_grads([api.storage(grad) for grad in flat], api.storage(out), lookup)
+        pooling.pyramid_grads([api.storage(grad) for grad in flat], api.storage(out), lookup.pool)
     else:
         from cupycorr.cuda import lookup as cuda
 
@@ -202,7 +202,7 @@ def _volume_on_cpu(
 ) -> dict[str, Any]:
     """Compute results of some names and shapes from checked NumPy arrays."""
     results = results_like(np, inputs, shapes, inputs["levels"][0].dtype, channels_last=False)
-    cpu.run(what, stored({**inputs, **results}, lookup), lookup)
+    cpu.run(what, convert_all({**inputs, **results}, api.storage), lookup)
     return results
 
 
@@ -216,11 +216,6 @@ def _volume_on_device(
         results = results_like(
             cupy_module(), inputs, shapes, inputs["levels"][0].dtype, channels_last=False
         )
-        dense = {
-            name: [cupy_module().ascontiguousarray(level) for level in array]
-            if isinstance(array, (tuple, list))
-            else cupy_module().ascontiguousarray(array)
-            for name, array in inputs.items()
-        }
-        cuda.run(what, {**dense, **results}, lookup)
+        levels = [cupy_module().ascontiguousarray(level) for level in inputs["levels"]]
+        cuda.run(what, {**inputs, "levels": levels, **results}, lookup)
     return results

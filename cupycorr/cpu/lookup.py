@@ -19,15 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise, product
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from cupycorr.cpu.places import Places, is_finite
+from cupycorr.cpu.places import Places, by_rows, is_finite
 from cupycorr.cpu.plan import BATCH_BYTES, PRODUCT, spans
+from cupycorr.cpu.pooling import ELEMENTS
 from cupycorr.cpu.taps import accumulator, store, widen
 from cupycorr.cpu.threads import Scratch, Team, Unit, thread_count
 from cupycorr.cpu.windows import WHOLE, Windows, chunk_size
@@ -38,80 +38,6 @@ Array = npt.NDArray[Any]
 
 BAND = 32
 """Rows of a level's gradient in which the windows of a band begin, or a multiple of it."""
-ELEMENTS = 1 << 16
-"""Elements that a unit of copying or pooling takes at least, if there are so many."""
-
-
-def pyramid(levels: Sequence[Array], lookup: Lookup, *, threads: int | None = None) -> None:
-    """Pool each level into the next.
-
-    Parameters
-    ----------
-    levels : sequence of array (F, C, H, W), float16|float32|float64, uint16 for bfloat16
-        The first is given, the others are written: each cell is the mean of ``lookup.pool`` cells,
-        summed row by row in the accumulator's dtype, and rounded.
-    lookup : Lookup
-        Says what is pooled.
-    threads : int, optional
-        Threads to use at most; by default as many as NumPy's BLAS.
-    """
-    with Team(levels[0].size * 4, threads) as team:
-        for fine, coarse in pairwise(levels):
-            if coarse.size:
-                team.work(
-                    [
-                        partial(_pool, fine[n], coarse[n], lookup.pool, rows)
-                        for n in range(len(fine))
-                        for rows in _rows(coarse[n])
-                    ]
-                )
-
-
-def _rows(fmap: Array) -> tuple[slice, ...]:
-    """Cut a map (C, H, W) into rows of some work."""
-    return spans(fmap.shape[1], max(1, ELEMENTS // max(1, fmap[:, 0].size)))
-
-
-def _pool(fine: Array, coarse: Array, pool: Pair, rows: slice, scratch: Scratch) -> None:
-    out = np.moveaxis(coarse[:, rows], 0, -1)
-    cells = np.moveaxis(fine, 0, -1)[rows.start * pool[0] :]
-    sums = scratch.take("sums", out.shape, accumulator(coarse.dtype))
-    wide = scratch.take("wide", out.shape, sums.dtype)
-    sums.fill(0)
-    for i, j in product(*map(range, pool)):
-        part = cells[i :: pool[0], j :: pool[1]][: len(out), : out.shape[1]]
-        if part.dtype == sums.dtype:
-            sums += part
-        else:
-            widen(wide, part)
-            sums += wide
-    store(out, sums, prod(pool))
-
-
-def pyramid_grads(grads: Sequence[Array], grad_fmap2: Array, lookup: Lookup) -> None:
-    """Add up the gradients of all levels: the adjoint of `pyramid`.
-
-    Parameters
-    ----------
-    grads : sequence of array (F, C, H, W), one dtype
-        The gradient of each level.
-    grad_fmap2 : array (F, C, H, W)
-        The result, which is written.
-    lookup : Lookup
-        Says what was pooled.
-    """
-    dtype, pool = accumulator(grad_fmap2.dtype), lookup.pool
-    coarse: Array | None = None
-    for grad in reversed(grads):
-        total = np.empty(np.moveaxis(grad, 1, -1).shape, dtype)
-        widen(total, np.moveaxis(grad, 1, -1))
-        if coarse is not None:
-            coarse /= dtype.type(prod(pool))
-            rows, columns = (count * n for count, n in zip(coarse.shape[1:3], pool, strict=True))
-            for i, j in product(*map(range, pool)):
-                total[:, i : rows : pool[0], j : columns : pool[1]] += coarse
-        coarse = total
-    store(np.moveaxis(grad_fmap2, 1, -1), total, 1)
 
 
 def run(
@@ -131,12 +57,13 @@ def run(
     arrays : mapping of name to array
         Inputs "fmap1" (A, C, *P), "levels", a sequence of maps (F, C, H, W), "coords" (E, 2, *P),
         "index1" and "index2", (E,) of ints, or None, and for "grads" "grad_cost"
-        (E, levels, PH, PW, *P). Results, which are written: "cost", or those of "grad_fmap1",
-        "grad_levels" and "grad_coords" that are there and not None. Maps, costs and their gradients
-        have one dtype, float16|float32|float64, or uint16 for bfloat16; the others that of coords,
-        float32, or float64 with float64 maps.
+        (E, levels, PH, PW, *P), or (E, levels, PW, PH, *P) in the order "xy". Results, which are
+        written: "cost", alike, or those of "grad_fmap1", "grad_levels" and "grad_coords" that are
+        there and not None. Maps, costs and their gradients have one dtype,
+        float16|float32|float64, or uint16 for bfloat16; the others that of coords, float32, or
+        float64 with float64 maps.
     lookup : Lookup
-        What is computed, but for the order of the displacements, which is (y, x) here.
+        What is computed.
     scale : float
         What costs are multiplied by.
     threads : int, optional
@@ -193,7 +120,7 @@ class _Call:
         self.index1: Any = arrays.get("index1")
         self.index2: Any = arrays.get("index2")
         volume = arrays["grad_cost"] if "grad_cost" in arrays else arrays["cost"]
-        self.volume = volume.reshape(*volume.shape[:4], -1)
+        self.volume = by_rows(volume, lookup)
         """The cost, or its gradient, (E, levels, PH, PW, P)."""
         self.dtype = accumulator(self.fmap1.dtype)
         self.count = self.fmap1.shape[2]

@@ -166,6 +166,12 @@ class Places:
         return exist
 
 
+def by_rows(cost: Array, lookup: Lookup) -> Array:
+    """Return a cost, or its gradient, as (N, levels, PH, PW, P) in either order."""
+    cost = cost.reshape(*cost.shape[:4], -1)
+    return cost.swapaxes(2, 3) if lookup.x_first else cost
+
+
 def is_finite(values: Array) -> bool:
     """Tell whether all values are finite, and not huge."""
     flat = values.reshape(-1)

@@ -6,16 +6,15 @@ trusts its arguments. A uint16 array holds the bits of bfloat16 numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from itertools import pairwise, product
 from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cupycorr.cpu.places import Places, is_finite
+from cupycorr.cpu.places import Places, by_rows, is_finite
 from cupycorr.cpu.plan import spans
 from cupycorr.cpu.taps import accumulator, store, widen
 from cupycorr.cpu.threads import Scratch, Team, Unit
@@ -26,50 +25,6 @@ Array = npt.NDArray[Any]
 
 CHUNK = 1 << 10
 """Positions of a unit of work: what they read of a level stays in the cache."""
-
-
-def pyramid(levels: Sequence[Array], lookup: Lookup, *, threads: int | None = None) -> None:
-    """Pool each level (M, h, w) into the next, as `cpu.lookup.pyramid` does.
-
-    Parameters
-    ----------
-    levels : sequence of array (M, h, w), float16|float32|float64, uint16 for bfloat16
-        The first is given, the others are written.
-    lookup : Lookup
-        Says what is pooled.
-    threads : int, optional
-        Threads to use at most; by default as many as NumPy's BLAS.
-    """
-    with Team(levels[0].size, threads) as team:
-        for fine, coarse in pairwise(levels):
-            parts = spans(len(fine), CHUNK)
-            team.work([partial(_pool, fine[part], coarse[part], lookup.pool) for part in parts])
-
-
-def _pool(fine: Array, coarse: Array, pool: Pair, scratch: Scratch) -> None:
-    rows, columns = (count * n for count, n in zip(coarse.shape[1:], pool, strict=True))
-    sums = np.zeros(coarse.shape, accumulator(coarse.dtype))
-    wide = np.empty_like(sums)
-    for i, j in product(*map(range, pool)):
-        widen(wide, fine[:, i : rows : pool[0], j : columns : pool[1]])
-        sums += wide
-    store(coarse, sums, prod(pool))
-
-
-def pyramid_grads(grads: Sequence[Array], grad_volume: Array, lookup: Lookup) -> None:
-    """Add up the gradients (M, h, w) of all levels: the adjoint of `pyramid`."""
-    dtype, pool = accumulator(grad_volume.dtype), lookup.pool
-    coarse: Array | None = None
-    for grad in reversed(grads):
-        total = np.empty(grad.shape, dtype)
-        widen(total, grad)
-        if coarse is not None:
-            coarse /= dtype.type(prod(pool))
-            rows, columns = (count * n for count, n in zip(coarse.shape[1:], pool, strict=True))
-            for i, j in product(*map(range, pool)):
-                total[:, i : rows : pool[0], j : columns : pool[1]] += coarse
-        coarse = total
-    store(grad_volume, total, 1)
 
 
 def run(
@@ -83,12 +38,13 @@ def run(
         The samples; or the gradients, for an upstream gradient.
     arrays : mapping of name to array
         Inputs "levels", a sequence of arrays (N, *P, h, w), "coords" (N, 2, *P), and for "grads"
-        "grad_cost" (N, levels, PH, PW, *P). Results, which are written: "cost", or those of
-        "grad_levels", contiguous, and "grad_coords" that are there and not None. Volumes, costs and
-        their gradients have one dtype, float16|float32|float64, or uint16 for bfloat16; the others
-        that of coords, float32, or float64 with float64 volumes.
+        "grad_cost" (N, levels, PH, PW, *P), or (N, levels, PW, PH, *P) in the order "xy". Results,
+        which are written: "cost", alike, or those of "grad_levels", contiguous, and "grad_coords"
+        that are there and not None. Volumes, costs and their gradients have one dtype,
+        float16|float32|float64, or uint16 for bfloat16; the others that of coords, float32, or
+        float64 with float64 volumes.
     lookup : Lookup
-        What is sampled, but for the order of the displacements, which is (y, x) here.
+        What is sampled.
     threads : int, optional
         Threads to use at most; by default as many as NumPy's BLAS.
     """
@@ -97,7 +53,7 @@ def run(
     sizes = [level.shape[-2:] for level in arrays["levels"]]
     levels = [level.reshape(len(coords), count, -1) for level in arrays["levels"]]
     results = {
-        name: array.reshape(*array.shape[:4], -1)
+        name: by_rows(array, lookup)
         for name in ("cost", "grad_cost")
         if (array := arrays.get(name)) is not None
     }

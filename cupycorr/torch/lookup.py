@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from cupycorr.cpu import lookup as cpu
-from cupycorr.lookup import Lookup, check, check_map, check_range
+from cupycorr.cpu import pooling
+from cupycorr.lookup import Lookup, check, check_map, check_range, convert_all, scale_of
 from cupycorr.torch import lookup_derivatives, memory, operators
 
 _FIELDS = "int[2] radius, int[2] dilation_patch, int[2] pool, float scale, bool x_first"
@@ -53,28 +54,32 @@ def parsed(levels: int, fields: Sequence[Any]) -> Lookup:
 
 
 def _pyramid(fmap2: Tensor, levels: int, pool: Sequence[int]) -> list[Tensor]:
-    lookup = Lookup(0, levels, pool=tuple(pool))  # type: ignore[arg-type]
     results = _fake_pyramid(fmap2, levels, pool)
     if fmap2.is_cuda:
+        lookup = Lookup(0, levels, pool=(pool[0], pool[1]))
         memory.lend_lookup("pyramid", {"fmap2": fmap2, "levels": results}, lookup)
     else:
         results[0].copy_(fmap2)
-        views = [memory.numpy_view(level) for level in results]
-        cpu.pyramid(views, lookup, threads=torch.get_num_threads())
+        cells = [_by_cells(level) for level in results]
+        pooling.pyramid(cells, (pool[0], pool[1]), threads=torch.get_num_threads())
     return results
 
 
 def _pyramid_grads(grads: Sequence[Tensor], pool: Sequence[int]) -> Tensor:
-    lookup = Lookup(0, len(grads), pool=tuple(pool))  # type: ignore[arg-type]
     result = _fake_pyramid_grads(grads, pool)
     if result.is_cuda:
         tensors = {"grad_levels": list(grads), "grad_fmap2": result}
+        lookup = Lookup(0, len(grads), pool=(pool[0], pool[1]))
         memory.lend_lookup("pyramid_grads", tensors, lookup)
     else:
-        cpu.pyramid_grads(
-            [memory.numpy_view(grad) for grad in grads], memory.numpy_view(result), lookup
-        )
+        cells = [_by_cells(grad) for grad in grads]
+        pooling.pyramid_grads(cells, _by_cells(result), (pool[0], pool[1]))
     return result
+
+
+def _by_cells(fmap: Tensor) -> Any:
+    """Return a map's memory (F, C, H, W) as the engine pools it, (F, H, W, C)."""
+    return memory.numpy_view(fmap.movedim(1, -1))
 
 
 def _cost(
@@ -137,22 +142,15 @@ def _compute(what: str, tensors: dict[str, Any], fields: Sequence[Any]) -> None:
         return
     for name, maps in (("index1", tensors["fmap1"]), ("index2", tensors["levels"][0])):
         index = tensors[name]
-        if index is not None and index.numel():
-            check_range(name, int(index.min()), int(index.max()), len(maps))
-    cpu.run(what, views(tensors, lookup), lookup, scale, threads=torch.get_num_threads())
-
-
-def views(tensors: dict[str, Any], lookup: Lookup) -> dict[str, Any]:
-    """Return tensors' memory as arrays, displacements in the order (y, x)."""
-    arrays: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        if isinstance(tensor, list):
-            arrays[name] = [memory.numpy_view(level) for level in tensor]
-        elif tensor is not None:
-            view = memory.numpy_view(tensor)
-            is_volume = name in ("cost", "grad_cost")
-            arrays[name] = view.swapaxes(2, 3) if is_volume and lookup.x_first else view
-    return arrays
+        if index is not None:
+            check_range(name, index, len(maps))
+    cpu.run(
+        what,
+        convert_all(tensors, memory.numpy_view),
+        lookup,
+        scale,
+        threads=torch.get_num_threads(),
+    )
 
 
 def _check(
@@ -385,7 +383,7 @@ def correlation_lookup(
     if isinstance(fmap1, Tensor):
         _check(fmap1, levels, coords, index1, index2, lookup)
         operators.check(fmap1, levels[0])
-        scale = max(1, fmap1.shape[1]) ** -0.5 if scale is None else float(scale)
+        scale = scale_of(scale, fmap1.shape[1])
     elif scale is None:
         scale = fmap1.shape[1] ** -0.5
     return Ops.lookup(fmap1, list(levels), coords, index1, index2, *fields_of(lookup, scale))

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from cupycorr.layer import DTYPES, Layer
-from cupycorr.lookup import Lookup
+from cupycorr.lookup import Lookup, convert_all
 
 _DTYPES = {getattr(torch, name): name for name in DTYPES}
 _LOADED = "cupycorr.cuda.engine"
@@ -102,16 +102,22 @@ def lend(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
         _exchanged.add((index, like.dtype))
     addresses = dict(zip(tensors, places, strict=True))
 
+    stream = _stream_at(current_stream(index))
+    tf32 = what == "cost" and like.dtype is torch.float32 and _allows_tf32()
+    engine.launch(
+        what, shape, addresses, layer, _DTYPES[like.dtype], _allocator(like),
+        stream=stream, channels_last=channels_last, tf32=tf32,
+    )  # fmt: skip
+
+
+def _allocator(like: Tensor) -> Any:
+    """Return what allocates bytes from torch, on a tensor's device: (address, owner)."""
+
     def allocate(size: int) -> tuple[int, Tensor]:
         workspace = like.new_empty(size, dtype=torch.uint8)
         return workspace.data_ptr(), workspace
 
-    stream = _stream_at(current_stream(index))
-    tf32 = what == "cost" and like.dtype is torch.float32 and _allows_tf32()
-    engine.launch(
-        what, shape, addresses, layer, _DTYPES[like.dtype], allocate,
-        stream=stream, channels_last=channels_last, tf32=tf32,
-    )  # fmt: skip
+    return allocate
 
 
 def _allows_tf32() -> bool:
@@ -218,13 +224,7 @@ def lend_lookup(
     engine = _engine()
     like = tensors["fmap1"] if "fmap1" in tensors else next(iter(tensors.values()))
     like = like[0] if isinstance(like, list) else like
-    index = like.get_device()
-
-    def allocate(size: int) -> tuple[int, Tensor]:
-        workspace = like.new_empty(size, dtype=torch.uint8)
-        return workspace.data_ptr(), workspace
-
-    cupy = engine.cupy
+    index, cupy = like.get_device(), engine.cupy
     with torch.cuda.device(index), cupy.cuda.Device(index):
         stream = cupy.cuda.Stream.from_external(_stream_at(current_stream(index)))
         with stream:
@@ -234,22 +234,18 @@ def lend_lookup(
                 else None if group is None else _dense(group, "fmap" in name)
                 for name, group in tensors.items()
             }  # fmt: skip
-            arrays = {
-                name: [_array(tensor) for tensor in group] if isinstance(group, list)
-                else None if group is None else _array(group)
-                for name, group in dense.items()
-            }  # fmt: skip
+            arrays = convert_all(dense, _array)
             if volume:
                 from cupycorr.cuda import volume_lookup
 
                 volume_lookup.run(
-                    what, arrays, lookup, dtype=_DTYPES[like.dtype], allocate=allocate
+                    what, arrays, lookup, dtype=_DTYPES[like.dtype], allocate=_allocator(like)
                 )
                 return
             from cupycorr.cuda import lookup as cuda_lookup
 
             cuda_lookup.run(
-                what, arrays, lookup, scale, dtype=_DTYPES[like.dtype], allocate=allocate
+                what, arrays, lookup, scale, dtype=_DTYPES[like.dtype], allocate=_allocator(like)
             )
 
 

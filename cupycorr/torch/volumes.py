@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cupycorr.cpu import volume as cpu
-from cupycorr.lookup import Lookup, check_samples, check_volume
+from cupycorr.lookup import Lookup, check_samples, check_volume, convert_all
 from cupycorr.torch import memory, operators
 from cupycorr.torch.lookup import (
     Ops,
@@ -20,7 +20,6 @@ from cupycorr.torch.lookup import (
     dtype_name,
     parsed,
     register,
-    views,
 )
 
 _ARRAYS = "Tensor[] levels, Tensor coords"
@@ -63,7 +62,9 @@ def _compute_samples(what: str, tensors: dict[str, Any], patch: Sequence[Any]) -
     if tensors["coords"].is_cuda:
         memory.lend_lookup(what, tensors, lookup, volume=True)
     else:
-        cpu.run(what, views(tensors, lookup), lookup, threads=torch.get_num_threads())
+        cpu.run(
+            what, convert_all(tensors, memory.numpy_view), lookup, threads=torch.get_num_threads()
+        )
 
 
 def _fake_samples(levels: Sequence[Tensor], coords: Tensor, *fields: Any) -> Tensor:
