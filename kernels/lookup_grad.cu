@@ -644,7 +644,7 @@ extern "C" __global__ void __launch_bounds__(threads, resident) lookup_grad_coor
       for (int first = 0; first < read_y * read_x; first += 32) {
         // A cell that does not exist has no slopes; the first of the map stands for it.
         const int k = first + lane;
-        const int v = read_row(k / read_x, spacing_y), u = read_row(k % read_x, spacing_x);
+        const int v = offset_of(k / read_x, spacing_y), u = offset_of(k % read_x, spacing_x);
         const int y = first_row(w) + v, x = first_column(w) + u;
         const bool exists =
             k < read_y * read_x && inside(y, level.rows) && inside(x, level.columns);

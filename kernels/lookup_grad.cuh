@@ -10,21 +10,7 @@
 // The rest is as in lookup.cuh. R is called a share: of the cell in what the position passes on. A
 // cell that no corner of the window reads, but for corners of weight 0, is no term of either sum.
 #pragma once
-#include "lookup.cuh"
-
-// The window: all cells from the first corner to the last.
-constexpr int span_y = 2 * reach_y + 2, span_x = 2 * reach_x + 2;
-// Its rows and columns that outputs read. They are dense where the spacing is 1 or 2.
-constexpr int read_y = spacing_y == 1 ? outputs_y + 1 : 2 * outputs_y;
-constexpr int read_x = spacing_x == 1 ? outputs_x + 1 : 2 * outputs_x;
-
-// The row of the window that is read as number k.
-__device__ __forceinline__ int read_row(int k, int spacing) {
-  return spacing == 1 ? k : k / 2 * spacing + k % 2;
-}
-
-__device__ __forceinline__ int first_row(const Window& w) { return w.y.cell - reach_y; }
-__device__ __forceinline__ int first_column(const Window& w) { return w.x.cell - reach_x; }
+#include "lookup_windows.cuh"
 
 // The share of a cell that is no term; a term that is 0 is +0.
 constexpr accumulator no_term = -accumulator(0);
@@ -96,7 +82,7 @@ __device__ __forceinline__ Slopes slopes_of_lane(const element* grad_cost, const
         level.map + static_cast<long long>(two) * level.rows * level.columns * s.channels;
 #pragma unroll 1
     for (int k = threadIdx.x % 32; k < read_y * read_x; k += 32) {
-      const int v = read_row(k / read_x, spacing_y), u = read_row(k % read_x, spacing_x);
+      const int v = offset_of(k / read_x, spacing_y), u = offset_of(k % read_x, spacing_x);
       const int y = first_row(w) + v, x = first_column(w) + u;
       if (!inside(y, level.rows) || !inside(x, level.columns)) continue;
       const element* const cell =

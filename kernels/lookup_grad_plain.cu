@@ -46,10 +46,10 @@ extern "C" __global__ void __launch_bounds__(threads, 1) plain_grad_fmap1(
       const Window w = window_of(coords, s, level, e, p);
       const element* const map = level.map + two * cells_of(level) * s.channels + c;
       for (int row = 0; row < read_y; ++row) {
-        const int v = read_row(row, spacing_y), y = first_row(w) + v;
+        const int v = offset_of(row, spacing_y), y = first_row(w) + v;
         if (!inside(y, level.rows)) continue;
         for (int column = 0; column < read_x; ++column) {
-          const int u = read_row(column, spacing_x), x = first_column(w) + u;
+          const int u = offset_of(column, spacing_x), x = first_column(w) + u;
           if (!inside(x, level.columns)) continue;
           const accumulator share = share_of(w, v, u, scale, [&](int j, int i) {
             return widen(grad_cost[cost_at(s, e, number, j, i, p)]);

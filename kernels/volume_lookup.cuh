@@ -10,28 +10,15 @@
 // are moved position by position; shared memory turns the one into the other. Whoever includes this
 // has also named `tile`, and the `threads` of a block.
 #pragma once
-#include "lookup.cuh"
+#include "lookup_windows.cuh"
 #include "staging.cuh"
 
 constexpr int warp = 32;
 
-// The window of a position: all cells from the first corner to the last.
-constexpr int span_y = 2 * reach_y + 2, span_x = 2 * reach_x + 2;
-
-// Along an axis: how many cells so many outputs read, which of them an output reads first, and how
-// far a cell that is read lies behind the first. With a spacing of 1 outputs share their corners.
-__host__ __device__ constexpr int reads(int outputs, int spacing) {
-  return spacing == 1 ? outputs + 1 : 2 * outputs;
-}
+// Which of the cells that are read an output reads first.
 __device__ __forceinline__ int first_read(int output, int spacing) {
   return spacing == 1 ? output : 2 * output;
 }
-__device__ __forceinline__ int offset_of(int read, int spacing) {
-  return spacing == 1 ? read : read / 2 * spacing + read % 2;
-}
-
-__device__ __forceinline__ int first_row(const Window& w) { return w.y.cell - reach_y; }
-__device__ __forceinline__ int first_column(const Window& w) { return w.x.cell - reach_x; }
 
 // An int holds the cells of a tile.
 __device__ __forceinline__ int cells_of(const Level& level) { return level.rows * level.columns; }

@@ -37,7 +37,6 @@ constexpr int threads = 256;
 
 #include "volume_lookup.cuh"
 
-constexpr int read_y = reads(outputs_y, spacing_y), read_x = reads(outputs_x, spacing_x);
 constexpr int cell_pitch = pitch_of(read_y * read_x), upstream_pitch = pitch_of(outputs);
 constexpr int parts = threads / tile;  // of the outputs of a position
 constexpr int width = 16 / static_cast<int>(sizeof(element));
