@@ -301,13 +301,6 @@ def _on_device(
         arrays = {**inputs, **results}
         if "grad_cost" in arrays:
             arrays["grad_cost"] = cupy_module().ascontiguousarray(arrays["grad_cost"])
-        if inputs["fmap1"].ndim > 5:
-            joint = ("fmap1", "coords", "cost", "grad_cost", "grad_fmap1", "grad_coords")
-            count = {"cost": 4, "grad_cost": 4}
-            for name in joint:
-                if name in arrays:
-                    array = arrays[name]
-                    arrays[name] = array.reshape(*array.shape[: count.get(name, 2)], -1)
         cuda.run(what, arrays, lookup, scale)
     return results
 

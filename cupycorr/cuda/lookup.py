@@ -50,8 +50,8 @@ def run(
     arrays : mapping of name to cupy.ndarray or sequence of them
         Inputs "fmap1" (A, C, *P), "levels", a sequence of ``lookup.levels`` maps (F, C, h, w), all
         float16, bfloat16, float32 or float64; "coords" (E, 2, *P), float32 (float64 with float64
-        maps); "index1" and "index2", int32 or int64 (E,), or None: then A = F = E. P has one to
-        three axes. The result "cost" (E, L, PH, PW, *P) is contiguous; in the order "xy" it is
+        maps); "index1" and "index2", int32 or int64 (E,), or None: then A = F = E. P has any
+        axes. The result "cost" (E, L, PH, PW, *P) is contiguous; in the order "xy" it is
         (E, L, PW, PH, *P). The arrays of gradients: `cuda.lookup_grads`; of pyramids: "fmap2" and
         "levels", as for `pyramid`, or "grad_levels" and "grad_fmap2", as for
         `cuda.lookup_grads.pyramid_grads`.

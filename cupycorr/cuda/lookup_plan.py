@@ -30,7 +30,7 @@ class Problem(NamedTuple):
     """Entries of fmap1 and of each level."""
     channels: int
     positions: Shape
-    """The shape of the positions of a sample: one to three axes."""
+    """The shape of the positions of a sample: any axes."""
     cells: tuple[tuple[int, int], ...]
     """The size (h, w) of each level."""
     last: tuple[bool, ...]
