@@ -18,6 +18,7 @@ import cupycorr
 
 from .bench import bench
 from .convert import convert
+from .doctor import doctor
 from .gradcheck import gradcheck
 from .match import match
 from .warmup import warmup
@@ -60,6 +61,7 @@ def main() -> None:
 
 main.add_command(bench)
 main.add_command(convert)
+main.add_command(doctor)
 main.add_command(gradcheck)
 main.add_command(match)
 main.add_command(warmup)

@@ -14,17 +14,23 @@ import click
 
 LIBRARIES = (
     "numpy", "torch", "spatial-correlation-sampler", "localcorr", "threadpoolctl", "cupy-cuda12x",
-    "cupy-cuda13x",
+    "cupy-cuda13x", "ml_dtypes", "onnxscript", "pillow",
 )  # fmt: skip
 
 
 class Finding(NamedTuple):
-    """One thing that CUDA needs: whether it can be used, what was found, and a remedy if not."""
+    """One thing that an engine needs: whether it works, what was found, and a remedy if not."""
 
     name: str
     found: bool
     detail: str
     remedy: str = ""
+
+    def __str__(self) -> str:
+        """Return a line, and one with the remedy."""
+        verdict, colour = ("ok    ", "green") if self.found else ("not ok", "red")
+        line = f"  {click.style(verdict, fg=colour)}  {self.name}: {self.detail}"
+        return line if self.found or not self.remedy else f"{line}\n          {self.remedy}"
 
 
 class Unavailable(click.ClickException):
@@ -45,13 +51,7 @@ def require_cuda() -> None:
     findings = cuda_findings()
     if all(finding.found for finding in findings):
         return
-    lines = []
-    for finding in findings:
-        verdict, colour = ("ok    ", "green") if finding.found else ("not ok", "red")
-        lines.append(f"  {click.style(verdict, fg=colour)}  {finding.name}: {finding.detail}")
-        if not finding.found and finding.remedy:
-            lines.append(f"          {finding.remedy}")
-    listing = "\n".join(lines)
+    listing = "\n".join(map(str, findings))
     raise Unavailable(f"CUDA cannot be used here. What it needs:\n{listing}")
 
 

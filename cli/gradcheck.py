@@ -99,7 +99,7 @@ def gradcheck(device: str, sizes: Sizes, engines: tuple[str, ...], dtypes: tuple
             if no_bfloat16 and dtype == "bfloat16" and name != "torch":
                 click.echo(f"left out  {name} {dtype}: {NO_BFLOAT16}")
                 continue
-            for check, against in _checks(name, device, problem, dtype):
+            for check, against in checks(name, device, problem, dtype):
                 verdict, colour = ("ok    ", "green") if check.error is None else ("FAILED", "red")
                 what = f"{name} {dtype}: {check.name} ({against})"
                 error = f": {check.error}" if check.error else ""
@@ -129,7 +129,7 @@ def _engine(module: Any, name: str, device: str) -> Any:
     return module.cupy_engine(plain=name == "plain")
 
 
-def _checks(
+def checks(
     name: str, device: str, problem: Problem | LookupProblem, dtype: str
 ) -> Iterator[tuple[verify.Check, str]]:
     """Yield each check of one engine, and what it compares with."""

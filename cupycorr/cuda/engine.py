@@ -405,14 +405,20 @@ def _alone(code: str) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    folder = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
     with ExitStack() as stack:
         # Where there can be no lock there can be no cache: CuPy tells about that.
         with suppress(OSError):
-            path = os.path.join(folder, f"cupycorr-{zlib.crc32(code.encode()) % LOCKS}.lock")
+            path = os.path.join(
+                cache_folder(), f"cupycorr-{zlib.crc32(code.encode()) % LOCKS}.lock"
+            )
             file = stack.enter_context(open(path, "w"))
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def cache_folder() -> str:
+    """Return the folder in which CuPy keeps compiled kernels."""
+    return os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
 
 
 def nvrtc_wheel() -> str:
