@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cupycorr import compat
     from cupycorr.modules import CorrelationLookup, SpatialCorrelationSampler
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 if not Path(__file__).with_name("cli").is_dir():
     # In a clone, the packages cli and kernels lie beside this one.
     __path__.append(str(Path(__file__).parents[1]))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 from command import invoke
 
+import cupycorr
 from cupycorr import Geometry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +89,16 @@ def test_every_block_is_of_a_kind_that_a_test_executes():
     assert {block.language for block in BLOCKS} == {"python", "bash"}
     assert sorted(LINES) == sorted(SET_UP_LINES + COMMANDS + TEST_RUNS + GPU_RUNS)
     assert all([examples(), COMMANDS, TEST_RUNS, GPU_RUNS])
+
+
+def test_the_pages_have_the_version_and_its_date():
+    version, date = re.search(
+        r"^## \[(.+)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    ).groups()
+    assert version == cupycorr.__version__
+    citation = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert {f"version: {version}", f"date-released: {date}"} <= {*citation}
+    assert f"version {version.rpartition('.')[0]}," in PAGES["README.md"]
 
 
 def test_readme_is_short():
