@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import operator_figures
 import pytest
 from command import invoke
 
@@ -86,7 +87,8 @@ def needs_gpu(command):
 
 
 def test_every_block_is_of_a_kind_that_a_test_executes():
-    assert {block.language for block in BLOCKS} == {"python", "bash"}
+    # What is in braces, Sphinx executes.
+    assert {block.language for block in BLOCKS} == {"python", "bash", "{eval-rst}"}
     assert sorted(LINES) == sorted(SET_UP_LINES + COMMANDS + TEST_RUNS + GPU_RUNS)
     assert all([examples(), COMMANDS, TEST_RUNS, GPU_RUNS])
 
@@ -236,6 +238,14 @@ def test_links_inside_the_checkout_lead_somewhere(page, target):
 def test_imports_of_the_migration_table_find_something(statement):
     pytest.importorskip("torch")
     exec(statement)
+
+
+@pytest.mark.parametrize("name", operator_figures.PICTURES)
+def test_a_diagram_is_what_its_script_draws(name, tmp_path):
+    operator_figures.main(tmp_path)
+    drawn, shown = (Path(folder, f"{name}.svg").read_text() for folder in (tmp_path, ROOT / "docs"))
+    assert drawn == shown
+    assert any(f"({name}.svg)" in text for text in PAGES.values())
 
 
 @pytest.mark.slow
