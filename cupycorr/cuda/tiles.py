@@ -372,7 +372,7 @@ def _tiles_of_strips(
             shared_bytes,
             rounds,
             multiply_adds=channels * sums * threads * (ADDITIONS if problem.l1 else 1),
-            wavefronts=channels * threads / 32
+            wavefronts=channels * channel_groups * own.lanes * strips / 32
             * (wavefronts1 * own.positions + wavefronts2 * own.source) / load
             + 2 * sums * threads * word_bytes / 128,
             instructions=threads * (channels * (operands // load + CHANNEL) + rounds * fetching)
