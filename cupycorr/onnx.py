@@ -13,6 +13,7 @@ outside the maps. The taps are summed last, one by one.
 
 A lookup gathers the vectors of the cells that are met, (E, P, cells of a row, C), and multiplies
 them with those of the positions, row after row of a patch; then it interpolates the products.
+A lookup of a volume gathers the costs of those cells.
 
 Sizes that a model leaves open are computed when it runs, by the same formulas.
 """
@@ -54,6 +55,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         operators.cost.default: _cost,
         operators.pyramid.default: _pyramid,
         operators.lookup.default: _lookup,
+        operators.volume_lookup.default: _volume_lookup,
     }
 
 
@@ -184,7 +186,11 @@ def _pixels(fmap: Any, channels: Any, pixels: Any) -> Any:
     if _is(0, channels):
         # onnxruntime leaves a product over no channels uninitialised.
         fmap, channels = op.Pad(fmap, _value(np.array([0, 0, 0, 0, 0, 1, 0, 0]))), 1
-    flat = op.Reshape(fmap, _shape(-1, channels, pixels))
+    return _with_zero(op.Reshape(fmap, _shape(-1, channels, pixels)))
+
+
+def _with_zero(flat: Any) -> Any:
+    """Return an array of three axes with one more entry along the last, zero."""
     return op.Pad(flat, _value(np.array([0, 0, 0, 0, 0, 1])))
 
 
@@ -272,44 +278,89 @@ def _lookup(
     x_first: bool,
 ) -> Any:
     """Translate ``cupycorr::lookup``; all sizes but the channels' may be open."""
-    lookup = Lookup(tuple(radius), dilation_patch=tuple(dilation_patch))
-    samples, _, *sizes = (_size(coords, dim, size) for dim, size in enumerate(coords.shape))
-    positions = reduce(mul, sizes, 1)
+    samples, positions, _ = _sizes(coords)
     wide, channels = fmap1.dtype.bitwidth > 16, fmap1.shape[1]
     one: Any = fmap1 if wide else op.Cast(fmap1, to=_FLOAT)
     one = op.Reshape(one, _shape(-1, channels, positions))
     one = op.Unsqueeze(op.Transpose(one, perm=[0, 2, 1]), _shape(3))
     one = one if index1 is None else op.Gather(one, index1, axis=0)
     which = _range(samples) if index2 is None else _Open(op.Cast(index2, to=_INT64))
+
+    def products(two: Any, cells: Any, found: _Open, rows: int) -> Any:
+        # The vectors of all cells; the last one of each map is zero.
+        table: Any = two if wide else op.Cast(two, to=_FLOAT)
+        table = _with_zero(op.Reshape(table, _shape(-1, channels, cells)))
+        table = op.Reshape(op.Transpose(table, perm=[0, 2, 1]), _shape(-1, channels))
+        found = found + which[:, None, None, None] * (cells + 1)
+        parts: Iterator[Any] = (
+            op.MatMul(op.Gather(table, op.Gather(found.value, _value(row), axis=2), axis=0), one)
+            for row in range(rows)
+        )
+        return op.Concat(*parts, axis=3)
+
+    lookup = Lookup(tuple(radius), dilation_patch=tuple(dilation_patch))
+    cost: Any = _patches(levels, coords, lookup, pool, x_first, products)
+    cost = op.Mul(cost, op.CastLike(_value(scale), cost))
+    return cost if wide else op.CastLike(cost, fmap1)
+
+
+def _volume_lookup(
+    levels: Any, coords: Any, radius: Any, dilation_patch: Any, pool: Any, x_first: bool
+) -> Any:
+    """Translate ``cupycorr::volume_lookup``; all sizes may be open."""
+    samples, positions, _ = _sizes(coords)
+    wide = levels[0].dtype.bitwidth > 16
+
+    def costs(volume: Any, cells: Any, found: _Open, rows: int) -> Any:
+        table = _with_zero(op.Reshape(volume, _shape(samples, positions, cells)))
+        flat = op.Reshape(found.value, _shape(samples, positions, -1))
+        met: Any = op.GatherElements(table, flat, axis=2)
+        met = met if wide else op.Cast(met, to=_FLOAT)
+        met = op.Reshape(met, _shape(samples, positions, rows, -1))
+        return op.Transpose(met, perm=[0, 1, 3, 2])
+
+    lookup = Lookup(tuple(radius), dilation_patch=tuple(dilation_patch))
+    cost: Any = _patches(levels, coords, lookup, pool, x_first, costs)
+    return cost if wide else op.CastLike(cost, levels[0])
+
+
+def _sizes(coords: Any) -> tuple[Any, Any, list[Any]]:
+    """Return the number of samples and of a sample's positions, and the sizes of their axes."""
+    samples, _, *sizes = (_size(coords, dim, size) for dim, size in enumerate(coords.shape))
+    return samples, reduce(mul, sizes, 1), sizes
+
+
+def _patches(
+    levels: Any,
+    coords: Any,
+    lookup: Lookup,
+    pool: Any,
+    x_first: bool,
+    read: Callable[[Any, Any, _Open, int], Any],
+) -> Any:
+    """Interpolate what ``read`` returns of a level to a cost, without a scale.
+
+    It is told the level, how many cells that has, which of these each position meets (E, P, rows,
+    columns), where that number stands for a zero, and the rows; it returns (E, P, columns, rows).
+    """
+    samples, positions, sizes = _sizes(coords)
     places = op.Split(op.Reshape(coords, _shape(samples, 2, positions)), num_outputs=2, axis=1)
     x, y = (op.Squeeze(place, _shape(1)) for place in places)
     costs: list[Any] = []
-    for number, two in enumerate(levels):
-        height, width = (_size(two, dim, two.shape[dim]) for dim in (2, 3))
+    for number, level in enumerate(levels):
+        height, width = (_size(level, dim, size) for dim, size in list(enumerate(level.shape))[-2:])
         rows = _Met.of(y, pool[0] ** number, height, lookup, 0)
         columns = _Met.of(x, pool[1] ** number, width, lookup, 1)
         cells = height * width
-        # The vectors of all cells; the last one of each map is zero.
-        table: Any = two if wide else op.Cast(two, to=_FLOAT)
-        table = op.Reshape(table, _shape(-1, channels, cells))
-        table = op.Pad(table, _value(np.array([0, 0, 0, 0, 0, 1])))
-        table = op.Reshape(op.Transpose(table, perm=[0, 2, 1]), _shape(-1, channels))
         down, across = rows.cell[:, :, :, None], columns.cell[:, :, None, :]
         inside = _inside(down, height) & _inside(across, width)
         found = _where(inside, down * width + across, cells)
-        found = found + which[:, None, None, None] * (cells + 1)
-        products: Iterator[Any] = (
-            op.MatMul(op.Gather(table, op.Gather(found.value, _value(row), axis=2), axis=0), one)
-            for row in range(rows.cells)
-        )
-        patch: Any = op.Concat(*products, axis=3)
+        patch = read(level, cells, found, rows.cells)
         patch = rows.interpolate(columns.interpolate(patch, 2), 3)
         costs.append(op.Transpose(patch, perm=[0, 2, 3, 1] if x_first else [0, 3, 2, 1]))
     cost: Any = op.Concat(*(op.Unsqueeze(level, _shape(1)) for level in costs), axis=1)
-    cost = op.Mul(cost, op.CastLike(_value(scale), cost))
     patch_size = lookup.patch_size[::-1] if x_first else lookup.patch_size
-    cost = op.Reshape(cost, _shape(samples, len(costs), *patch_size, *sizes))
-    return cost if wide else op.CastLike(cost, fmap1)
+    return op.Reshape(cost, _shape(samples, len(costs), *patch_size, *sizes))
 
 
 class _Met(NamedTuple):

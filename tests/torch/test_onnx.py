@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from cases import GEOMETRIES
-from lookup_cases import CASES, arguments
+from lookup_cases import CASES, arguments, volume_arguments
 
 import cupycorr
 from cupycorr import Geometry, Lookup, verify
@@ -326,6 +326,105 @@ class TestLookups:
         arrays = looked_up("dilated")
         (got,) = run(export(Lookups(["dilated"]), arrays, optimize=False), arrays)
         assert difference_of("dilated", got, arrays)
+
+
+class Samples(torch.nn.Module):
+    """The samples of many volumes, whose levels are pooled inside unless they are given."""
+
+    def __init__(self, names, counts):
+        super().__init__()
+        self.names, self.counts = names, counts
+
+    def forward(self, *arrays):
+        samples, last = [], 0
+        for name, count in zip(self.names, self.counts, strict=True):
+            first, last = last, last + count
+            *levels, coords = arrays[first:last]
+            volume = levels[0] if len(levels) == 1 else levels
+            samples.append(cupycorr.volume_lookup(volume, coords, CASES[name].lookup))
+        return tuple(samples)
+
+
+def sampled(name, dtype="float32"):
+    """Return a volume and coordinates, none NaN."""
+    _, levels, coords = volume_arguments(name)
+    wide = "float64" if dtype == "float64" else "float32"
+    coords = np.nan_to_num(coords, nan=np.inf, posinf=np.inf, neginf=-np.inf)
+    return [levels[0].astype(dtype), coords.astype(wide)]
+
+
+def difference_of_samples(name, got, arrays):
+    wide = [array.astype(np.float64) for array in arrays]
+    (want,) = Samples([name], [len(arrays)])(*wide)
+    want = verify.round_to(want, got.dtype.name)
+    return verify.difference(got.astype(np.float64), want)
+
+
+class TestVolumeLookups:
+    @pytest.fixture(scope="class")
+    def found(self):
+        arrays = [array for name in CASES for array in sampled(name)]
+        program = export(Samples(tuple(CASES), [2] * len(CASES)), arrays, optimize=False)
+        return dict(zip(CASES, run(program, arrays), strict=True))
+
+    @pytest.fixture(scope="class")
+    def found_of_open_sizes(self):
+        """Return samples of a model that was exported with more of all."""
+        arrays = [sampled(name) for name in OPEN_LOOKUPS]
+        others, sizes = [], []
+        for volume, coords in arrays:
+            axes = range(2, coords.ndim)
+            more = [(0, 2), *((0, 1) for _ in axes)]
+            others.append(np.pad(volume, [*more, (0, 9), (0, 6)]))
+            others.append(np.pad(coords, [more[0], (0, 0), *more[1:]]))
+            sizes += [
+                dict.fromkeys(range(volume.ndim), AUTO),
+                {0: AUTO} | dict.fromkeys(axes, AUTO),
+            ]
+        program = export(
+            Samples(OPEN_LOOKUPS, [2] * len(arrays)), others, optimize=False,
+            dynamic_shapes={"arrays": tuple(sizes)},
+        )  # fmt: skip
+        flat = [array for case in arrays for array in case]
+        return dict(zip(OPEN_LOOKUPS, run(program, flat), strict=True))
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_it_is_exact_on_integers(self, name, found):
+        assert not difference_of_samples(name, found[name], sampled(name))
+
+    @pytest.mark.parametrize("name", OPEN_LOOKUPS)
+    def test_it_is_exact_on_arrays_of_other_sizes(self, name, found_of_open_sizes):
+        assert not difference_of_samples(name, found_of_open_sizes[name], sampled(name))
+
+    @pytest.mark.parametrize("dtype", ["float16", "float64"])
+    def test_given_levels_of_other_dtypes_are_sampled_and_rounded_as_by_the_engine(self, dtype):
+        volume, coords = sampled("RAFT", dtype)
+        # Samples are multiples of 1 / 64, and have more bits than float16.
+        arrays = [*cupycorr.volume_pyramid(volume * 111, CASES["RAFT"].lookup), coords]
+        (got,) = run(export(Samples(["RAFT"], [len(arrays)]), arrays, optimize=False), arrays)
+        assert got.dtype == dtype
+        assert not difference_of_samples("RAFT", got, arrays)
+
+    def test_infinities_reach_only_who_reads_them(self):
+        volume, coords = sampled("integers")
+        volume[:] = np.abs(volume)
+        volume[0, ..., 3, 4] = np.inf
+        (got,) = run(export(Samples(["integers"], [2]), [volume, coords]), [volume, coords])
+        assert np.isinf(got).any()
+        assert not difference_of_samples("integers", got, [volume, coords])
+
+    @pytest.mark.parametrize(
+        ("name", "broken"),
+        [
+            ("_inside", lambda at, size: (at >= 0) & (at < size - 1)),
+            ("Lookup", lambda radius, dilation_patch: Lookup(radius)),
+        ],
+    )
+    def test_an_error_in_it_is_caught(self, name, broken, monkeypatch):
+        monkeypatch.setattr(onnx_export, name, broken)
+        arrays = sampled("dilated")
+        (got,) = run(export(Samples(["dilated"], [2]), arrays, optimize=False), arrays)
+        assert difference_of_samples("dilated", got, arrays)
 
 
 class Loop(torch.nn.Module):
