@@ -3,7 +3,7 @@
 `nvidia`, `caffe`, `taichi`, `mmcv`, `sniklaus` and `gwc` hold what the systems of these names
 offer: the same classes and functions, with the same arguments, defaults, shapes and divisors.
 So do `raft`, `alt_cuda_corr`, `torchvision`, `ptlflow`, `raft_stereo`, `corr_sampler`, `localcorr`,
-`local_corr` and `altcorr` for lookups.
+`local_corr`, `altcorr` and `droid` for lookups.
 `stand_in_for` lets the ``import`` statements of a program that cannot be edited find them.
 """
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         altcorr,
         caffe,
         corr_sampler,
+        droid,
         gwc,
         local_corr,
         localcorr,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["StandIn", "stand_in_for", "taichi"]
 if find_spec("torch") is not None:
-    __all__ += ["alt_cuda_corr", "altcorr", "caffe", "corr_sampler", "gwc", "local_corr"]
+    __all__ += ["alt_cuda_corr", "altcorr", "caffe", "corr_sampler", "droid", "gwc", "local_corr"]
     __all__ += [
         "localcorr",
         "mmcv",

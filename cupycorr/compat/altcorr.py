@@ -1,6 +1,6 @@
 """The functions of DPVO's package ``altcorr``: costs of the edges of a graph of patches.
 
-DROID-SLAM's functions for edges have the same arguments, with whole maps in the place of patches.
+DROID-SLAM's blocks are in `droid`.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cupycorr.compat.blocks import coordinates
+from cupycorr.compat.blocks import edge_costs
 from cupycorr.lookup import Lookup
-from cupycorr.sampling import correlation_lookup
 
 __all__ = ["corr", "patchify"]
 
@@ -57,24 +56,10 @@ def corr(
     none.
     Source: Z. Teed, L. Lipson and J. Deng, "Deep Patch Visual Odometry", NeurIPS 2023, section 3.
     """
-    batches, edges = coords.shape[:2]
-    first, second = (
-        (index + torch.arange(batches, device=index.device)[:, None] * maps.shape[1]).flatten()
-        for index, maps in ((ii, fmap1), (jj, fmap2))
-    )
-    with torch.autocast(fmap1.device.type, enabled=False):
-        cost: Tensor = correlation_lookup(
-            fmap1.flatten(0, 1),
-            fmap2.flatten(0, 1),
-            coordinates(coords, fmap1).flatten(0, 1),
-            Lookup(radius, order="xy"),
-            scale=1.0,
-            index1=first,
-            index2=second,
-        )
-    cost = cost.reshape(batches, edges, *cost.shape[2:])
+    lookup = Lookup(radius, order="xy")
+    cost = edge_costs(fmap1, [fmap2], coords, ii, jj, lookup, 1.0)[:, :, 0]
     if dropout < 1 and cost.requires_grad:
-        kept = torch.rand(edges, device=cost.device) < dropout
+        kept = torch.rand(len(ii), device=cost.device) < dropout
         cost = torch.where(kept.view(-1, *(1,) * (cost.ndim - 2)), cost, cost.detach())
     return cost
 

@@ -6,6 +6,8 @@ hold the products of all pairs of positions; this one holds the maps, and comput
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,8 @@ class Block:
         The map that is looked up; its levels are pooled here, once.
     lookup : Lookup
         Which displacements are compared.
+    scale : float, optional
+        What sums of products are multiplied by; ``1 / sqrt(C)`` by default.
 
     Raises
     ------
@@ -31,8 +35,10 @@ class Block:
         As `cupycorr.pyramid`.
     """
 
-    def __init__(self, fmap1: Tensor, fmap2: Tensor, lookup: Lookup) -> None:
-        self.fmap1, self.lookup = fmap1, lookup
+    def __init__(
+        self, fmap1: Tensor, fmap2: Tensor, lookup: Lookup, scale: float | None = None
+    ) -> None:
+        self.fmap1, self.lookup, self.scale = fmap1, lookup, scale
         self.levels: tuple[Tensor, ...] = pyramid(fmap2, lookup)
 
     def __call__(self, coords: Tensor) -> Tensor:
@@ -46,7 +52,7 @@ class Block:
         Returns
         -------
         Tensor (N, levels * taps, H1, W1)
-            Sums of products by sqrt(C), of the maps' dtype.
+            Sums of products, scaled, of the maps' dtype.
 
         Raises
         ------
@@ -54,8 +60,63 @@ class Block:
             As `cupycorr.correlation_lookup`.
         """
         coords = coordinates(coords, self.fmap1)
-        cost: Tensor = correlation_lookup(self.fmap1, self.levels, coords, self.lookup)
+        cost: Tensor = correlation_lookup(
+            self.fmap1, self.levels, coords, self.lookup, scale=self.scale
+        )
         return cost.flatten(1, 3)
+
+
+def edge_costs(
+    fmap1: Tensor,
+    levels: Sequence[Tensor],
+    coords: Tensor,
+    ii: Tensor,
+    jj: Tensor,
+    lookup: Lookup,
+    scale: float,
+) -> Tensor:
+    """Compute the costs of edges between numbered maps; under autocast too, in the maps' dtype.
+
+    Parameters
+    ----------
+    fmap1 : Tensor (B, N1, C, *P)
+        The patches, or maps, that edges begin at.
+    levels : sequence of Tensor (B, N2, C, h, w)
+        The maps that are looked up.
+    coords : Tensor (B, E, 2, *P), floating
+        x and y of each position of an edge, in pixels of level 0.
+    ii, jj : Tensor (E,), int32|int64
+        Each edge's entry of fmap1 and of the levels.
+    lookup : Lookup
+        Which displacements are compared.
+    scale : float
+        What sums of products are multiplied by.
+
+    Returns
+    -------
+    Tensor (B, E, levels, PH, PW, *P)
+        In the order of the lookup.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        As `cupycorr.correlation_lookup`.
+    """
+    first, second = (
+        (index + torch.arange(len(maps), device=index.device)[:, None] * maps.shape[1]).flatten()
+        for index, maps in ((ii, fmap1), (jj, levels[0]))
+    )
+    with torch.autocast(fmap1.device.type, enabled=False):
+        cost: Tensor = correlation_lookup(
+            fmap1.flatten(0, 1),
+            [level.flatten(0, 1) for level in levels],
+            coordinates(coords, fmap1).flatten(0, 1),
+            lookup,
+            scale=scale,
+            index1=first,
+            index2=second,
+        )
+    return cost.view(*coords.shape[:2], *cost.shape[1:])
 
 
 def coordinates(coords: Tensor, fmap: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from cupycorr.compat import (  # noqa: E402
     alt_cuda_corr,
     altcorr,
     corr_sampler,
+    droid,
     local_corr,
     localcorr,
     ptlflow,
@@ -119,6 +120,23 @@ def pixels(warp, size):
     return (warp + 1) * size / 2 - 0.5
 
 
+def droid_costs(fmap1, fmap2, coords):
+    """DROID-SLAM's ``CorrBlock``: RAFT's channels of each edge, of maps that are divided by 4."""
+    volume = torch.einsum("bechw,becvu->behwvu", fmap1 / 4, fmap2 / 4)
+    (x, y), channels = coords.unbind(-1), []
+    for level in range(LEVELS):
+        channels += [
+            sample(volume, x / 2**level + dx, y / 2**level + dy) for dx in STEPS for dy in STEPS
+        ]
+        volume = pooled(volume, (2, 2))
+    return torch.stack(channels, 2)
+
+
+def droid_edge_costs(fmaps, coords):
+    """DROID-SLAM's ``AltCorrBlock``."""
+    return droid_costs(fmaps[:, EDGES[0]], fmaps[:, EDGES[1]], coords)
+
+
 def roma_costs(feature0, feature1, warp):
     """RoMa's ``local_correlation``: y first, only feature0 has a gradient."""
     volume, (height, width) = all_pairs(feature0, feature1.detach()), feature1.shape[2:]
@@ -192,6 +210,8 @@ GRAPH = (
     integers(2, 2, 4, 6, 9, seed=1),
     places(2, 5, 2, 3, 3, size=(6, 9)),
 )
+FRAMES = integers(2, 3, 4, 6, 9), integers(2, 3, 4, 6, 9, seed=1)
+MOVED = places(2, 3, 6, 9, 2, size=(6, 9)), places(2, 5, 6, 9, 2, size=(6, 9))
 POINTS = (
     integers(3, 7, 4),
     integers(3, 4, 8, 4, seed=1),
@@ -224,6 +244,11 @@ CASES = {
     ),
     "DPVO": Case(
         lambda *arguments: altcorr.corr(*arguments, *EDGES, radius=RADIUS), edge_costs, GRAPH
+    ),
+    "DROID-SLAM": Case(block(droid.CorrBlock), droid_costs, (*FRAMES, MOVED[0])),
+    "DROID-SLAM, alternate": Case(
+        lambda fmaps, coords: droid.AltCorrBlock(fmaps, LEVELS, RADIUS)(coords, *EDGES),
+        droid_edge_costs, (FRAMES[0], MOVED[1]), (True, True),
     ),
     "RoMa": Case(
         lambda *maps: local_corr.local_correlation(*maps[:2], RADIUS, maps[2]),
@@ -312,6 +337,16 @@ def test_gradients_of_edges_that_are_dropped_are_missing():
     want = GRAPH[0].clone().requires_grad_()
     altcorr.corr(want, *GRAPH[1:], *EDGES, RADIUS)[:, kept].sum().backward()
     assert torch.equal(fmap1.grad, want.grad)
+
+
+@pytest.mark.parametrize("index", [torch.tensor([False, True, True, False, True]), slice(1, 4)])
+def test_a_block_of_edges_grows_and_shrinks(index):
+    one, two = ([fmap[:1, part] for fmap in FRAMES] for part in (slice(2), slice(3)))
+    block = droid.CorrBlock(*one, LEVELS, RADIUS)
+    block = block.cat(droid.CorrBlock(*two, LEVELS, RADIUS))[index]
+    fmaps = [torch.cat(both, 1)[:, index] for both in zip(one, two, strict=True)]
+    coords = MOVED[1][:1, index]
+    assert torch.equal(block(coords), droid_costs(*fmaps, coords))
 
 
 # What RAFT returns is float32, whatever the maps are; others keep the maps' dtype.

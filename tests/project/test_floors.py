@@ -70,6 +70,7 @@ ROOMS = {
             "caffe",
             "corr_sampler",
             "correlation_cuda",
+            "droid",
             "gwc",
             "local_corr",
             "localcorr",
