@@ -27,10 +27,14 @@ Times are of single runs, the ways in turns, with as many threads each. ``--cloc
 processor's time instead, for a machine that others use; with one thread, as others wait spinning.
 The script prints a table in Markdown, of medians with minima in brackets, and fails if results
 differ by more than that.
+
+``--memory`` judges nothing. It measures forward passes alone, and by how much they raise the peak
+memory of a process that has made the network, each way in a new one. Times are then minima.
 """
 
 import argparse
 import copy
+import resource
 import sys
 import time
 import warnings
@@ -49,11 +53,25 @@ CLIENTS = (
 """All that use the package; some others import it and go ways of their own."""
 LOOKUPS = {
     "raft": "raft", "raft_small": "raft", "gma": "gma", "sea_raft_s": "sea_raft",
-    "sea_raft_m": "sea_raft", "skflow": "skflow", "splatflow": "splatflow",
+    "sea_raft_m": "sea_raft", "skflow": "skflow",
     "streamflow": "streamflow", "rapidflow": "rapidflow", "rpknet": "rpknet",
-    "matchflow": "matchflow", "ms_raft_plus": "ms_raft_plus", "ccmr": "ccmr",
+    "ms_raft_p": "ms_raft_plus", "ccmr": "ccmr", "dpflow": "dpflow",
+    "memflow": "memflow.MemFlowNet", "memflow_t": "memflow.MemFlowNet",
+    "videoflow_bof": "videoflow.Networks.BOFNet",
+    "videoflow_mof": "videoflow.Networks.MOFNetStack", "flow_anything": "flow_anything",
+    "flowseek_t": "flowseek", "flowseek_m": "flowseek", "recover_mn": "recover",
+    "recover_rn": "recover", "recover_cx": "recover",
 }  # fmt: skip
-"""RAFT-like networks, and the folder that has their block; the others' blocks differ."""
+"""RAFT-like networks, and the package that has their block.
+
+splatflow, matchflow and memfof have such a block too, but need CuPy, an extension of their own, and
+weights that are downloaded. Left out are variants of these in size (sea_raft and sea_raft_l,
+rapidflow_it1 and so on, ccmr_p) and networks that look something else up: gmflownet reads all
+products; craft, csflow, lcv_raft, llaflow and separableflow change or join them; scv keeps the
+largest; flow1d has rows and columns; neuflow2's block is called in another way; gmflow_refine
+and unimatch sample warped maps. Networks for stereo are not in the package.
+"""
+FRAMES = {"streamflow": 4, "videoflow_bof": 3, "videoflow_mof": 5}
 TWICE, FLOAT64, NUDGE, LEAP = 2, 2.0**-29, 2.0**-50, 2.0**-20
 DTYPES = ("float32", "float64")
 FLOAT32_ONLY = ("neuflow",)
@@ -84,8 +102,8 @@ class Worker:
             from cupycorr.compat import ptlflow, stand_in_for
 
             stand_in_for("spatial_correlation_sampler")
-            for folder in LOOKUPS.values():
-                stand_in_for(f"ptlflow.models.{folder}.corr", ptlflow)
+            for package in LOOKUPS.values():
+                stand_in_for(f"ptlflow.models.{package}.corr", ptlflow)
         import ptlflow
         import torch
 
@@ -99,23 +117,17 @@ class Worker:
         self.net = self.ptlflow.get_model(name).eval()
         texture = torch.rand(1, 3, *(side // 4 for side in size))
         image = torch.nn.functional.interpolate(texture, size, mode="bicubic").clamp(0, 1)
-        self.images = torch.stack([image, image.roll((2, -3), (2, 3))], 1)
+        frames = [image.roll((2 * n, -3 * n), (2, 3)) for n in range(FRAMES.get(name, 2))]
+        self.images = torch.stack(frames, 1)
         return sum(parameter.double().sum().item() for parameter in self.net.parameters())
 
     def results(self, dtypes):
         """Return results in each of some dtypes."""
-        found = [self._results(getattr(self.torch, dtype)) for dtype in dtypes]
-        self.torch.set_default_dtype(self.torch.float32)
-        self.net, self.images = self.net.float(), self.images.float()
-        return found
+        return [self._results(getattr(self.torch, dtype), self.images) for dtype in dtypes]
 
     def nudged(self):
         """Return the flow in float64 for images that differ in the last bits."""
-        images, self.images = self.images, self.images.double() * (1 + NUDGE)
-        flow = self._results(self.torch.float64).flow
-        self.torch.set_default_dtype(self.torch.float32)
-        self.net, self.images = self.net.float(), images
-        return flow
+        return self._results(self.torch.float64, self.images.double() * (1 + NUDGE)).flow
 
     def volumes(self):
         """Return of each volume or lookup asked of cupycorr what is wrong with it, or None."""
@@ -136,37 +148,48 @@ class Worker:
             mock.patch.object(numpy_lookup, "run", run_lookup),
             self.torch.no_grad(),
         ):
-            self.net({"images": self.images})
+            self._new()({"images": self.images})
         found = [excess(*arguments) for arguments in asked]
         return found + [excess_of_lookup(*arguments) for arguments in looked_up]
 
-    def _results(self, dtype):
+    def _new(self):
+        """Return the network as it was made: some keep what they compute from weights."""
+        return copy.deepcopy(self.net)
+
+    def _results(self, dtype, images):
         torch = self.torch
         torch.set_default_dtype(dtype)  # of what networks make themselves, such as coordinates
-        self.net, self.images = self.net.to(dtype), self.images.to(dtype)
-        flow = self._step()
-        grads = [p.grad.flatten() for p in self.net.parameters() if p.grad is not None]
-        step = 1 + sum(map(len, grads)) // SAMPLES
+        net = self._new().to(dtype)
+        flow = step(net, images.to(dtype))
+        torch.set_default_dtype(torch.float32)
+        grads = [p.grad.flatten() for p in net.parameters() if p.grad is not None]
+        every = 1 + sum(map(len, grads)) // SAMPLES
         return Results(
             flow.detach().double().numpy(),
-            torch.cat([grad[::step] for grad in grads]).double().numpy(),
+            torch.cat([grad[::every] for grad in grads]).double().numpy(),
         )
-
-    def _step(self):
-        self.net.zero_grad()
-        flow = self.net({"images": self.images})["flows"]
-        flow.square().mean().backward()
-        return flow
 
     def seconds(self, training):
         """Return how long a run takes: forward, or forward and backward."""
+        net = self._new()
         start = self.clock()
         if training:
-            self._step()
+            step(net, self.images)
         else:
             with self.torch.no_grad():
-                self.net({"images": self.images})
+                net({"images": self.images})
         return self.clock() - start
+
+    def memory(self):
+        """Return the peak of this process's memory, in MB."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def step(net, images):
+    """Return a network's flow, whose gradients it then has."""
+    flow = net({"images": images})["flows"]
+    flow.square().mean().backward()
+    return flow
 
 
 def excess(fmap1, fmap2, geometry):
@@ -205,7 +228,7 @@ def excess_of_lookup(arrays, lookup, scale):
     from cupycorr import Lookup, correlation_lookup, verify
 
     one = arrays["fmap1"].astype(np.float64)
-    patch = Lookup(lookup.radius, 1, lookup.dilation_patch)
+    patch = Lookup(lookup.radius, 1, lookup.dilation_patch, order=lookup.order)
     for number, level in enumerate(arrays["levels"]):
         pools = np.array(lookup.pool[::-1], arrays["coords"].dtype) ** number
         place = arrays["coords"] / pools[:, None, None]
@@ -242,6 +265,10 @@ class Process:
         context.Process(target=serve, args=(other, *arguments), daemon=True).start()
         other.close()
 
+    def close(self):
+        """Let the process end."""
+        self._connection.close()
+
     def __call__(self, method, *arguments):
         self._connection.send((method, *arguments))
         return self._connection.recv()
@@ -271,9 +298,7 @@ def judge(plain, ours, nudged=None):
 
 
 def turns(workers, runs, *call):
-    """Return each way's times in ms, of calls in turns, after one that does not count."""
-    for worker in workers.values():
-        worker(*call)
+    """Return each way's times in ms, of calls in turns."""
     times = {way: [] for way in workers}
     for _ in range(runs):
         for way, worker in workers.items():
@@ -281,11 +306,27 @@ def turns(workers, runs, *call):
     return times
 
 
-def row(name, workers, size, runs):
-    """Compare the ways for one network; return a row of the table, and what is wrong."""
+def load(name, workers, size):
+    """Make a network in all processes."""
     weights = {worker("load", name, size) for worker in workers.values()}
     if len(weights) != 1:
         raise SystemExit(f"{name}'s weights must be the same in all processes, got {weights}")
+
+
+def memory_row(name, workers, size, runs):
+    """Return a row of the table of forward passes and their memory."""
+    load(name, workers, size)
+    before = {way: worker("memory") for way, worker in workers.items()}
+    times = {way: min(t) / 1e3 for way, t in turns(workers, runs, "seconds", False).items()}
+    grown = {way: worker("memory") - before[way] for way, worker in workers.items()}
+    cells = [f"{time:.3g}" for time in times.values()]
+    cells.append(f"{times[PLAIN] / times[OURS]:.1f}")
+    return [name, *cells, *(f"{size:.0f}" for size in grown.values())]
+
+
+def row(name, workers, size, runs):
+    """Compare the ways for one network; return a row of the table, and what is wrong."""
+    load(name, workers, size)
     volumes = workers[OURS]("volumes")
     dtypes = DTYPES[:1] if name in FLOAT32_ONLY else DTYPES
     nudged = None if name in FLOAT32_ONLY else workers[PLAIN]("nudged")
@@ -295,7 +336,8 @@ def row(name, workers, size, runs):
         wrong.append("asks for no cost volume")
     cells = [name, str(len(volumes))]
     for training in (False, True):
-        times = turns(workers, runs, "seconds", training)
+        times = turns(workers, 1 + runs, "seconds", training)
+        times = {way: counted for way, (_, *counted) in times.items()}  # without the first ones
         cells += [f"{median(t):.0f} ({min(t):.0f})" for t in times.values()]
         cells.append(f"{median(times[PLAIN]) / median(times[OURS]):.1f}")
         slower = [way for way in times if min(times[way]) < min(times[OURS])]
@@ -313,18 +355,35 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--ways", nargs="*", default=(), choices=[COMPILED], help="one more way")
+    parser.add_argument("--memory", action="store_true", help="measure forward passes alone")
     options = parser.parse_args()
     ways = [PLAIN, OURS, *options.ways]
-    workers = {way: Process(way, options.threads, options.clock) for way in ways}
-    head = ["network", "cost volumes"]
-    for what in ("forward", "training"):
-        head += [f"{what} ms, {way}" for way in ways] + ["times faster"]
-    head += ["error of flows, plain / cupycorr", "of gradients"]
+
+    def start():
+        return {way: Process(way, options.threads, options.clock) for way in ways}
+
+    head = ["network"]
+    if options.memory:
+        head += [f"forward s, {way}" for way in ways] + ["times faster"]
+        head += [f"memory MB, {way}" for way in ways]
+    else:
+        head.append("cost volumes")
+        for what in ("forward", "training"):
+            head += [f"{what} ms, {way}" for way in ways] + ["times faster"]
+        head += ["error of flows, plain / cupycorr", "of gradients"]
     print("|", " | ".join(head), "|")
     print("|" + "---|" * len(head))
-    failed = False
-    for name in options.networks:
-        cells, wrong = row(name, workers, tuple(options.size), options.runs)
+    workers, failed = start(), False
+    for number, name in enumerate(options.networks):
+        wrong = []
+        if options.memory:
+            if number:
+                for worker in workers.values():
+                    worker.close()
+                workers = start()
+            cells = memory_row(name, workers, tuple(options.size), options.runs)
+        else:
+            cells, wrong = row(name, workers, tuple(options.size), options.runs)
         print("|", " | ".join(cells), "|", flush=True)
         for what in wrong:
             print(f"{name}: {what}", file=sys.stderr)

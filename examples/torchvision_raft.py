@@ -3,14 +3,16 @@
     pip install torchvision '.[torch]'
     python examples/torchvision_raft.py check
     python examples/torchvision_raft.py time --size 436 1024
+    python examples/torchvision_raft.py run --size 436 1024
 
 The one line that changes is ``raft_large(corr_block=CorrBlock())``. ``check`` holds both networks,
 with random weights, to their own blocks: flows and the gradients of all weights, in float32 and in
 float64, as `ptlflow_networks.judge` says.
 
 ``time`` makes random maps of an eighth of an image's size, and looks them up 12 times around a
-smooth flow, as a network does. Each way runs in a process of its own, and its memory is what that
-process's peak grows by. Times are minima with medians in brackets.
+smooth flow, as a network does. ``run`` runs whole networks on two images. Each way runs in a
+process of its own, and its memory is what that process's peak grows by. Times are minima with
+medians in brackets, of the processor's time.
 """
 
 import argparse
@@ -64,32 +66,55 @@ def check():
     return wrong
 
 
-def measure(way, size, runs, threads, send):
-    """Send the seconds of each run's preparation and lookups, and the peak memory in bytes."""
-    torch.set_num_threads(threads)
+def peak():
+    """Return the peak of this process's memory, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def time_block(way, size, runs):
+    """Return each run's seconds, of preparing, of one lookup and of all, and memory."""
     generator = torch.Generator().manual_seed(0)
-    height, width = (-(-side // 8) for side in size)
+    height, width = (side // 8 for side in size)
     fmap1, fmap2 = torch.randn(2, 1, CHANNELS, height, width, generator=generator)
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     coords = torch.stack([columns + 3.3 + rows / 40, rows - 2.6 + columns / 60])[None]
-    before, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    before, times = peak(), []
+    for _ in range(runs):
+        start = time.process_time()
+        block = WAYS[way]()
+        block.build_pyramid(fmap1, fmap2)
+        built = time.process_time()
+        for _ in range(ITERATIONS):
+            block.index_pyramid(coords)
+        end = time.process_time()
+        times.append((built - start, (end - built) / ITERATIONS, end - start))
+    return times, peak() - before
+
+
+def time_network(way, size, runs, name):
+    """Return the seconds of each run of a network, and memory."""
+    make, radius = NETWORKS[name]
+    net = make(corr_block=WAYS[way](radius=radius)).eval()
+    images = torch.rand(2, 1, 3, *size, generator=torch.Generator().manual_seed(0))
+    before, times = peak(), []
+    for _ in range(runs):
+        start = time.process_time()
+        net(*images, num_flow_updates=ITERATIONS)
+        times.append((time.process_time() - start,))
+    return times, peak() - before
+
+
+def send_measured(send, threads, measure, *arguments):
+    torch.set_num_threads(threads)
     with torch.no_grad():
-        for _ in range(runs):
-            start = time.process_time()
-            block = WAYS[way]()
-            block.build_pyramid(fmap1, fmap2)
-            built = time.process_time()
-            for _ in range(ITERATIONS):
-                block.index_pyramid(coords)
-            times.append((built - start, (time.process_time() - built) / ITERATIONS))
-    send.send((times, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)))
+        send.send(measure(*arguments))
 
 
-def measured(way, size, runs, threads):
-    """Return a row of the table."""
+def measured(threads, measure, way, *arguments):
+    """Return the cells of a row, measured in a process of its own."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(way, size, runs, threads, send))
+    process = context.Process(target=send_measured, args=(send, threads, measure, way, *arguments))
     process.start()
     send.close()
     try:
@@ -98,27 +123,31 @@ def measured(way, size, runs, threads):
         return [way, "does not fit"]
     finally:
         process.join()
-    whole = [built + ITERATIONS * each for built, each in times]
-    columns = (*zip(*times, strict=True), whole)
+    columns = zip(*times, strict=True)
     cells = [f"{1e3 * min(column):.0f} ({1e3 * median(column):.0f})" for column in columns]
     return [way, *cells, f"{memory / 1e6:.0f}"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["check", "time"])
+    parser.add_argument("what", choices=["check", "time", "run"])
     parser.add_argument("--size", nargs=2, type=int, default=(436, 1024), metavar=("H", "W"))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     if options.what == "check":
-        raise SystemExit("\n".join(check()))
-    heads = ["block", "once ms", "each lookup ms", f"with {ITERATIONS} lookups ms", "memory MB"]
-    print("|", " | ".join(heads), "|")
-    print("|" + "---|" * len(heads))
-    for way in WAYS:
-        row = measured(way, options.size, options.runs, options.threads)
-        print("|", " | ".join(row), "|", flush=True)
+        raise SystemExit("\n".join(check()) or None)
+    size = tuple(-(-side // 8) * 8 for side in options.size)
+    if options.what == "time":
+        heads = ["block", "once ms", "each lookup ms", f"with {ITERATIONS} lookups ms"]
+        calls = [(time_block, way, size, options.runs) for way in WAYS]
+    else:
+        heads = ["network", "block", "ms"]
+        calls = [(time_network, way, size, options.runs, name) for name in NETWORKS for way in WAYS]
+    print("|", " | ".join([*heads, "memory MB"]), "|")
+    print("|" + "---|" * (len(heads) + 1))
+    for call in calls:
+        print("|", " | ".join([*call[4:], *measured(options.threads, *call)]), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -229,6 +229,12 @@ CASES = {
     "RAFT": Case(block(raft.CorrBlock), raft_costs, FLOW),
     "RAFT, alternate": Case(block(raft.AlternateCorrBlock), raft_costs, FLOW),
     "ptlflow": Case(block(ptlflow.get_corr_block), raft_costs, FLOW),
+    "ptlflow, by later names": Case(
+        lambda *maps: ptlflow.CorrBlock(*maps[:2], corr_levels=LEVELS, corr_radius=RADIUS)(
+            maps[2], dilation=torch.ones(2, 1, 5, 7)
+        ),
+        raft_costs, FLOW,
+    ),
     "localcorr": Case(block(localcorr.get_localcorr_block), raft_costs, FLOW),
     "torchvision": Case(torchvision_costs, raft_costs, FLOW),
     "alt_cuda_corr": Case(
@@ -389,6 +395,10 @@ def test_localcorrs_sampler_is_the_cost_volume(corr_mode):
         (
             lambda: localcorr.get_localcorr_sampler(corr_mode="allpairs"),
             "corr_mode must be one of localcorr_triton, .*, got 'allpairs'",
+        ),
+        (
+            lambda: ptlflow.CorrBlock(*FLOW[:2], 1)(FLOW[2], torch.full((2, 1, 5, 7), 2.0)),
+            "dilation must be 1 everywhere",
         ),
         (
             lambda: local_corr.local_corr(*POINTS, "bicubic"),

@@ -2,7 +2,13 @@
 
 import numpy as np
 import pytest
-from ptlflow_networks import FLOAT64, NUDGE, Results, judge
+from ptlflow_networks import FLOAT64, NUDGE, Results, Worker, judge
+
+from cupycorr.cpu import lookup as numpy_lookup
+
+torch = pytest.importorskip("torch")
+
+from cupycorr.compat import ptlflow  # noqa: E402
 
 
 @pytest.fixture
@@ -48,3 +54,41 @@ def test_what_is_off_is_noticed(plain, want, errors32, errors64, found):
 def test_a_network_that_leaps_is_not_judged(plain, want):
     _, wrong = judge(plain, [off(want, 1.0), off(want, 1.0)], nudged(want, leap=1e-6))
     assert not wrong
+
+
+class Network(torch.nn.Module):
+    """Two lookups, of images in the place of maps."""
+
+    def forward(self, inputs):
+        one, two = inputs["images"].unbind(1)
+        rows, columns = torch.meshgrid(*map(torch.arange, one.shape[2:]), indexing="ij")
+        coords = torch.stack([columns + 1.3 - rows / 9, rows - 2.6 + columns / 7])[None]
+        block = ptlflow.get_corr_block(one, two, num_levels=2, radius=3)
+        return {"flows": block(coords) + block(coords + 0.4)}
+
+
+@pytest.fixture
+def worker():
+    """Return a worker that has such a network, without ptlflow."""
+    worker = object.__new__(Worker)
+    worker.torch, worker.net = torch, Network()
+    worker.images = torch.randn(1, 2, 5, 12, 17, generator=torch.Generator().manual_seed(0))
+    return worker
+
+
+def test_every_lookup_of_a_network_is_held_to_float64(worker):
+    assert worker.volumes() == [None, None]
+
+
+def test_a_lookup_that_is_off_is_noticed(worker, monkeypatch):
+    right = numpy_lookup.run
+
+    def run(what, arrays, lookup, scale, **options):
+        right(what, arrays, lookup, scale, **options)
+        if arrays["cost"].dtype == np.float32:
+            arrays["cost"][0, 1, 2, 3, 4, 5] *= 1 + 1e-3
+
+    monkeypatch.setattr(numpy_lookup, "run", run)
+    found = worker.volumes()
+    assert len(found) == 2
+    assert all(what.startswith("level 1: 1 of ") for what in found)
