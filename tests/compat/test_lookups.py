@@ -380,6 +380,15 @@ def test_under_autocast_the_alternate_block_stays_in_the_dtype_of_the_maps(name,
     assert bool(got.isfinite().all()) is stays
 
 
+def test_under_autocast_edges_stay_in_the_dtype_of_the_maps():
+    coords = torch.stack(torch.meshgrid(*[torch.arange(8.0)] * 2, indexing="xy"), -1)[None, None]
+    with torch.autocast("cpu", torch.float16):
+        blocks = droid.AltCorrBlock(torch.stack(LARGE, 1))
+        got = blocks(coords, torch.tensor([0]), torch.tensor([1]))
+    assert got.dtype is torch.float32
+    assert got.isfinite().all()
+
+
 @pytest.mark.parametrize("corr_mode", ["localcorr_triton", "localcorr_AUTO"])
 def test_localcorrs_sampler_is_the_cost_volume(corr_mode):
     fmap1, fmap2 = integers(2, 4, 5, 7), integers(2, 4, 5, 7, seed=1)
