@@ -157,6 +157,7 @@ def correlation_vjp(
     similarity: str = "product",
     groups: int | None = None,
     needs: tuple[bool, bool] = (True, True),
+    allow_tf32: bool = False,
 ) -> tuple[Any, Any]:
     """Compute the gradients of a cost volume with respect to its maps (vector-Jacobian products).
 
@@ -174,6 +175,8 @@ def correlation_vjp(
         As in `correlation`.
     needs : (bool, bool), default (True, True)
         Which of the two gradients to compute.
+    allow_tf32 : bool, default False
+        As in `correlation`; what is rounded to TF32 is grad_cost, summed over taps, and the maps.
 
     Returns
     -------
@@ -205,8 +208,10 @@ def correlation_vjp(
     if cosine or groups is not None:
         from cupycorr import grouped
 
-        return grouped.differentiate(grad_cost, fmap1, fmap2, layer, needs, groups, cosine)
-    return differentiate(grad_cost, fmap1, fmap2, layer, needs)
+        return grouped.differentiate(
+            grad_cost, fmap1, fmap2, layer, needs, groups, cosine, allow_tf32
+        )
+    return differentiate(grad_cost, fmap1, fmap2, layer, needs, allow_tf32)
 
 
 def correlate(
@@ -251,6 +256,7 @@ def differentiate(
     fmap2: Any,
     layer: Layer,
     needs: tuple[bool, bool] = (True, True),
+    allow_tf32: bool = False,
 ) -> tuple[Any, Any]:
     """Check a gradient and two maps, and dispatch; see `correlation_vjp`."""
     names, arrays = ("fmap1", "fmap2", "grad_cost"), (fmap1, fmap2, grad_cost)
@@ -263,7 +269,10 @@ def differentiate(
     wanted = {"grad_fmap1": need1, "grad_fmap2": need2}
     shapes = {name: fmap1.shape for name, needed in wanted.items() if needed}
     inputs = dict(zip(names, arrays, strict=True))
-    grads = (_on_device if library == "cupy" else _on_cpu)("grads", inputs, shapes, layer)
+    if library == "cupy":
+        grads = _on_device("grads", inputs, shapes, layer, allow_tf32)
+    else:
+        grads = _on_cpu("grads", inputs, shapes, layer)
     return grads.get("grad_fmap1"), grads.get("grad_fmap2")
 
 

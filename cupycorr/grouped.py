@@ -41,6 +41,7 @@ def differentiate(
     needs: tuple[bool, bool],
     groups: int | None,
     cosine: bool,
+    allow_tf32: bool,
 ) -> tuple[Any, Any]:
     """Compute the gradients of that; see `cupycorr.correlation_vjp`."""
     api.library_of_arrays(("fmap1", "fmap2", "grad_cost"), (fmap1, fmap2, grad_cost))
@@ -53,7 +54,7 @@ def differentiate(
             )
         grad_cost = grad_cost.reshape(-1, *grad_cost.shape[2:])
     maps = (_unit(one), _unit(two)) if cosine else (one, two)
-    grad1, grad2 = api.differentiate(grad_cost, *maps, layer, needs)
+    grad1, grad2 = api.differentiate(grad_cost, *maps, layer, needs, allow_tf32)
 
     def finished(grad: Any, fmap: Any) -> Any:
         if grad is None:

@@ -63,6 +63,28 @@ __device__ __forceinline__ void round_matrices(unsigned* fragments) {
   }
 }
 
+// Round two floats to a word of a fragment, the first in its lower half, to nearest even, and keep
+// what is left of them, which floats hold exactly.
+template <typename Element>
+__device__ __forceinline__ unsigned split_off(float& first, float& second) {
+#if defined(CUPYCORR_HOST)
+  const unsigned word =
+      bits_of(narrow<Element>(first)) | bits_of(narrow<Element>(second)) << 16;
+#else
+  unsigned word = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (is_bfloat16<Element>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  }
+#endif
+#endif
+  first -= widen(Element{static_cast<unsigned short>(word)});
+  second -= widen(Element{static_cast<unsigned short>(word >> 16)});
+  return word;
+}
+
 // Add to sums[row][column] the product of row `row` of `one` and row `column` of `two`.
 template <typename Element>
 __device__ __forceinline__ void multiply_matrices(float (&sums)[4], const unsigned (&one)[4],
@@ -103,13 +125,13 @@ __device__ __forceinline__ void multiply_matrices(float (&sums)[4], const unsign
 }
 
 // Copy CHANNELS channels of PIXELS pixels, from channel c on, to shared memory, where a pixel takes
-// 16 bytes more; zeros for those that do not exist. Offsets are those of pixels in a map, or -1.
+// PITCH elements; zeros for those that do not exist. Offsets are those of pixels in a map, or -1.
 // VECTOR channels are copied at a time, or two through registers if that is 1.
-template <int THREADS, int CHANNELS, int PIXELS, int VECTOR, typename Element>
+template <int THREADS, int CHANNELS, int PITCH, int PIXELS, int VECTOR, typename Element>
 __device__ __forceinline__ void stage_pixels(const Element* map, const int* offsets, int c,
                                              int channels, char* to, SharedAddress address,
                                              int thread) {
-  constexpr int bytes = static_cast<int>(sizeof(Element)), pitch = CHANNELS + 16 / bytes;
+  constexpr int bytes = static_cast<int>(sizeof(Element));
   constexpr int unit = larger(VECTOR, 2), units = CHANNELS / unit, at_once = THREADS / units;
   static_assert(THREADS % units == 0, "a thread has the same channels of all of its pixels");
   const int k = thread % units * unit, first = thread / units;
@@ -119,7 +141,7 @@ __device__ __forceinline__ void stage_pixels(const Element* map, const int* offs
     const int i = first + n * at_once;
     if (PIXELS % at_once != 0 && i >= PIXELS) continue;
     const int offset = offsets[i];
-    const int at = (i * pitch + k) * bytes;
+    const int at = (i * PITCH + k) * bytes;
     const bool exists = in_map && offset >= 0;
     const Element* const from = map + (exists ? offset + c + k : 0);
     if constexpr (VECTOR > 1) {

@@ -212,11 +212,11 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
   const auto buffer = [&](int c) { return c / chunk % buffers * buffer_bytes; };
   const auto copy = [&](int c) {
     const int begin = buffer(c);
-    stage_pixels<threads, chunk, pixels1, vector>(map1, offsets, c, s.channels, bytes + begin,
-                                                  address + begin, thread);
-    stage_pixels<threads, chunk, pixels2, vector>(map2, offsets + pixels1, c, s.channels,
-                                                  bytes + begin + begin2, address + begin + begin2,
-                                                  thread);
+    stage_pixels<threads, chunk, pitch, pixels1, vector>(map1, offsets, c, s.channels,
+                                                         bytes + begin, address + begin, thread);
+    stage_pixels<threads, chunk, pitch, pixels2, vector>(map2, offsets + pixels1, c, s.channels,
+                                                         bytes + begin + begin2,
+                                                         address + begin + begin2, thread);
   };
   // Runs of both maps, in pieces.
   constexpr int runs = Runs1::count + Runs2::count, of_piece = ceil_div(runs, pieces);

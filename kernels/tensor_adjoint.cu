@@ -1,5 +1,6 @@
-// The gradient of a cost volume of 16-bit maps with respect to one map, summed over displacements
-// on tensor cores: that of product_adjoint.cu, for products of one tap.
+// The gradient of a cost volume with respect to one map, summed over displacements on tensor cores:
+// that of product_adjoint.cu. Elements have 16 bits, or are floats, which are rounded to TF32
+// before they are multiplied.
 //
 //   grad[n, c, t] = scale * sum over p, q of
 //                                G[p, q, t] * source[n, c, t + first + spacing * (p, q)]
@@ -22,6 +23,10 @@
 // The 16 targets are 16 neighbours of a phase or, which wastes less of a small patch, 8 in each of
 // two rows: row j of a tile meets row e of the source at the displacement p = e - advance_y * j.
 //
+// G has the type of the maps, or is float where taps_spread has summed it. A float beside maps of
+// 16 bits is split into parts of 16 bits, each of what those before it leave, and all parts are
+// multiplied: two of Half keep 23 of its 24 binary digits, three of Bfloat16 keep all.
+//
 // Threads. A warp owns row_tiles tiles below each other in 8 * channel_tiles channels, a block
 // x_groups warps side by side, of each of `phases` column phases and one row phase, and
 // channel_groups times as many channels. It walks over the rows of the source that its targets
@@ -38,8 +43,9 @@
 #include "device.cuh"
 
 #ifndef CUPYCORR_CONSTANTS
-using element = Half;       // of all arrays: Half or Bfloat16
+using element = Half;       // of maps and gradients: Half, Bfloat16 or float
 using accumulator = float;  // of sums
+using upstream = Half;      // of G: element, or accumulator if taps_spread comes first
 // The layer.
 constexpr int which = 1;
 constexpr int patch_y = 21, patch_x = 21;
@@ -60,7 +66,7 @@ constexpr int buffers = 2;         // 1 only if those are all rows
 constexpr bool channels_last = true;  // whether a pixel's channels lie side by side
 constexpr int vector = 8;  // of those per copy, 1: through registers; or pixels per load
 constexpr int source_lead = 0;       // pixels before the first, so that loads are aligned
-constexpr int unit = 8;              // elements of G per copy; 1: through registers
+constexpr int unit = 8;              // elements of G per copy; 1 of 16 bits: through registers
 constexpr int lead = 0;              // elements of G before the first, so that copies are aligned
 constexpr int result_vector = 8;     // elements per store to global memory
 constexpr int threads = 256;
@@ -84,17 +90,21 @@ constexpr int tile_columns = 16 / tile_rows;
 constexpr int rows = row_tiles * tile_rows;       // of targets, in a block
 constexpr int columns = x_groups * tile_columns;  // of targets of a phase
 constexpr int before = advance_x * (tile_columns - 1);  // rows of zeros before those of G
-constexpr int depths = ceil_div(before + patch_x, 16);  // products in a row of the source
+constexpr int element_bytes = static_cast<int>(sizeof(element));
+constexpr int upstream_bytes = static_cast<int>(sizeof(upstream));
+constexpr bool halves = element_bytes == 2;
+constexpr int parts = element_bytes == upstream_bytes ? 1 : is_bfloat16<element> ? 3 : 2;  // of G
+constexpr int depth = 32 / element_bytes;  // columns of a product
+constexpr int depths = ceil_div(before + patch_x, depth);  // products in a row of the source
 constexpr int unrolled = depths <= 4 ? depths : 2;
 constexpr int meeting = patch_y + advance_y * (tile_rows - 1);  // rows that a tile meets
 constexpr int source_rows = patch_y + advance_y * (rows - 1);   // and a block
-constexpr int source_columns = advance_x * (columns - tile_columns) + 16 * depths;
+constexpr int source_columns = advance_x * (columns - tile_columns) + depth * depths;
 constexpr int met_columns = advance_x * (columns - 1) + patch_x;  // the others stay 0
 constexpr int block_channels = 8 * channel_tiles * channel_groups;
 constexpr int phase_groups = ceil_div(phases_x, phases);
-constexpr int element_bytes = static_cast<int>(sizeof(element));
 
-// Odd numbers of 16-byte units: then neighbouring rows lie in different banks.
+// Where lanes read halves of 8 neighbouring rows, or floats of 4, these lie in different banks.
 constexpr int pitch = block_channels + 8;  // elements of a pixel
 constexpr int slot_bytes = pitch * element_bytes;
 // Pixels lie in slots [phase][column], eight slots in a group. If channels lie apart, a row has the
@@ -109,25 +119,31 @@ constexpr int group_bytes = 8 * slot_bytes + (channels_last ? 0 : 32);
 constexpr int pixels = 8 * phases * of_phase;
 constexpr int own_columns = phases * columns;  // of G, in a row of displacements
 constexpr int columns_g = lead + (which == 1 ? own_columns : phases * source_columns);  // of rows
-constexpr int pitch_g = 8 * (ceil_div(columns_g, 8) | 1);
-constexpr int rows_g = 16 * depths;  // from target row to target row, with rows of zeros
+constexpr int unit_g = upstream_bytes == 4 && which == 2 ? 4 : 8;
+constexpr int pitch_g = unit_g * (ceil_div(columns_g, unit_g) | 1);
+constexpr int rows_g = depth * depths;  // from target row to target row, with rows of zeros
 constexpr int g_elements = (before + rows * rows_g) * pitch_g;
 constexpr int source_bytes = phases * of_phase * group_bytes;
-constexpr int row_bytes = source_bytes + g_elements * element_bytes;
+constexpr int row_bytes = source_bytes + g_elements * upstream_bytes;
 constexpr int buffer_bytes = at_once * row_bytes;
 // Elements of G from one column of the source to the next, and from one target to the next.
 constexpr int along = pitch_g + (which == 1 ? 0 : phases);
 constexpr int across = (which == 1 ? phases : 0) - advance_x * pitch_g;
-// Results of a tile, if channels lie apart: words of two channels, [pair][row][phase][column]. The
-// pitch is an odd number of 8 words: four pairs lie in different banks.
+// Results of a tile, if channels lie apart: words of two channels, or floats of one,
+// [word][row][phase][column]. Four words that a warp stores at once lie in different banks: the
+// pitch is an odd number of 8 words, and floats of 8 channels are followed by 8 words more.
 constexpr int targets = tile_rows * phases * columns;
+constexpr int of_word = 4 / element_bytes;  // channels
 constexpr int pitch_out = 8 * (targets / 8 | 1);
-constexpr int out_bytes =
-    channels_last ? targets * slot_bytes : block_channels * pitch_out * 2;
+constexpr int words_out = block_channels / of_word * pitch_out + (halves ? 0 : block_channels);
+constexpr int out_bytes = channels_last ? targets * slot_bytes : 4 * words_out;
 // A lane reads two columns at a time, neighbours or 4 apart: so that lanes use different banks.
-constexpr int apart = which == 2 && phases % 2 == 0 ? 4 : 1;
+constexpr int apart = upstream_bytes == 4 || (which == 2 && phases % 2 == 0) ? 4 : 1;
+// A lane reads so many neighbouring floats of a pixel at once: of as many products, one each.
+constexpr int wide = halves ? 2 : smaller(4, channel_tiles);
 
-static_assert(sizeof(element) == 2, "tensor cores multiply elements of 16 bits");
+static_assert(element_bytes <= 4, "tensor cores multiply elements of 16 bits, and TF32");
+static_assert(upstream_bytes == element_bytes || upstream_bytes == 4, "what taps_spread writes");
 static_assert(threads == 32 * x_groups * phases * channel_groups, "a warp for each share");
 static_assert(channel_tiles % 2 == 0, "channels are loaded 16 at a time");
 static_assert(buffers == 2 || at_once >= source_rows, "a copy must not meet what is in use");
@@ -135,6 +151,7 @@ static_assert(buffers * buffer_bytes + (channels_last ? 4 * pixels : 0) <= 4 * s
                   out_bytes <= 4 * shared_words,
               "shared memory is too small");
 static_assert(which == 1 || (advance_x == 1 && advance_y == 1), "sources are on the lattice");
+static_assert(channel_tiles % wide == 0, "neighbouring floats are of different products");
 static_assert(phases == phases_x || unit == 1, "targets of some phases lie apart");
 static_assert(channels_last || vector == 1 || phases == phases_x, "the lead is that of phase 0");
 static_assert(channels_last || result_vector == 1 || (phases == phases_x && step_x == 1),
@@ -148,9 +165,27 @@ __device__ __forceinline__ int at_pixel(int channels, int height, int width, int
   return channels_last ? (y * width + x) * channels + c : (c * height + y) * width + x;
 }
 
+// Where a result lies, in elements; of two channels in a word the first is asked for.
+__device__ __forceinline__ int at_results(int channel, int target) {
+  if (channels_last) return target * pitch + channel;
+  return of_word * (channel / of_word * pitch_out + (halves ? 0 : channel / 8 * 8) + target);
+}
+
+__device__ __forceinline__ bool is_finite(float value) {
+  return (bits_of(value) & 0x7f800000u) != 0x7f800000u;
+}
 __device__ __forceinline__ bool is_finite(Half value) { return (value.bits & 0x7c00u) != 0x7c00u; }
 __device__ __forceinline__ bool is_finite(Bfloat16 value) {
   return (value.bits & 0x7f80u) != 0x7f80u;
+}
+
+// Set a value's bits: those of a word, or of its lower half.
+__device__ __forceinline__ void set_bits(float& value, unsigned bits) {
+  value = __uint_as_float(bits);
+}
+template <typename Element>
+__device__ __forceinline__ void set_bits(Element& value, unsigned bits) {
+  value.bits = static_cast<unsigned short>(bits);
 }
 
 // What a block owns, and where it lies.
@@ -208,7 +243,7 @@ struct OfBlock {
 
 // Copy G of all target rows that meet row e of the source to shared memory. A thread has the same
 // columns of all of them.
-__device__ __forceinline__ void stage_g(const element* grad_cost, int e, element* to,
+__device__ __forceinline__ void stage_g(const upstream* grad_cost, int e, upstream* to,
                                         SharedAddress address, const OfBlock& block, int thread) {
   const Sizes& s = block.s;
   const int lattice = s.lattice_height * s.lattice_width;
@@ -217,7 +252,7 @@ __device__ __forceinline__ void stage_g(const element* grad_cost, int e, element
   const unsigned first = OfBlock::cost_p(0, e) * (patch_x * static_cast<unsigned>(lattice)) +
                          block.u(0, e) * s.lattice_width;
   const unsigned next = (which == 1 ? phases_y * s.lattice_width : 0) - advance_y * next_p;
-  constexpr int moved = larger(unit, 2);
+  constexpr int moved = larger(unit, 4 / upstream_bytes);
   constexpr int units = ceil_div(own_columns + (which == 1 ? lead : moved - 1), moved);
   constexpr int copies = patch_x * units;
 #pragma unroll 1
@@ -241,24 +276,24 @@ __device__ __forceinline__ void stage_g(const element* grad_cost, int e, element
       const bool row_exists = block.exists(row, e);
       const int from = static_cast<int>(first + row * next) + offset[0];
       const int at = (before + row * rows_g + q) * pitch_g + column;
-      if constexpr (unit > 1) {
+      if constexpr (unit == moved) {
         const bool exists = row_exists && on_lattice[0];
-        copy_async_or_zero<unit * element_bytes>(
-            address + at * element_bytes, grad_cost + (exists ? from : 0), exists);
+        copy_async_or_zero<unit * upstream_bytes>(
+            address + at * upstream_bytes, grad_cost + (exists ? from : 0), exists);
       } else {
-        Pack<element, moved> pack = {};
+        Pack<upstream, moved> pack = {};
 #pragma unroll
         for (int j = 0; j < moved; ++j) {
           if (row_exists && on_lattice[j]) pack.values[j] = grad_cost[from + offset[j] - offset[0]];
         }
-        *reinterpret_cast<Pack<element, moved>*>(to + at) = pack;
+        *reinterpret_cast<Pack<upstream, moved>*>(to + at) = pack;
       }
     }
   }
 }
 
 // Sum a result from its own terms, of channel c of target (t_y, t_x).
-__device__ __forceinline__ accumulator sum_terms(const element* grad_cost, const element* source,
+__device__ __forceinline__ accumulator sum_terms(const upstream* grad_cost, const element* source,
                                                  int row, int t_x, int c, const OfBlock& block) {
   const Sizes& s = block.s;
   accumulator sum = 0;
@@ -272,7 +307,7 @@ __device__ __forceinline__ accumulator sum_terms(const element* grad_cost, const
       const int v = s.shift_x + t_x + (which == 1 ? 0 : phases_x * q);
       if (!inside(x, s.width) || !inside(v, s.lattice_width)) continue;
       const int displacement = p * patch_x + OfBlock::cost_q(q);
-      const element g = grad_cost[(displacement * s.lattice_height + u) * s.lattice_width + v];
+      const upstream g = grad_cost[(displacement * s.lattice_height + u) * s.lattice_width + v];
       sum += widen(g) * widen(source[at_pixel(s.channels, s.height, s.width, c, y, x)]);
     }
   }
@@ -280,7 +315,7 @@ __device__ __forceinline__ accumulator sum_terms(const element* grad_cost, const
 }
 
 extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
-    const element* __restrict__ grad_cost, const element* __restrict__ source,
+    const upstream* __restrict__ grad_cost, const element* __restrict__ source,
     element* __restrict__ grad, const Sizes s, const accumulator scale) {
   DYNAMIC_SHARED(accumulator, shared);
   char* const bytes = reinterpret_cast<char*>(shared);
@@ -311,7 +346,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
     row_runs.find(thread, block.source_x0, row_pixels, s.width, 1, [](int) { return 0; });
   }
   for (int i = 0; i < buffers * at_once; ++i) {
-    clear<threads>(shared + (i * row_bytes + source_bytes) / 4, g_elements * element_bytes / 4,
+    clear<threads>(shared + (i * row_bytes + source_bytes) / 4, g_elements * upstream_bytes / 4,
                    thread);
     // Slots behind those of runs.
     constexpr int unfilled = before_runs + behind_runs;
@@ -325,11 +360,11 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
   const auto copy_row = [&](int e, int begin) {
     if constexpr (channels_last) {
       const element* const row = source + block.source_y(e) * s.width * s.channels;
-      stage_pixels<threads, block_channels, pixels, vector>(
+      stage_pixels<threads, block_channels, pitch, pixels, vector>(
           row, offsets, block.c0, s.channels, bytes + begin, address + begin, thread);
     }
     const int begin_g = begin + source_bytes;
-    stage_g(grad_cost, e, reinterpret_cast<element*>(bytes + begin_g), address + begin_g, block,
+    stage_g(grad_cost, e, reinterpret_cast<upstream*>(bytes + begin_g), address + begin_g, block,
             thread);
   };
   SourceRuns::Fetched fetched[SourceRuns::count];
@@ -348,39 +383,71 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
   };
 
   // The pixel that this lane points to: that of row `slot` of a matrix of 8 columns, of which the
-  // lane also reads 2 * (lane % 4) and the next of G, for target lane / 4 of its tile.
+  // lane also reads 2 * (lane % 4) and the next of G, for target lane / 4 of its tile. Of floats it
+  // reads columns lane % 4 and 4 more, of both.
   const auto column_of = [](int slot) { return apart == 1 ? slot : slot / 2 + slot % 2 * apart; };
   const int group = phase * of_phase + before_runs + advance_x * x_group * tile_columns / 8;
-  const SharedAddress at_source = address + (group + lane / 8 % 2) * group_bytes +
-                                  column_of(lane % 8) * slot_bytes +
-                                  (channel0 + lane / 16 * 8) * element_bytes;
+  const int at_source =
+      halves ? (group + lane / 8 % 2) * group_bytes + column_of(lane % 8) * slot_bytes +
+                   (channel0 + lane / 16 * 8) * element_bytes
+             : group * group_bytes + lane % 4 * slot_bytes +
+                   (channel0 + lane / 4 * wide) * element_bytes;
   const int at_g = lead + phase + phases * x_group * tile_columns + before * pitch_g +
                    lane / 4 * across + column_of(lane % 4 * 2) * along;
 
   accumulator sums[row_tiles][channel_tiles][4] = {};
   const auto multiply_row = [&](int e, int begin) {
-    const element* const g = reinterpret_cast<const element*>(bytes + begin + source_bytes) + at_g;
+    const upstream* const g =
+        reinterpret_cast<const upstream*>(bytes + begin + source_bytes) + at_g;
 #pragma unroll unrolled
     for (int d = 0; d < depths; ++d) {
       unsigned two[channel_tiles][2];
 #pragma unroll
-      for (int n = 0; n < channel_tiles; n += 2) {
-        load_matrices<4, true>(two[n],
-                               at_source + begin + 2 * d * group_bytes + 8 * n * element_bytes);
+      for (int n = 0; n < channel_tiles; n += wide) {
+        const int at = at_source + begin + d * depth / 8 * group_bytes + 8 * n * element_bytes;
+        if constexpr (halves) {
+          load_matrices<4, true>(two[n], address + at);
+        } else {
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            const auto pack = *reinterpret_cast<const Pack<unsigned, wide>*>(
+                bytes + at + k * apart * slot_bytes);
+#pragma unroll
+            for (int i = 0; i < wide; ++i) two[n + i][k] = pack.values[i];
+          }
+#pragma unroll
+          for (int i = 0; i < wide; ++i) round_matrices<element, 2>(two[n + i]);
+        }
       }
 #pragma unroll
       for (int i = 0; i < row_tiles; ++i) {
         if (!OfBlock::tile_meets(i, e)) continue;
-        unsigned one[4];
+        unsigned one[parts][4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           constexpr int lower = tile_rows == 2 ? rows_g * pitch_g : 8 * across;
-          const element* const from = g + i * tile_rows * rows_g * pitch_g + k % 2 * lower +
-                                      (16 * d + k / 2 * 8) * along;
-          one[k] = bits_of(from[0]) | bits_of(from[apart * along]) << 16;
-        }
+          const upstream* const from = g + i * tile_rows * rows_g * pitch_g + k % 2 * lower +
+                                       (depth * d + k / 2 * (depth / 2)) * along;
+          if constexpr (!halves) {
+            one[0][k] = bits_of(from[0]);
+          } else if constexpr (parts == 1) {
+            one[0][k] = bits_of(from[0]) | bits_of(from[apart * along]) << 16;
+          } else {
+            float first = widen(from[0]), second = widen(from[apart * along]);
 #pragma unroll
-        for (int n = 0; n < channel_tiles; ++n) multiply_matrices<element>(sums[i][n], one, two[n]);
+            for (int part = 0; part < parts; ++part) {
+              one[part][k] = split_off<element>(first, second);
+            }
+          }
+        }
+        round_matrices<element, 4>(one[0]);
+#pragma unroll
+        for (int part = 0; part < parts; ++part) {
+#pragma unroll
+          for (int n = 0; n < channel_tiles; ++n) {
+            multiply_matrices<element>(sums[i][n], one[part], two[n]);
+          }
+        }
       }
     }
   };
@@ -436,22 +503,32 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
         const int target =
             channels_last ? (own / tile_columns * columns + column) * phases + phase
                           : (own / tile_columns * phases + phase) * columns + column;
+        // Neighbouring channels: two of a product, or one of each of `wide` products.
 #pragma unroll
-        for (int n = 0; n < channel_tiles; ++n) {
-          Pack<element, 2> pack;
-          pack.values[0] = narrow<element>(sums[i][n][2 * half] * scale);
-          pack.values[1] = narrow<element>(sums[i][n][2 * half + 1] * scale);
-          const int c = channel0 + 8 * n + lane % 4 * 2;
-          *reinterpret_cast<Pack<element, 2>*>(
-              rounded + (channels_last ? target * pitch + c : c * pitch_out + 2 * target)) = pack;
+        for (int n = 0; n < 2 * channel_tiles / wide; ++n) {
+          const int c = channel0 + (halves ? 8 * n : n / 2 * 8 * wide + n % 2 * wide) +
+                        lane % 4 * 2 * (halves ? 1 : wide);
+          Pack<element, wide> pack;
+#pragma unroll
+          for (int k = 0; k < wide; ++k) {
+            const int own_product = halves ? n : n / 2 * wide + k;
+            const accumulator sum = sums[i][own_product][2 * half + (halves ? k : n % 2)];
+            pack.values[k] = narrow<element>(sum * scale);
+          }
+          if constexpr (halves || channels_last) {
+            *reinterpret_cast<Pack<element, wide>*>(rounded + at_results(c, target)) = pack;
+          } else {
+#pragma unroll
+            for (int k = 0; k < wide; ++k) rounded[at_results(c + k, target)] = pack.values[k];
+          }
         }
       }
     }
     __syncthreads();
-    // A thread has some channels of a target, or two channels of some targets.
-    constexpr int pairs = channels_last ? 1 : 2;
+    // A thread has some channels of a target, or a word's channels of some targets.
+    constexpr int pairs = channels_last ? 1 : of_word;
     constexpr int units = (channels_last ? block_channels : phases * columns) / result_vector;
-    constexpr int others = channels_last ? targets : block_channels / 2 * tile_rows;
+    constexpr int others = channels_last ? targets : block_channels / pairs * tile_rows;
 #pragma unroll 1
     for (int at = thread; at < others * units; at += threads) {
       int rest = at;
@@ -462,7 +539,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
         j = rest;
       } else {
         j = pop(rest, tile_rows);
-        channel = 2 * rest;
+        channel = pairs * rest;
       }
       const int f = k % phases, m = k / phases, row = tile * tile_rows + j, c = block.c0 + channel;
       const int t_y = phases_y * (block.row0 + row) + block.phase_y;
@@ -470,12 +547,11 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
       if (c >= s.channels || t_y >= s.targets_y || t_x >= s.targets_x) continue;
       if (phases < phases_x && block.phase0 + f >= phases_x) continue;
       element* const from =
-          rounded + (channels_last ? (j * phases * columns + k) * pitch + channel
-                                   : channel * pitch_out + 2 * j * phases * columns);
+          rounded + at_results(channel, j * phases * columns + (channels_last ? k : 0));
       const auto result = [&](int i) -> element& {  // one channel after another, or target
         if (channels_last) return from[i];
-        const int target = k + i / 2;
-        return from[2 * (target % phases * columns + target / phases) + i % 2];
+        const int target = k + i / pairs;
+        return from[pairs * (target % phases * columns + target / phases) + i % pairs];
       };
       element values[pairs][result_vector];
       const auto load = [&] {
@@ -491,8 +567,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
             load_columns<phases, columns>(both, reinterpret_cast<const unsigned*>(from), k + i);
 #pragma unroll
             for (int n = 0; n < part; ++n) {
-              values[0][i + n].bits = static_cast<unsigned short>(both[n]);
-              values[pairs - 1][i + n].bits = static_cast<unsigned short>(both[n] >> 16);
+              set_bits(values[0][i + n], both[n]);
+              if (halves) set_bits(values[pairs - 1][i + n], both[n] >> 16);
             }
           }
         }
@@ -506,7 +582,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
       if (!finite) {
 #pragma unroll 1
         for (int i = 0; i < pairs * result_vector; ++i) {
-          const int x = t_x + (channels_last ? 0 : i / 2), own = c + (channels_last ? i : i % 2);
+          const int x = t_x + (channels_last ? 0 : i / pairs);
+          const int own = c + (channels_last ? i : i % pairs);
           if (is_finite(result(i)) || own >= s.channels) continue;
           result(i) = narrow<element>(sum_terms(grad_cost, source, row, x, own, block) * scale);
         }

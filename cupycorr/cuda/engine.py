@@ -125,7 +125,7 @@ def run(
         Whether the maps, tangents and gradients, of shape (N, C, H, W), lie in memory as
         (N, H, W, C).
     tf32 : bool, default False
-        Whether the tensor cores may round float32 maps to TF32, for "cost".
+        Whether the tensor cores may round float32 maps and upstream gradients to TF32.
 
     Raises
     ------

@@ -97,7 +97,7 @@ def plan(
         Whether the maps, and the tangents, lie in memory as (N, H, W, C). Gradients with respect to
         them then do, too.
     tf32 : bool, default False
-        Whether float32 maps may be rounded to TF32 for the tensor cores. Gradients never are.
+        Whether float32 maps and upstream gradients may be rounded to TF32 for the tensor cores.
 
     Raises
     ------
@@ -112,7 +112,7 @@ def plan(
             launch = _cost(layer, shape, dtype, device, aligned, channels_last, tf32, rank)
         elif tiled:
             launch = _gradient(
-                layer, shape, dtype, device, aligned, channels_last, int(result[-1]), rank,
+                layer, shape, dtype, device, aligned, channels_last, tf32, int(result[-1]), rank,
                 turned=2 * len(results),
             )  # fmt: skip
         if launch is None or (plain is None and rank == 0):
@@ -449,6 +449,7 @@ def _gradient(
     device: Device,
     aligned: bool,
     channels_last: bool,
+    tf32: bool,
     which: int,
     rank: int,
     *,
@@ -470,7 +471,7 @@ def _gradient(
         return scalar
     matrices = tensor_adjoint.gradient(
         layer, shape, dtype, device, which, (y, x),
-        aligned=aligned, channels_last=channels_last,
+        aligned=aligned, channels_last=channels_last, tf32=tf32,
         turn=turned * prod(shape) * DTYPES[dtype].itemsize <= WORKSPACE_BYTES,
         scalar_cycles=_cycles(scalar),
     )  # fmt: skip

@@ -42,9 +42,10 @@ MOST_ROWS = 11  # of fmap2, of a warp
 MOST_SUMS = 176  # registers of a thread
 OFFSETS = 36  # registers beside sums and operands; an estimate, fitted to compiled kernels
 MOST_REGISTERS = 255
-# Instructions of a warp per copy, and per product of matrices; per run of results that it stores,
-# for each of them, and for each that is stored alone. Read off compiled kernels.
-COPY, MULTIPLY = 9, 1.5
+# Instructions of a warp per copy, product of matrices, and word that is rounded to TF32; per run of
+# results that it stores, for each of them, and for each that is stored alone. Read off compiled
+# kernels.
+COPY, MULTIPLY, ROUND = 9, 1.5, 2
 RUN, STORE, STORE_ALONE = 55, 3.5, 9.5
 SHORT_RUN = 4  # results that a thread stores side by side, but alone
 
@@ -315,7 +316,7 @@ def _tiles_of_rows(
     depths = -(-problem.channels // depth)
     multiplied = depths * warps * warp_rows * own.x_tiles * own.column_tiles
     loaded = depths * warps * (4 * own.x_tiles + 2 * warp_rows * own.warp_column_tiles)
-    rounded = loaded if problem.element_bytes == 4 else 0  # words, to TF32
+    rounding = ROUND * loaded if problem.element_bytes == 4 else 0
     results = strips * warp_rows * own.displacements * own.phases * own.columns1
     vector = problem.result_vector if own.phases == problem.phases_x else 1
     store = RUN / vector + STORE if vector > 1 else RUN / SHORT_RUN + STORE_ALONE
@@ -325,7 +326,7 @@ def _tiles_of_rows(
         4 * strips * line,
         multiply_adds=0,
         wavefronts=loaded + results * 3 / 32,
-        instructions=32 * (MULTIPLY * multiplied + 2 * sums * warps + rounded) + results * store,
+        instructions=32 * (MULTIPLY * multiplied + 2 * sums * warps + rounding) + results * store,
         words=0,
         bytes=results * problem.result_bytes,
         matrix_cycles=multiplied * MULTIPLY_ADDS / matrix_rate(device),

@@ -1,8 +1,10 @@
-"""Plan the gradients of 16-bit cost volumes on tensor cores: tiles, launches, and when they pay.
+"""Plan the gradients of cost volumes on tensor cores: tiles, launches, and when they pay.
 
-The kernel (``kernels/tensor_adjoint.cu``) reads a map whose channels lie side by side or apart, and
-writes a gradient of that kind. It takes volumes of one tap: with several, what comes from the taps
-is in float32, and the kernel would have to round it. Tiles are chosen as in `cuda.tensor`.
+Maps have 16 bits, or are float32 that may be rounded to TF32. The kernel
+(``kernels/tensor_adjoint.cu``) reads a map whose channels lie side by side or apart, and writes a
+gradient of that kind. With several taps the upstream gradient is that of the product volume, in
+float32. Beside maps of 16 bits it is split into parts of 16 bits (`parts_of`), which keep what
+`verify` asks for; TF32 would not. Tiles are chosen as in `cuda.tensor`.
 """
 
 from __future__ import annotations
@@ -32,23 +34,26 @@ from cupycorr.cuda.tensor import (
     MULTIPLY,
     MULTIPLY_ADDS,
     POSITIONS,
+    ROUND,
+    UNIT_BYTES,
     applies,
     column_phases,
     fastest,
 )
 from cupycorr.cuda.turning import MORE, Apart, staged, turning_cycles
-from cupycorr.layer import Layer
+from cupycorr.layer import DTYPES, Layer
 
-ELEMENT_BYTES = 2
-UNIT = 8  # elements of a 16-byte copy
-CHANNELS, DEPTH = 8, 16  # of one product of matrices
+CHANNELS, DEPTH_BYTES = 8, 32  # of one product of matrices; of the columns of a target
+PITCH = 8  # elements that a pixel takes in shared memory, beside its channels
 # Instructions of a thread per run of results that it stores (of two runs, if channels lie apart),
 # and for each of them; read off compiled kernels.
 STORE, RESULT = 40, 3
 BESIDE = 52  # registers beside sums and operands; an estimate, fitted to compiled kernels
-# Instructions of a warp per copy of the upstream gradient, per band (8 loads, 4 of pairs, a
-# branch), and per row of the source; read off compiled kernels.
-COPY_UPSTREAM, BAND, ROW = 18, 16, 60
+# Instructions of a warp per copy of the upstream gradient, per band beside its 4 words, and per row
+# of the source; read off compiled kernels.
+COPY_UPSTREAM, BAND, ROW = 18, 4, 60
+# Of a word of a band: 2 loads and what joins them; for a further part, of what is left of 2 values.
+WORD, PART = 3, 5
 
 
 class _Problem(NamedTuple):
@@ -65,6 +70,10 @@ class _Problem(NamedTuple):
     phases_x: int
     advance: tuple[int, int]
     which: int
+    element_bytes: int
+    upstream_bytes: int
+    parts: int
+    """In which the upstream gradient is multiplied."""
     vector: int
     """Channels per copy, 1: through registers; or pixels per load."""
     unit: int
@@ -92,6 +101,25 @@ class Tile(NamedTuple):
     """Of the multiprocessor that has most to do, by the model."""
 
 
+def parts_of(layer: Layer, dtype: str) -> int | None:
+    """Return in how many parts of a map's dtype the upstream gradient is multiplied.
+
+    With one tap it has that dtype. Else it is float32, of 24 binary digits: two parts of float16
+    keep 23 of them (what they are parts of are sums of float16, which have no digits below
+    2^-24), three of bfloat16 keep all. None where their additions could err by more than
+    `verify.excess` allows.
+    """
+    geometry = layer.geometry
+    if dtype == "float32" or geometry.taps == 1:
+        return 1
+    parts, split = {"float16": (2, 2), "bfloat16": (3, 0)}[dtype]
+    patch = geometry.patch_size[0] * geometry.patch_size[1]
+    # Units of float32's rounding: the sum over taps, the split, the sum over displacements, the
+    # scale. Products are exact.
+    errors = geometry.taps - 1 + split + parts * patch - 1 + 1
+    return parts if errors <= patch * geometry.taps + 2 else None
+
+
 def gradient(
     layer: Layer,
     shape: Shape,
@@ -103,13 +131,14 @@ def gradient(
     aligned: bool = True,
     channels_last: bool = False,
     turn: bool = True,
+    tf32: bool = False,
     scalar_cycles: float = inf,
 ) -> Launch | None:
     """Plan the gradient with respect to one map on tensor cores.
 
     Parameters
     ----------
-    layer, shape, dtype, device, aligned, channels_last
+    layer, shape, dtype, device, aligned, channels_last, tf32
         As for `cuda.plan.plan`.
     which : {1, 2}
         The map.
@@ -128,13 +157,19 @@ def gradient(
         do not compute the layer, where no tile fits, or where product_adjoint.cu is faster.
     """
     geometry = layer.geometry
-    if not applies(layer, dtype, device) or geometry.taps > 1:
+    if not applies(layer, dtype, device, tf32=tf32):
         return None
+    parts = parts_of(layer, dtype)
+    if parts is None:
+        return None
+    upstream = dtype if geometry.taps == 1 else DTYPES[dtype].accumulator
+    element_bytes, upstream_bytes = DTYPES[dtype].itemsize, DTYPES[upstream].itemsize
     y, x = targets
     samples, channels = shape[:2]
     lattice = volume_shape(geometry, shape)[3:]
     rows, columns = -(-y.number // y.phases), -(-x.number // x.phases)
-    unit = gcd(lattice[1], UNIT) if aligned else 1
+    # Workspace is aligned.
+    unit = gcd(lattice[1], UNIT_BYTES // upstream_bytes) if aligned or geometry.taps > 1 else 1
     problem = _Problem(
         samples=size_class(samples * y.phases),
         channels=size_class(channels),
@@ -144,23 +179,27 @@ def gradient(
         phases_x=x.phases,
         advance=(y.advance, x.advance),
         which=which,
-        # Workspace is aligned.
-        vector=gcd(channels, UNIT) if aligned or not channels_last else 1,
+        element_bytes=element_bytes,
+        upstream_bytes=upstream_bytes,
+        parts=parts,
+        vector=gcd(channels, UNIT_BYTES // element_bytes) if aligned or not channels_last else 1,
         unit=unit,
         lead=x.shift % unit,
     )
     tile = _tile(problem, device) if channels_last or turn else None
-    if not channels_last:
-        cycles = inf if tile is None else tile.cycles + turning_cycles(shape, dtype, device)
-        vector = gcd(shape[3], UNIT) if aligned else 1
+    turning = turning_cycles(shape, dtype, device)
+    if channels_last:
+        scalar_cycles += turning
+        cycles = inf if tile is None else tile.cycles
+    else:
+        cycles = inf if tile is None else tile.cycles + turning
+        vector = gcd(shape[3], UNIT_BYTES // element_bytes) if aligned else 1
         lead = (x.target + x.first) % vector
         apart = Apart(x.step, geometry.dilation_patch[1], (lead,))
         native = _tile(problem._replace(vector=vector, apart=apart), device)
         if native is not None and native.cycles < cycles:
             tile, cycles = native, native.cycles
-        if cycles >= scalar_cycles:
-            return None
-    if tile is None:
+    if tile is None or cycles >= scalar_cycles:
         return None
     blocks_y, blocks_x = -(-rows // tile.rows), -(-columns // tile.columns)
     blocks_c = -(-channels // tile.channels)
@@ -168,7 +207,7 @@ def gradient(
         "tensor_adjoint.cu",
         "tensor_gradient",
         (
-            *types(dtype),
+            *types(dtype, upstream=upstream),
             ("which", which),
             *pairs(patch=geometry.patch_size, step=(y.step, x.step)),
             ("lattice_y", geometry.y.lattice_step),
@@ -182,7 +221,11 @@ def gradient(
         samples * y.phases * tile.phase_groups * blocks_y * blocks_x * blocks_c,
         tile.threads,
         tile.shared_bytes,
-        ("grad_cost", f"fmap{3 - which}", f"grad_fmap{which}"),
+        (
+            "grad_cost" if geometry.taps == 1 else "volume",
+            f"fmap{3 - which}",
+            f"grad_fmap{which}",
+        ),
         (
             *zip(("channels", "height", "width"), shape[1:], strict=True),
             *zip(("lattice_height", "lattice_width"), lattice, strict=True),
@@ -235,7 +278,7 @@ def _tiles_of_block(
 ) -> Iterator[Tile]:
     """Yield the tiles of such blocks; they differ in the rows of the source staged at a time."""
     sums = 4 * row_tiles * channel_tiles
-    registers = sums + 2 * channel_tiles + 4 + BESIDE
+    registers = sums + 2 * channel_tiles + 4 * problem.parts + BESIDE
     if sums > MOST_SUMS or registers > MOST_REGISTERS:
         return
     (patch_y, patch_x), (advance_y, advance_x) = problem.patch, problem.advance
@@ -246,30 +289,45 @@ def _tiles_of_block(
     unit, lead = (problem.unit, problem.lead) if phases == problem.phases_x else (1, 0)
 
     before = advance_x * (tile_columns - 1)
-    depths = -(-(before + patch_x) // DEPTH)
-    source_columns = advance_x * (columns - tile_columns) + DEPTH * depths
+    depth = DEPTH_BYTES // problem.element_bytes
+    depths = -(-(before + patch_x) // depth)
+    source_columns = advance_x * (columns - tile_columns) + depth * depths
     own = columns if problem.which == 1 else source_columns
-    pitch_g = odd_units(lead + phases * own, UNIT)
-    bytes_g = (before + rows * DEPTH * depths) * pitch_g * ELEMENT_BYTES
+    floats = problem.upstream_bytes == 4
+    pitch_g = odd_units(lead + phases * own, 4 if floats and problem.which == 2 else 8)
+    bytes_g = (before + rows * depth * depths) * pitch_g * problem.upstream_bytes
     targets = tile_rows * columns * phases
+    result_bytes = targets * (channels + PITCH) * problem.element_bytes
+    if problem.apart is not None:
+        result_bytes = channels * problem.element_bytes * odd_units(targets, 8)
+        result_bytes += 4 * channels if problem.element_bytes == 4 else 0
     results = rows * columns * phases * channels
 
     # Rows of the source that a block meets, and of G that it stages with them.
     source_rows = patch_y + advance_y * (rows - 1)
     meeting = patch_y + advance_y * (tile_rows - 1)
     bands = warps * row_tiles * meeting * depths
-    multiplied = bands * channel_tiles
-    moved = max(2, unit)
+    multiplied = bands * channel_tiles * problem.parts
+    moved = max(4 // problem.upstream_bytes, unit)
     beside = lead if problem.which == 1 else moved - 1
     copies_g = rows * meeting * patch_x * -(-(phases * columns + beside) // moved)
-    loaded = warps * source_rows * depths * 2 * channel_tiles + 8 * bands
+    # Floats of several phases lie between each other.
+    loads = 4 if problem.element_bytes == 4 else 8
+    loaded = bands * loads * (gcd(phases, 4) if floats else 1)
+    loaded_source = warps * source_rows * depths * 2 * channel_tiles
+    of_word = WORD + PART * (problem.parts - 1)
+    rounding = 0.0
+    if problem.element_bytes == 4:
+        # Four words that are loaded at once are of different matrices.
+        of_word, rounding = 1 + ROUND, (1 + ROUND) * loaded_source
     result_vector, together = problem.vector, 1
     if problem.apart is not None:
         in_line = problem.apart.step == 1 and phases == problem.phases_x
-        result_vector, together = problem.vector if in_line else 1, 2
+        result_vector, together = problem.vector if in_line else 1, 4 // problem.element_bytes
     instructions = results * (STORE / (result_vector * together) + RESULT)
     instructions += copies_g * COPY_UPSTREAM
-    instructions += 32 * (MULTIPLY * multiplied + BAND * bands + ROW * warps * source_rows)
+    instructions += 32 * (MULTIPLY * multiplied + (BAND + 4 * of_word) * bands + rounding)
+    instructions += 32 * ROW * warps * source_rows
     phase_groups = -(-problem.phases_x // phases)
     blocks = problem.samples * phase_groups * -(-problem.rows // rows)
     blocks *= -(-problem.columns // columns) * -(-problem.channels // channels)
@@ -284,7 +342,7 @@ def _tiles_of_block(
             rounds = -(-source_rows // at_once)
             buffers = min(2, rounds)
             shared_bytes = buffers * at_once * row_bytes + how.table_bytes
-            shared_bytes = max(shared_bytes, channels // 2 * odd_units(targets, 8) * 4)
+            shared_bytes = max(shared_bytes, result_bytes)
             if shared_bytes > device.shared_bytes:
                 break
             block = Block(
@@ -295,13 +353,15 @@ def _tiles_of_block(
                 rounds if problem.apart is None else source_rows,
                 multiply_adds=0,
                 wavefronts=loaded
+                + loaded_source
                 + source_rows * how.wavefronts
-                + copies_g * moved * ELEMENT_BYTES / WAVEFRONT_BYTES
+                + copies_g * moved * problem.upstream_bytes / WAVEFRONT_BYTES
                 + results / 32,
                 instructions=instructions + source_rows * how.instructions,
                 words=0,
                 bytes=source_rows * how.bytes
-                + (copies_g * patch_y // meeting * moved + results) * ELEMENT_BYTES,
+                + copies_g * patch_y // meeting * moved * problem.upstream_bytes
+                + results * problem.element_bytes,
                 ahead=rounds > 1,
                 matrix_cycles=multiplied * MULTIPLY_ADDS / matrix_rate(device),
             )
@@ -337,7 +397,8 @@ def _sources(
     problem: _Problem, met: int, source_columns: int, phases: int, channels: int, threads: int
 ) -> Iterator[_Source]:
     """Yield the ways to stage a row of the source, of which ``met`` columns are needed."""
-    slot_bytes = (channels + UNIT) * ELEMENT_BYTES
+    element_bytes = problem.element_bytes
+    slot_bytes = (channels + PITCH) * element_bytes
     if problem.apart is None:
         pixels = phases * source_columns
         yield _Source(
@@ -347,15 +408,15 @@ def _sources(
             4 * pixels,
             0,
             pixels * channels // max(2, problem.vector) * COPY,
-            pixels * channels * ELEMENT_BYTES / WAVEFRONT_BYTES,
-            phases * met * channels * ELEMENT_BYTES,
+            pixels * channels * element_bytes / WAVEFRONT_BYTES,
+            phases * met * channels * element_bytes,
         )
         return
     step, spacing, (lead,) = problem.apart
     in_line = phases == problem.phases_x
     for vector in dict.fromkeys((problem.vector if in_line else 1, 1)):
         at = lead if vector > 1 else 0
-        row = staged(1, met, spacing, at, channels, step, phases, vector, ELEMENT_BYTES)
+        row = staged(1, met, spacing, at, channels, step, phases, vector, element_bytes)
         groups = row.groups + max(0, source_columns // CHANNELS - row.runs)
         of_thread = -(-row.lanes // threads)
         yield _Source(

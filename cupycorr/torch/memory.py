@@ -2,7 +2,8 @@
 
 Nothing is copied, and nothing waits for the device: outputs and workspace come from torch's
 allocator, kernels go to torch's current stream of the tensors' device, whichever device is current.
-Cost volumes of float32 use TF32 where torch's matrix products would.
+Cost volumes and gradients of float32 use TF32 where torch's matrix products would, by the setting
+at the time of the launch. As for torch's own layers, that of a backward pass may be another one.
 A call of a layer on shapes that were there before only looks its launches up, so it can be captured
 into a CUDA graph; the first call compiles, or loads what `cupycorr warmup` has compiled.
 
@@ -103,7 +104,7 @@ def lend(what: str, tensors: Mapping[str, Tensor], layer: Layer) -> None:
     addresses = dict(zip(tensors, places, strict=True))
 
     stream = _stream_at(current_stream(index))
-    tf32 = what == "cost" and like.dtype is torch.float32 and _allows_tf32()
+    tf32 = like.dtype is torch.float32 and _allows_tf32()
     engine.launch(
         what, shape, addresses, layer, _DTYPES[like.dtype], _allocator(like),
         stream=stream, channels_last=channels_last, tf32=tf32,

@@ -435,7 +435,7 @@ def microseconds(layer, which, gpu):
         with pytest.MonkeyPatch.context() as patch:
             if source == "product":
                 patch.setattr(tensor, "applies", lambda *_, **__: False)
-                patch.setattr(tensor_adjoint, "applies", lambda *_: False)
+                patch.setattr(tensor_adjoint, "applies", lambda *_, **__: False)
             plan = cuda_plan.plan(
                 results, Layer(geometry), shape, "float16", device, channels_last=channels_last
             )
