@@ -96,34 +96,31 @@ def cost_of_channels_last(fmap1, fmap2, layer, dtype):
     return cost.get().astype(np.float64)
 
 
-def grads_of_channels_last(grad, fmap1, fmap2, layer, dtype):
-    """Return the gradients of such maps, which lie in memory as the maps do."""
+def grads_of(grad, fmap1, fmap2, layer, dtype, *, apart=False, tf32=False):
+    """Return the gradients of maps whose channels lie side by side, or ``apart``, as theirs do."""
     cp = pytest.importorskip("cupy")
-    kind = host.storage(dtype)
+    kind, axis = host.storage(dtype), 1 if apart else 3  # of channels in memory
     there = [
-        cp.moveaxis(cp.asarray(np.moveaxis(fmap, 1, 3).astype(kind, order="C")), 3, 1)
+        cp.moveaxis(cp.asarray(np.moveaxis(fmap, 1, axis).astype(kind, order="C")), axis, 1)
         for fmap in (fmap1, fmap2)
     ]
     grads = cupycorr.correlation_vjp(
-        cp.asarray(grad.astype(kind)), *there, layer.geometry, normalize=layer.normalize
-    )
-    assert all(cp.moveaxis(one, 1, 3).flags.c_contiguous for one in grads)
+        cp.asarray(grad.astype(kind)), *there, layer.geometry, normalize=layer.normalize,
+        allow_tf32=tf32,
+    )  # fmt: skip
+    assert all(cp.moveaxis(one, 1, axis).flags.c_contiguous for one in grads)
     return [one.get().astype(np.float64) for one in grads]
 
 
-def assert_gradients_are_exact(shape, layer, dtype, special=(), *, apart=False):
-    """Compare gradients of small integers, and of some special values, with an oracle's.
-
-    The maps' channels lie side by side, or ``apart``.
-    """
-    grads_of = verify.cupy_engine().grads if apart else grads_of_channels_last
+def assert_gradients_are_exact(shape, layer, dtype, special=(), **how):
+    """Compare gradients of small integers, and of some special values, with an oracle's."""
     rng = np.random.default_rng(0)
     sizes = layer.geometry.cost_shape(shape), shape, shape
     given = [rng.integers(-2, 3, size).astype(np.float64) for size in sizes]
     for array in given:
         array.flat[rng.choice(array.size, len(special), replace=False)] = special
     wanted = verify.numpy_engine().grads(*given, layer, "float64")
-    for got, want in zip(grads_of(*given, layer, dtype), wanted, strict=True):
+    for got, want in zip(grads_of(*given, layer, dtype, **how), wanted, strict=True):
         assert verify.difference(got, verify.round_to(want, dtype)) is None
 
 
@@ -181,6 +178,30 @@ def test_contiguous_maps_are_computed_right_on_tensor_cores(dtype, shape):
 
 
 @pytest.mark.usefixtures("contiguous")
+@pytest.mark.parametrize("shape", [(2, 32, 16, 24), (1, 67, 9, 13)], ids=str)
+def test_gradients_of_contiguous_maps_in_tf32_are_computed_right(shape):
+    for name in ("FlowNetC", "window at the border", "stride", "even patch, dilated"):
+        assert_gradients_are_exact(shape, CASES[name][1], "float32", apart=True, tf32=True)
+
+
+@pytest.mark.parametrize("channels", [24, 19])
+@pytest.mark.parametrize("name", FEW)
+def test_gradients_in_tf32_are_computed_right(name, channels):
+    (samples, _, *size), layer = CASES[name]
+    special = np.nan, np.inf, -np.inf, np.nan, np.inf
+    for values in ((), special):
+        assert_gradients_are_exact((samples, channels, *size), layer, "float32", values, tf32=True)
+
+
+@pytest.mark.usefixtures("contiguous")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["window", "window at the border"])
+def test_gradients_of_several_taps_keep_to_the_bound_on_tensor_cores(name, dtype):
+    (samples, _, *size), layer = CASES[name]
+    assert_passes(verify.cupy_engine(), (samples, 24, *size), layer, dtype)
+
+
+@pytest.mark.usefixtures("contiguous")
 @pytest.mark.parametrize("name", ["FlowNetC", "negative padding", "stride"])
 def test_what_is_not_finite_in_contiguous_maps_reaches_no_other_output(name):
     (samples, _, *size), layer = CASES[name]
@@ -212,6 +233,22 @@ def test_maps_are_rounded_to_tf32_where_that_is_allowed(cp, allow_tf32, product)
     one, two = (fmap.transpose(0, 3, 1, 2) for fmap in (pixels, cp.ones_like(pixels)))
     cost = cupycorr.correlation(one, two, Geometry(), allow_tf32=allow_tf32)
     assert (cost.get() == 8 * product).all()
+
+
+@pytest.mark.parametrize(("allow_tf32", "product"), [(False, 1 + 2.0**-12), (True, 1)])
+def test_gradients_are_rounded_to_tf32_where_that_is_allowed(allow_tf32, product):
+    shape, cost_shape = (1, 8, 6, 20), (1, 1, 1, 6, 20)
+    fine = 1 + 2.0**-12
+    for factors, wanted in (
+        ((fine, 1, 1), (product, product)),
+        ((1, fine, 1), (1, product)),  # a gradient does not depend on its own map
+        ((1, 1, fine), (product, 1)),
+    ):
+        sizes = cost_shape, shape, shape
+        given = [np.full(size, factor) for size, factor in zip(sizes, factors, strict=True)]
+        found = grads_of(*given, Layer(Geometry()), "float32", tf32=allow_tf32)
+        for got, want in zip(found, wanted, strict=True):
+            assert (got == want).all()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
