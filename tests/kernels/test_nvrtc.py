@@ -123,7 +123,8 @@ def budget(launch):
         sums = 4 * tile["warp_rows"] * tile["x_tiles"] * tiles
         return min(MOST, sums + operands + on_the_way(launch) + BESIDE_TILE["tensor.cu"])
     if launch.source == "tensor_adjoint.cu":
-        values = 4 * tile["row_tiles"] * tile["channel_tiles"] + 2 * tile["channel_tiles"] + 4
+        values = 4 * tile["row_tiles"] * tile["channel_tiles"] + 2 * tile["channel_tiles"]
+        values += 4 * parts(tile)
         return min(MOST, values + on_the_way(launch) + BESIDE_TILE[launch.source])
     if not tile["asynchronous"]:
         return MOST  # it also holds what is on its way from global to shared memory
@@ -138,6 +139,13 @@ def budget(launch):
     values = positions * displacements + others + columns
     words = 2 if tile["accumulator"] == "double" else 1
     return min(MOST, values * words + BESIDE_TILE[launch.source])
+
+
+def parts(tile):
+    """Return in how many parts a gradient's upstream values are multiplied."""
+    if tile["element"] == tile["upstream"]:
+        return 1
+    return {"Half": 2, "Bfloat16": 3}[tile["element"]]
 
 
 def on_the_way(launch):
@@ -228,7 +236,7 @@ def differentiated(gpu, dtype, name, compiler=None):
     shape, geometry = TENSOR_LAYERS[name]
     plan = cuda_plan.plan(
         ("grad_fmap1", "grad_fmap2"), Layer(geometry), shape, dtype, DEVICES[gpu],
-        channels_last=True,
+        channels_last=True, tf32=True,
     )  # fmt: skip
     found = [launch for launch in plan.launches if launch.kernel == "tensor_gradient"]
     return [(one, compiled(Case(one, DEVICES[gpu].capability), compiler)) for one in found]
@@ -248,7 +256,13 @@ def test_tf32_keeps_to_its_registers(case):
 
 @every_compiler
 @pytest.mark.parametrize(
-    "case", [case for case in TENSOR_CASES if "default" not in case], ids=" ".join
+    "case",
+    [
+        *TENSOR_CASES,
+        *(("A100", "float32", layer) for layer in ("FlowNetC", "PWC-Net 6", "default", "odd")),
+        ("H100", "float32", "FlowNetC"),
+    ],
+    ids=" ".join,
 )
 def test_gradients_on_tensor_cores_keep_to_their_registers(case, compiler):
     if DEVICES[case[0]].capability not in nvrtc.capabilities(compiler):
@@ -261,13 +275,36 @@ def test_gradients_on_tensor_cores_keep_to_their_registers(case, compiler):
 
 @disassembles
 @pytest.mark.parametrize("gpu", ["A100", "H100"])
-@pytest.mark.parametrize("layer", ["FlowNetC", "PWC-Net 3", "DispNetC"])
-def test_gradients_multiply_no_matrix_twice(gpu, layer):
-    for launch, kernel in differentiated(gpu, "bfloat16", layer):
+@pytest.mark.parametrize(
+    ("dtype", "layer"),
+    [
+        *(("bfloat16", layer) for layer in ("FlowNetC", "PWC-Net 3", "DispNetC", "default")),
+        ("float16", "default"),
+        *(("float32", layer) for layer in ("PWC-Net 3", "default")),
+    ],
+)
+def test_gradients_multiply_no_matrix_twice(gpu, dtype, layer):
+    launches = differentiated(gpu, dtype, layer)
+    assert launches
+    for launch, kernel in launches:
         tile, found = dict(launch.constants), nvrtc.instructions(kernel)
         columns = tile["advance_x"] * (16 // tile["tile_rows"] - 1) + tile["patch_x"]
-        tiles = tile["row_tiles"] * tile["channel_tiles"]
-        assert found["HMMA"] == tiles * -(-columns // 16)
+        tiles = tile["row_tiles"] * tile["channel_tiles"] * parts(tile)
+        depth = 8 if dtype == "float32" else 16
+        assert found["HMMA"] == tiles * -(-columns // depth)
+
+
+@disassembles
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+def test_gradients_in_tf32_move_16_bytes_at_a_time(gpu):
+    for launch, kernel in differentiated(gpu, "float32", "FlowNetC"):
+        tile = dict(launch.constants)
+        assert (tile["vector"], tile["unit"], tile["result_vector"]) == (4, 4, 4)
+        assert nvrtc.widths(kernel, "LDGSTS") == nvrtc.widths(kernel, "STG") == {16}
+        # Pixels by four channels, of the band single values.
+        found = nvrtc.loops(kernel, lambda loop: loop["HMMA"])[0]
+        steps = found["HMMA"] // (tile["row_tiles"] * tile["channel_tiles"])
+        assert found["LDS.128"] == steps * 2 * tile["channel_tiles"] // 4
 
 
 @pytest.mark.parametrize("case", TENSOR_CASES, ids=" ".join)
@@ -304,7 +341,9 @@ def native(gpu, dtype, name, compiler=None):
         axes = zip((geometry.y, geometry.x), shape[2:], strict=True)
         found = pair(targets(axis, size, which) for axis, size in axes)
         planned.append(
-            tensor_adjoint.gradient(layer, shape, dtype, device, which, found, turn=False)
+            tensor_adjoint.gradient(
+                layer, shape, dtype, device, which, found, turn=False, tf32=True
+            )
         )
     return [
         (launch, compiled(Case(launch, device.capability), compiler))

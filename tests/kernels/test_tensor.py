@@ -24,7 +24,8 @@ from host import ORDERS, SM_75, SM_80, SM_90
 from cupycorr import Geometry, verify
 from cupycorr.cuda import plan as cuda_plan
 from cupycorr.cuda import tensor, tensor_adjoint, turning
-from cupycorr.layer import Layer
+from cupycorr.cuda.launch import volume_shape
+from cupycorr.layer import DTYPES, Layer
 
 pytestmark = test_host.pytestmark
 
@@ -421,15 +422,28 @@ MOST_APART = 1.6  # times that contiguous maps may take
 README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
 
 
-def microseconds(layer, which, gpu):
+# How many times as fast as without tensor cores layers must be: in TF32, and with several taps.
+LEAST = {
+    ("FlowNetC", "forward", "float32"): 1.9, ("FlowNetC", "gradients", "float32"): 2,
+    ("PWC-Net 2", "gradients", "float32"): 1.1, ("PWC-Net 3", "gradients", "float32"): 1.5,
+    ("FlowNetC 3 x 3", "gradients", "float16"): 2,
+}  # fmt: skip
+OF_PAGE = LAYERS | {
+    "FlowNetC 3 x 3": ((4, 256, 48, 64), Geometry(3, 21, padding=1, dilation_patch=2))
+}
+
+
+def microseconds(layer, which, gpu, dtype="float16"):
     """Return the times on tensor cores, of maps with channels side by side and apart, and without.
 
-    They are those of the model, or of the floor of DRAM.
+    They are those of the model, or of the floor of DRAM, beside the bytes that go to the taps.
     """
-    (shape, geometry), device = LAYERS[layer], DEVICES[gpu]
+    (shape, geometry), device = OF_PAGE[layer], DEVICES[gpu]
     results = {"forward": ("cost",), "gradients": ("grad_fmap1", "grad_fmap2")}[which]
-    moved = 2 * (2 * len(results) * prod(shape) + prod(geometry.cost_shape(shape)))
-    floor = moved / kernel_costs.FIGURES[gpu].dram / kernel_costs.DRAM_SHARE
+    size, costs = DTYPES[dtype].itemsize, prod(geometry.cost_shape(shape))
+    rate = kernel_costs.FIGURES[gpu].dram * kernel_costs.DRAM_SHARE
+    floor = size * (2 * len(results) * prod(shape) + costs) / rate
+    taps = (size * costs + 4 * prod(volume_shape(geometry, shape))) / rate
     times = []
     for channels_last, source in ((True, "tensor"), (False, "tensor"), (False, "product")):
         with pytest.MonkeyPatch.context() as patch:
@@ -437,14 +451,16 @@ def microseconds(layer, which, gpu):
                 patch.setattr(tensor, "applies", lambda *_, **__: False)
                 patch.setattr(tensor_adjoint, "applies", lambda *_, **__: False)
             plan = cuda_plan.plan(
-                results, Layer(geometry), shape, "float16", device, channels_last=channels_last
-            )
+                results, Layer(geometry), shape, dtype, device, channels_last=channels_last,
+                tf32=True,
+            )  # fmt: skip
         turned = [launch for launch in plan.launches if launch.kernel == "transpose"]
-        computed = [launch for launch in plan.launches if launch.kernel != "transpose"]
+        computed = [launch for launch in plan.launches if launch.cycles is not None]
         assert all(launch.source.startswith(source) for launch in computed)
         cycles = sum(launch.cycles for launch in computed)
-        cycles += len(turned) / 2 * turning.turning_cycles(shape, "float16", device)
-        times.append(max(cycles / kernel_costs.FIGURES[gpu].gigahertz, floor) / 1e3)
+        cycles += len(turned) / 2 * turning.turning_cycles(shape, dtype, device)
+        time = max(cycles / kernel_costs.FIGURES[gpu].gigahertz, floor)
+        times.append((time + taps * (geometry.taps > 1)) / 1e3)
     return times
 
 
@@ -460,11 +476,27 @@ def test_layers_come_near_the_floors_of_tensor_cores(layer, which):
     assert h100_apart <= MOST_APART * h100
 
 
-@pytest.mark.parametrize(("layer", "which"), MOST)
-def test_the_page_shows_what_the_model_says_of_tensor_cores(layer, which):
-    row = re.search(rf"^\| {layer} {which} \| (.+) \|$", README.read_text("utf-8"), re.MULTILINE)
+@pytest.mark.parametrize("case", LEAST, ids=" ".join)
+def test_tf32_and_parts_of_floats_pay(case):
+    layer, which, dtype = case
+    for gpu in ("A100", "H100"):
+        side_by_side, apart, without = microseconds(layer, which, gpu, dtype)
+        assert LEAST[case] * side_by_side <= without
+        assert apart <= without
+
+
+@pytest.mark.parametrize(
+    ("layer", "which", "dtype"),
+    [
+        *((*key, "float16") for key in MOST),
+        *LEAST,
+    ],
+)
+def test_the_page_shows_what_the_model_says_of_tensor_cores(layer, which, dtype):
+    name = f"{layer} {which}" + " in TF32" * (dtype == "float32")
+    row = re.search(rf"^\| {name} \| (.+) \|$", README.read_text("utf-8"), re.MULTILINE)
     shown = [float(cell) for cell in row[1].split(" | ")]
-    want = [time for gpu in ("A100", "H100") for time in microseconds(layer, which, gpu)]
+    want = [time for gpu in ("A100", "H100") for time in microseconds(layer, which, gpu, dtype)]
     assert shown == pytest.approx(want, abs=0.05001)
 
 

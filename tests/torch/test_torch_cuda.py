@@ -234,6 +234,26 @@ class TestTheBridge:
         finally:
             torch.set_float32_matmul_precision(before)
 
+    def test_a_backward_pass_follows_the_precision_of_its_own_time(self, tensors):
+        one, two = (
+            tensors.place(torch.ones(1, 8, 6, 20)).contiguous(memory_format=torch.channels_last)
+            for _ in range(2)
+        )
+        one.requires_grad_()
+        before = torch.get_float32_matmul_precision()
+        try:
+            for forward, backward, rounded in (
+                ("high", "highest", False),
+                ("highest", "high", True),
+            ):
+                torch.set_float32_matmul_precision(forward)
+                cost = cupycorr.correlation(one, two, Geometry())
+                torch.set_float32_matmul_precision(backward)
+                (grad,) = torch.autograd.grad(cost, one, torch.full_like(cost, 1 + 2.0**-12))
+                assert (grad.cpu() == (1 if rounded else 1 + 2.0**-12)).all()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
     def test_workspace_is_torchs(self, tensors, calls):
         import cupy
 
