@@ -26,10 +26,9 @@
 //
 // Threads. A block owns row_tiles tiles below each other and x_groups * x_tiles beside each other,
 // of each of `phases` column phases and one row phase, and of the rows and columns that they meet
-// row_groups * warp_rows rows and the columns of `displacements` displacements. It stages `chunk`
-// channels of all these pixels at a time; channels that lie apart in `pieces`, which wait in
-// registers while the chunk before is multiplied. A warp owns x_tiles neighbouring tiles, on
-// warp_rows rows of fmap2.
+// block_rows rows and the columns of `displacements` displacements. It stages `chunk` channels of
+// all these pixels at a time; channels that lie apart in `pieces`, which wait in registers while
+// the chunk before is multiplied. A warp owns x_tiles neighbouring tiles, on warp_rows rows.
 //
 // What is not finite stays where it belongs. A sum takes the channels of its own two pixels only;
 // channels behind the last are zero in both; what a pixel outside makes of infinities is cleared.
@@ -86,13 +85,14 @@ constexpr int span = advance_x * tile_columns;                // columns from ti
 constexpr int column_tiles = ceil_div(advance_x * (tile_columns - 1) + displacements, 8);
 constexpr int warp_column_tiles = (x_tiles - 1) * span / 8 + column_tiles;
 constexpr int meeting = patch_y + advance_y * (tile_rows - 1);
-constexpr int block_rows = row_groups * warp_rows;            // of those, in a block
+// Of those, in a block: equal shares. Its last warps may also have rows that belong to the others.
+constexpr int blocks_e = ceil_div(meeting, row_groups * warp_rows);
+constexpr int block_rows = ceil_div(meeting, blocks_e);
 constexpr int rows2 = advance_y * tile_rows * (row_tiles - 1) + block_rows;
 constexpr int columns2 = span * (x_groups * x_tiles - 1) + 8 * column_tiles;
 constexpr int met_columns = advance_x * (columns1 - 1) + displacements;  // the others stay 0
 constexpr int phase_groups = ceil_div(phases_x, phases);
 constexpr int q_groups = ceil_div(patch_x, displacements);
-constexpr int blocks_e = ceil_div(meeting, block_rows);
 
 constexpr int element_bytes = static_cast<int>(sizeof(element));
 constexpr int unit = 16 / element_bytes;  // elements of a row of ldmatrix
@@ -125,6 +125,7 @@ constexpr int run = result_vector > 1 ? result_vector : 4;  // results of a thre
 
 static_assert(element_bytes <= 4, "tensor cores multiply elements of 16 bits, and TF32");
 static_assert(threads == 32 * row_tiles * row_groups * phases * x_groups, "a warp for each share");
+static_assert(block_rows >= warp_rows, "a warp has more rows than a block");
 static_assert(chunk % depth == 0 && 4 * depth % chunk == 0, "chunks are multiples of a matrix");
 static_assert(slices >= 1 && offsets_begin + (channels_last ? 4 * (pixels1 + pixels2) : 0) <=
                                  4 * shared_words,
@@ -142,6 +143,14 @@ using Runs2 = RunsOf<rows2, runs2, period2, lead2, of_phase2>;
 // Where a slot lies, in bytes.
 __device__ __forceinline__ constexpr int at_slot(int slot) {
   return slot / 8 * group_bytes + slot % 8 * slot_bytes;
+}
+
+// The first row of fmap2 of a warp, of those of its block; whether row r from there is another's.
+__device__ __forceinline__ constexpr int first_row(int row_group) {
+  return smaller(row_group * warp_rows, block_rows - warp_rows);
+}
+__device__ __forceinline__ constexpr bool is_others(int row_group, int r) {
+  return block_rows % warp_rows != 0 && first_row(row_group) + r < row_group * warp_rows;
 }
 
 extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
@@ -248,12 +257,13 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
   };
 
   // Rows of fmap2 of this warp that exist and that its tiles meet: bit r is row r.
-  const int e_own = e0 + row_group * warp_rows;  // the first, as its tiles count them
-  const int row2 = advance_y * tile_rows * row_tile + row_group * warp_rows;  // as staged
+  const int e_own = e0 + first_row(row_group);  // the first, as its tiles count them
+  const int row2 = advance_y * tile_rows * row_tile + first_row(row_group);  // as staged
   unsigned rows_exist = 0;
 #pragma unroll
   for (int r = 0; r < warp_rows; ++r) {
-    const bool exists = e_own + r < meeting && inside(y2 + spacing_y * (row2 + r), s.height);
+    const bool exists = !is_others(row_group, r) && e_own + r < meeting &&
+                        inside(y2 + spacing_y * (row2 + r), s.height);
     rows_exist |= static_cast<unsigned>(exists) << r;
   }
 
@@ -376,11 +386,12 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_cost(
         int at = i;
         const int k0 = pop(at, units) * run, out_slice = pop(at, slices);
         const int strip = at, q = q0 + slice + out_slice, j = strip % tile_rows;
-        const int e = e0 + strip / tile_rows % row_groups * warp_rows + r, p = e - advance_y * j;
+        const int group = strip / tile_rows % row_groups;
+        const int e = e0 + first_row(group) + r, p = e - advance_y * j;
         const int row = row0 + strip / (tile_rows * row_groups) * tile_rows + j;
         const int u = phases_y * row + phase_y;
         if (slice + out_slice >= displacements || q >= patch_x || !inside(p, patch_y) ||
-            u >= s.lattice_height) {
+            u >= s.lattice_height || is_others(group, r)) {
           continue;
         }
         accumulator values[run];

@@ -255,9 +255,11 @@ def _tiles(problem: _Problem, device: Device) -> Iterator[Tile]:
                 continue
             warps = row_tiles * own.phases * x_groups
             for row_groups in range(1, MOST_WARPS // warps + 1):
-                if (row_groups - 1) * warp_rows < meeting:
+                # In equal shares, which fill their warps.
+                block_rows = -(-meeting // -(-meeting // (row_groups * warp_rows)))
+                if (row_groups - 1) * warp_rows < block_rows >= warp_rows:
                     yield from _tiles_of_rows(
-                        problem, device, own, row_tiles, warp_rows, row_groups
+                        problem, device, own, row_tiles, warp_rows, row_groups, block_rows
                     )
 
 
@@ -291,6 +293,7 @@ def _tiles_of_rows(
     row_tiles: int,
     warp_rows: int,
     row_groups: int,
+    block_rows: int,
 ) -> Iterator[Tile]:
     """Yield the tiles of so many rows; they differ in the channels staged."""
     sums = 4 * warp_rows * own.x_tiles * own.column_tiles
@@ -298,7 +301,7 @@ def _tiles_of_rows(
     if sums > MOST_SUMS or registers > MOST_REGISTERS:
         return
     advance_y = problem.advance[0]
-    rows1, block_rows = row_tiles * own.tile_rows, row_groups * warp_rows
+    rows1 = row_tiles * own.tile_rows
     rows2 = advance_y * own.tile_rows * (row_tiles - 1) + block_rows
     pixels = own.phases * (rows1 * own.columns1 + rows2 * own.columns2)
     beside = own.columns2 - problem.advance[1] * (own.columns1 - 1) - own.displacements
@@ -314,10 +317,10 @@ def _tiles_of_rows(
     unit = UNIT_BYTES // problem.element_bytes  # elements of a 16-byte copy
     depth = DEPTH_UNITS * unit
     depths = -(-problem.channels // depth)
-    multiplied = depths * warps * warp_rows * own.x_tiles * own.column_tiles
+    multiplied = depths * warps // row_groups * block_rows * own.x_tiles * own.column_tiles
     loaded = depths * warps * (4 * own.x_tiles + 2 * warp_rows * own.warp_column_tiles)
     rounding = ROUND * loaded if problem.element_bytes == 4 else 0
-    results = strips * warp_rows * own.displacements * own.phases * own.columns1
+    results = rows1 * block_rows * own.displacements * own.phases * own.columns1
     vector = problem.result_vector if own.phases == problem.phases_x else 1
     store = RUN / vector + STORE if vector > 1 else RUN / SHORT_RUN + STORE_ALONE
     least = Block(

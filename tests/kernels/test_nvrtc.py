@@ -159,7 +159,8 @@ def on_the_way(launch):
     channels, rows = tile.get("chunk"), [tile["row_tiles"] * tile["tile_rows"], 1]
     if launch.source == "tensor.cu":
         rows[1] = tile["advance_y"] * (rows[0] - tile["tile_rows"])
-        rows[1] += tile["row_groups"] * tile["warp_rows"]
+        meeting = tile["patch_y"] + tile["advance_y"] * (tile["tile_rows"] - 1)
+        rows[1] += -(-meeting // -(-meeting // (tile["row_groups"] * tile["warp_rows"])))
         spacing = tile["spacing_x"]
         maps = [(rows[0], columns, spacing * tile["advance_x"], tile["lead1"]),
                 (rows[1], met, spacing, tile["lead2"])]  # fmt: skip

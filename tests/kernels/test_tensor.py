@@ -290,6 +290,9 @@ TILES = {
     "warps side by side": (STRIDE, lambda t: t["x_groups"] == 2 and t["x_tiles"]),
     "rows shared": (PHASES, lambda t: t["row_groups"]),
     "rows of a warp": (STRIDE, lambda t: t["warp_rows"] == 3 and t["tile_rows"] == 2),
+    "rows in equal shares": (
+        PHASES, lambda t: (t["tile_rows"], t["row_groups"], t["warp_rows"]) == (2, 2, 2)
+        and t["row_tiles"]),
     "one chunk": (PHASES, lambda t: t["buffers"] == 1),
     "small chunks": (PHASES, lambda t: t["chunk"] == 16),
     "chunks of 32": (PHASES, lambda t: t["chunk"] == 32),
@@ -341,6 +344,20 @@ def test_every_result_is_written_once_and_never_read(case, dtype):
     assert_written_once(plan, ones(layer, shape, plan, dtype))
 
 
+@BOTH_LAYOUTS
+def test_rows_of_two_warps_are_written_once(force):
+    (shape, layer), value = TILES["rows in equal shares"]
+    force(value)
+    plan = cuda_plan.plan(("cost",), layer, shape, "float16", SM_80, **LAYOUT)
+    assert_written_once(plan, ones(layer, shape, plan))
+    for planted in (
+        ("|| is_others(group, r)", ""),
+        ("smaller(row_group * warp_rows, block_rows - warp_rows)", "row_group * warp_rows"),
+    ):
+        with pytest.raises((AssertionError, host.HostError)):
+            assert_written_once(plan, ones(layer, shape, plan), planted)
+
+
 def ones(layer, shape, plan, dtype="float16"):
     """Return the arrays of a plan, between guards; the maps are 1."""
     shapes = {"fmap1": (shape, dtype), "fmap2": (shape, dtype),
@@ -384,10 +401,10 @@ def test_lanes_store_pairs_of_channels_in_different_banks(rows, patch, most):
     assert most_in_a_bank(launch, ones(layer, shape, plan), patch) == most
 
 
-def assert_written_once(plan, arrays):
+def assert_written_once(plan, arrays, patch=None):
     """Check that each launch writes every element of its result once, and reads none."""
     for launch in plan.launches:
-        library = host.build(launch, "trace")
+        library = host.build(launch, "trace", patch)
         accesses = host.run(library, launch, arrays, np.float32(1), log="arrays")
         last = accesses[accesses["array"] == len(launch.arrays) - 1]
         assert last["written"].all()
@@ -529,6 +546,8 @@ BUGS = {
     "a row that no tile meets": Bug("!inside(p, patch_y) ||", ""),
     "the last rows left out": Bug("e_own + r < meeting &&", "e_own + r + 1 < meeting &&"),
     "rows of the wrong warp": Bug("rows_exist >> r & 1", "rows_exist & 1", "rows of a warp"),
+    "results of a row beyond a share": Bug(
+        "e0 + first_row(group) + r", "e0 + group * warp_rows + r", "rows in equal shares"),
     "phases of the wrong columns": Bug("phase * of_phase2", "x_group * of_phase2"),
     "the last channels left out": Bug(
         "end = smaller(chunk, s.channels - c)", "end = (s.channels - c) / 16 * 16", "one chunk"),
