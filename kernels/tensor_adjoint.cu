@@ -139,7 +139,7 @@ constexpr int words_out = block_channels / of_word * pitch_out + (halves ? 0 : b
 constexpr int out_bytes = channels_last ? targets * slot_bytes : 4 * words_out;
 // A lane reads two columns at a time, neighbours or 4 apart: so that lanes use different banks.
 constexpr int apart = upstream_bytes == 4 || (which == 2 && phases % 2 == 0) ? 4 : 1;
-// A lane reads so many neighbouring floats of a pixel at once: of as many products, one each.
+// A lane reads so many neighbouring floats of a pixel at once, one for each of as many products.
 constexpr int wide = halves ? 2 : smaller(4, channel_tiles);
 
 static_assert(element_bytes <= 4, "tensor cores multiply elements of 16 bits, and TF32");

@@ -251,6 +251,17 @@ def test_gradients_are_rounded_to_tf32_where_that_is_allowed(allow_tf32, product
             assert (got == want).all()
 
 
+@pytest.mark.usefixtures("contiguous")
+@pytest.mark.parametrize(("allow_tf32", "product"), [(False, 1 + 2.0**-12), (True, 1)])
+def test_gradients_of_groups_are_rounded_to_tf32_where_that_is_allowed(cp, allow_tf32, product):
+    fmap = cp.ones((1, 16, 6, 20), cp.float32)
+    grad = cp.full((1, 2, 1, 1, 6, 20), 1 + 2.0**-12, cp.float32)
+    for got in cupycorr.correlation_vjp(
+        grad, fmap, fmap, Geometry(), groups=2, allow_tf32=allow_tf32
+    ):
+        assert (got.get() == product).all()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_the_plain_kernels_compute_every_dtype_right(dtype):
     assert_passes(verify.cupy_engine(plain=True), *CASES[FEW[-1]], dtype)
