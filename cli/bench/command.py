@@ -56,7 +56,8 @@ Own = measure.Implementation | lookups.Implementation
     type=click.IntRange(min=1),
     default=100,
     show_default=True,
-    help="Runs per implementation.",
+    help="Runs per implementation; if it is not given, at most so many: an implementation stops "
+    "when its medians are steady to 1 %.",
 )
 @click.option(
     "--max-seconds",
@@ -143,8 +144,8 @@ def bench(
     Exits with 1 if cupycorr itself fails, with 2 if the options are wrong or something is missing,
     and with 130 if it is interrupted; what is measured until then is shown and written.
     """
-    source = click.get_current_context().get_parameter_source("scale")
-    unit = scale if source is ParameterSource.COMMANDLINE else None
+    unit = scale if _is_given("scale") else None
+    until_steady = not _is_given("runs")
     refuse_engines(device, engines)
     _refuse_options(device, threads, cold)
     if device == "cuda":
@@ -184,6 +185,7 @@ def bench(
                 "device": device,
                 "dtype": kind,
                 "runs": runs,
+                "until_steady": until_steady,
                 "max_seconds": max_seconds,
                 "input": "random" if images is None else {"images": images, "downscale": downscale},
                 "problems": [],
@@ -215,7 +217,7 @@ def bench(
                 with progress.bar(problem.name, len(able) * (runs + 1)) as advance:
                     outcomes = measure.compare(
                         _jobs(able, problem, maps, pair, downscale, flow, kind, device),
-                        runs=runs, max_seconds=max_seconds,
+                        runs=runs, max_seconds=max_seconds, until_steady=until_steady,
                         advance=partial(advance, 1), stopwatch=stopwatch, device=device,
                     )  # fmt: skip
                 entry = report.entry(problem, kind, [*outcomes, *unable, *absent])
@@ -234,6 +236,11 @@ def bench(
                 click.echo(_text(document), nl=False)
     if report.own_failure(document):
         raise click.exceptions.Exit(1)
+
+
+def _is_given(option: str) -> bool:
+    source = click.get_current_context().get_parameter_source(option)
+    return source is ParameterSource.COMMANDLINE
 
 
 def _text(document: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ once for all lookups of a pair of maps: here the levels, elsewhere a volume of a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,7 +143,7 @@ def jobs(
     """
     generator = np.random.default_rng(1)
     grad = generator.standard_normal(problem.cost_shape, np.float32)
-    reference = _reference(problem, dtype)
+    reference = cache(partial(_reference, problem, dtype))
     arrays = {
         library: _arrays((*maps, grad, coords), problem, library, dtype, device)
         for library in dict.fromkeys(one.library for one in implementations)
@@ -240,11 +240,11 @@ def _mistake(
     one: Implementation,
     problem: LookupProblem,
     dtype: str,
-    reference: _Reference,
+    made: Callable[[], _Reference],
     device: str = "cpu",
 ) -> str | None:
     """Describe the first result beyond the bound of round-off, or return None."""
-    lookup = problem.lookup
+    lookup, reference = problem.lookup, made()
     fmap1, fmap2, grad, coords = _arrays(reference.values, problem, one.library, dtype, device)
     prepared = one.prepare(fmap1, fmap2, lookup)
     cost = one.look(fmap1, prepared, coords, lookup)

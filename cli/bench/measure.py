@@ -6,9 +6,9 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from math import prod, sqrt
-from statistics import fmean, median
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,10 @@ ALL_PASSES = ("prepare", *PASSES, "prepare backward")
 """Those of lookups: what all lookups of a pair of maps share is prepared apart."""
 GEMM_SIZE = 2048
 LEAST_RUNS = 3
+STEADY_RUNS = 20
+"""Runs before which no median counts as steady."""
+STEADY = 0.01
+"""Part of the median by which it may have moved in the later half of the runs."""
 SETTLE_SECONDS = 0.025
 """How long an implementation runs before it is timed, unless that is little beside a run."""
 
@@ -55,11 +59,14 @@ Stopwatch = Callable[[Callable[[], Any]], tuple[Timing, Any]]
 
 
 class Measured(NamedTuple):
-    """One pass: the time of each run, and the peak of memory beyond inputs and outputs."""
+    """One pass: the time of each run and of the first call, and its memory."""
 
     timings: list[Timing]
     extra_bytes: int
+    """The peak beyond inputs and outputs."""
     output_bytes: int = 0
+    first_seconds: float = 0.0
+    """The first call, before anything was compared: it plans, allocates and may compile."""
 
     @property
     def seconds(self) -> list[float]:
@@ -70,21 +77,6 @@ class Measured(NamedTuple):
     def host_seconds(self) -> list[float]:
         """The seconds until each run was launched; none on the CPU."""
         return [t.host_seconds for t in self.timings if t.host_seconds is not None]
-
-    @property
-    def least(self) -> float:
-        """The shortest run."""
-        return min(self.seconds)
-
-    @property
-    def median(self) -> float:
-        """The median run."""
-        return median(self.seconds)
-
-    @property
-    def mean(self) -> float:
-        """The mean of all runs."""
-        return fmean(self.seconds)
 
 
 class Outcome(NamedTuple):
@@ -180,7 +172,8 @@ def jobs(
     """
     generator = np.random.default_rng(1)
     grad = generator.standard_normal(problem.cost_shape, np.float32)
-    reference = _reference(problem, dtype)
+    # Made when it is first needed, after all first calls: what it plans must not shorten them.
+    reference = cache(partial(_reference, problem, dtype))
     arrays = {
         library: library_maps((*maps, grad), library, dtype, device, problem.channels_last)
         for library in dict.fromkeys(one.library for one in implementations)
@@ -189,7 +182,7 @@ def jobs(
         Job(
             one.name,
             one.library,
-            partial(_mistake, one, problem, dtype, *reference, device),
+            partial(_mistake, one, problem, dtype, reference, device),
             _steps(one, arrays[one.library], problem.layer),
         )
         for one in implementations
@@ -211,6 +204,7 @@ def compare(
     runs: int,
     max_seconds: float,
     advance: Callable[[str], None],
+    until_steady: bool = False,
     stopwatch: Stopwatch | None = None,
     device: str = "cpu",
 ) -> list[Outcome]:
@@ -221,40 +215,61 @@ def compare(
     jobs : list of Job
         What is measured.
     runs : int
-        Rounds; in each, all passes of every implementation run once.
+        Rounds at most; in each, all passes of every job run once.
     max_seconds : float
-        An implementation that has used so much time stops after at least three rounds.
+        A job that has used so much time stops after at least three rounds.
     advance : (name) -> None
         Called after each step of a name.
+    until_steady : bool, default False
+        Stop a job when the medians of all its passes are steady (see `is_steady`).
     stopwatch : call -> (Timing, result), optional
         What measures the time of a call; by default `by_clock`.
     device : {"cpu", "cuda"}, default "cpu"
         Where torch's tensors lie.
+
+    Returns
+    -------
+    list of Outcome
+        One for each job.
     """
     stopwatch = by_clock if stopwatch is None else stopwatch
-    outcomes: dict[str, Outcome] = {}
-    memory: dict[str, dict[str, tuple[int, int]]] = {}
-    for one in jobs:
-        try:
+    outcomes: dict[int, Outcome] = {}
+    first: dict[int, dict[str, Timing]] = {}
+    memory: dict[int, dict[str, tuple[int, int]]] = {}
+    for number, one in enumerate(jobs):
+        with _failures(outcomes, number, one.name):
+            first[number] = _round(one, stopwatch)
+    for number in first:
+        one = jobs[number]
+        with _failures(outcomes, number, one.name):
             error = one.mistake()
             if error is None:
-                memory[one.name] = _memory(one, device)
+                memory[number] = _memory(one, device)
             else:
-                outcomes[one.name] = Outcome(one.name, "wrong", error)
-        except (RuntimeError, TypeError, ValueError, MemoryError) as failure:
-            text = " ".join(str(failure).split())
-            outcomes[one.name] = Outcome(
-                one.name, "failed", f"{type(failure).__name__}: {text[:200]}"
-            )
+                outcomes[number] = Outcome(one.name, "wrong", error)
         advance(one.name)
     timings = _rounds(
-        [one for one in jobs if one.name in memory], stopwatch,
-        runs=runs, max_seconds=max_seconds, advance=advance, device=device,
+        [jobs[number] for number in memory], stopwatch, runs=runs, max_seconds=max_seconds,
+        until_steady=until_steady, advance=advance, device=device,
     )  # fmt: skip
-    for name, taken in memory.items():
-        passes = {p: Measured(timings[name][p], *taken[p]) for p in taken}
-        outcomes[name] = Outcome(name, "timed", passes=passes)
-    return [outcomes[one.name] for one in jobs]
+    for (number, taken), times in zip(memory.items(), timings, strict=True):
+        passes = {
+            # On a GPU the host compiles while the device waits.
+            p: Measured(times[p], *taken[p], max(t for t in first[number][p] if t is not None))
+            for p in taken
+        }
+        outcomes[number] = Outcome(jobs[number].name, "timed", passes=passes)
+    return [outcomes[number] for number in range(len(jobs))]
+
+
+@contextlib.contextmanager
+def _failures(outcomes: dict[int, Outcome], number: int, name: str) -> Iterator[None]:
+    """Keep a job's exception as its outcome."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, MemoryError) as failure:
+        text = " ".join(str(failure).split())
+        outcomes[number] = Outcome(name, "failed", f"{type(failure).__name__}: {text[:200]}")
 
 
 def _rounds(
@@ -263,9 +278,10 @@ def _rounds(
     *,
     runs: int,
     max_seconds: float,
+    until_steady: bool,
     advance: Callable[[str], None],
     device: str,
-) -> dict[str, dict[str, list[Timing]]]:
+) -> list[dict[str, list[Timing]]]:
     """Run everything once per round, so that what else the machine does meets all alike.
 
     On the CPU each is first run untimed for a moment: threads of the one before it, OpenMP's above
@@ -274,20 +290,19 @@ def _rounds(
     Everything has run before, for its results and for its memory. On a GPU it runs here once more,
     because CuPy's pool does not yet hold the memory of the results: that is the warm-up.
     """
-    timings: dict[str, dict[str, list[Timing]]] = {}
-    for one in jobs:
-        timings[one.name] = {name: [] for name in one.steps}
-        if device == "cuda":
+    timings: list[dict[str, list[Timing]]] = [{name: [] for name in one.steps} for one in jobs]
+    if device == "cuda":
+        for one in jobs:
             _round(one, stopwatch)
     beside = len(jobs) > 1 and device == "cpu"
     for _ in range(runs):
-        for one in jobs:
-            taken = timings[one.name]
-            last = [times[-1].seconds for times in taken.values() if times]
-            used = sum(timing.seconds for times in taken.values() for timing in times)
-            if len(taken["forward"]) >= LEAST_RUNS and used >= max_seconds:
+        for one, taken in zip(jobs, timings, strict=True):
+            seconds = [[timing.seconds for timing in times] for times in taken.values()]
+            if len(seconds[0]) >= LEAST_RUNS and (
+                sum(map(sum, seconds)) >= max_seconds or (until_steady and is_steady(seconds))
+            ):
                 continue
-            settle = beside and sum(last) <= 10 * SETTLE_SECONDS
+            settle = beside and sum(times[-1] for times in seconds if times) <= 10 * SETTLE_SECONDS
             start = time.perf_counter()
             while settle and time.perf_counter() - start < SETTLE_SECONDS:
                 _round(one, stopwatch)
@@ -295,6 +310,16 @@ def _rounds(
                 taken[name].append(timing)
             advance(one.name)
     return timings
+
+
+def is_steady(passes: list[list[float]]) -> bool:
+    """Tell whether in the later half of the runs no pass's median has moved by more than 1 %."""
+    for seconds in passes:
+        count = len(seconds)
+        medians = [median(seconds[:runs]) for runs in range(max(1, count // 2), count + 1)]
+        if count < STEADY_RUNS or max(medians) - min(medians) > STEADY * medians[-1]:
+            return False
+    return True
 
 
 def _round(one: Job, stopwatch: Stopwatch) -> dict[str, Timing]:
@@ -342,11 +367,11 @@ def _mistake(
     one: Implementation,
     problem: Problem,
     dtype: str,
-    exact: list[Array],
-    want: list[Array],
+    reference: Callable[[], tuple[list[Array], list[Array]]],
     device: str = "cpu",
 ) -> str | None:
     """Describe the first result that is not equal to this package's, or return None."""
+    exact, want = reference()
     maps = library_maps(exact, one.library, dtype, device, problem.channels_last)
     cost = one.correlate(maps.fmap1, maps.fmap2, problem.layer)
     got = (cost, *_gradients(one, maps, problem.layer, cost))

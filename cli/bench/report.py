@@ -6,10 +6,11 @@ import shutil
 import sys
 import textwrap
 from math import prod
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import click
+import numpy as np
 
 from .. import cuda
 from ..options import GEOMETRY_FIELDS, LookupProblem, Problem, description
@@ -22,19 +23,28 @@ LOOKUPS = 12
 WIDTH = 100
 """Columns of the screen where that is no terminal, and at most."""
 COLUMNS = {
-    "cpu": ("min", "vs ours", "median", "GEMM", "extra MB", "mean", "runs"),
-    "cuda": ("min", "vs ours", "median", "GB/s", "GFMA/s", "host", "extra MB", "mean", "runs"),
-}
+    "cpu": ("min", "vs ours", "median", "q1-q3", "GEMM", "extra MB", "runs", "first"),
+    "cuda": ("min", "vs ours", "median", "q1-q3", "GB/s", "GFMA/s", "host", "extra MB", "runs",
+             "first"),
+}  # fmt: skip
 """The columns of a table, the more important ones first: the last need a wide screen."""
-SHOWN = ("min", "median", "mean", "runs", "GEMM", "GFMA/s", "GB/s", "host", "extra MB", "vs ours")
+SHOWN = ("min", "median", "q1-q3", "runs", "GEMM", "GFMA/s", "GB/s", "host", "extra MB", "first",
+         "vs ours")  # fmt: skip
 """The columns from left to right."""
-TIMES = ("min", "median", "mean", "host")
+TIMES = ("min", "median", "q1-q3", "host", "first")
+NOISY = 0.1
+"""Part of the median that lies between the quartiles of a machine that does something else too."""
+QUARTILES = (
+    "q1-q3: half of the runs took between so much. first: the first call, before all checks."
+)
 MEANING = (
+    QUARTILES,
     "extra: peak of what NumPy (tracemalloc) and torch (profiler) allocate beyond inputs and "
     "outputs, in a run that is not timed.",
     "vs ours: the least time over cupycorr's.",
 )
 MEANING_ON_CUDA = (
+    QUARTILES,
     "GFMA/s: multiply-adds of positions inside the images, each pair once; twice that backward.",
     "GB/s: every input and output once. In brackets the share of the device's peak.",
     "host: median of the time that launching takes Python, which does not count.",
@@ -121,7 +131,7 @@ def entry(problem: Problem | LookupProblem, dtype: str, outcomes: list[Outcome])
             "geometry": {name: list(getattr(geometry, name)) for name in GEOMETRY_FIELDS.values()},
             "similarity": problem.layer.similarity,
         }
-    return {
+    result = {
         "name": problem.name,
         "shape": list(problem.shape),
         **what,
@@ -135,6 +145,7 @@ def entry(problem: Problem | LookupProblem, dtype: str, outcomes: list[Outcome])
         },
         "implementations": [_implementation(outcome) for outcome in outcomes],
     }
+    return result | {"warnings": noise(result)}
 
 
 def _implementation(outcome: Outcome) -> dict[str, Any]:
@@ -142,11 +153,8 @@ def _implementation(outcome: Outcome) -> dict[str, Any]:
     if outcome.passes is None:
         return result | {"reason": outcome.reason}
     for name, measured in outcome.passes.items():
-        result[name] = {
-            "min": measured.least,
-            "median": measured.median,
-            "mean": measured.mean,
-            "runs": len(measured.seconds),
+        result[name] = statistics(measured.seconds) | {
+            "first": measured.first_seconds,
             "extra_bytes": measured.extra_bytes,
             "output_bytes": measured.output_bytes,
             "seconds": measured.seconds,
@@ -154,6 +162,34 @@ def _implementation(outcome: Outcome) -> dict[str, Any]:
         if measured.host_seconds:
             result[name]["host_seconds"] = measured.host_seconds
     return result
+
+
+def statistics(seconds: list[float]) -> dict[str, Any]:
+    """Return what a row says of its runs; the quartiles lie between runs, as the median does."""
+    lower, upper = np.quantile(seconds, [0.25, 0.75]).tolist()
+    return {
+        "min": min(seconds),
+        "q1": lower,
+        "median": median(seconds),
+        "q3": upper,
+        "mean": fmean(seconds),
+        "runs": len(seconds),
+    }
+
+
+def noise(problem: dict[str, Any]) -> list[str]:
+    """Name the passes whose quartiles lie so far apart that the machine must do something else."""
+    noisy = [
+        f"{step} of {one['name']}"
+        for one in problem["implementations"]
+        for step in ALL_PASSES
+        if step in one and one[step]["q3"] - one[step]["q1"] > NOISY * one[step]["median"]
+    ]
+    if not noisy:
+        return []
+    more = f" and {len(noisy) - 2} more" if len(noisy) > 2 else ""
+    return [f"the quartiles of {', '.join(noisy[:2])}{more} are over {NOISY:.0%} of the median "
+            "apart: something else keeps this machine busy"]  # fmt: skip
 
 
 def show(
@@ -202,6 +238,8 @@ def show(
         click.echo(_peer_line(one, scale))
         if "lookup" in problem:
             _say(_together(one))
+    for text in problem.get("warnings", ()):
+        _say(f"Warning: {text}", colour="yellow")
     for one in problem["implementations"]:
         if one["status"] != "timed":
             colour = None if one["status"] == "skipped" else "red"
@@ -270,7 +308,8 @@ def _cells(
 ) -> dict[str, str]:
     """Return what stands in each column."""
     measured = one[step]
-    cells = {key: _number(measured[key] * SCALES[unit]) for key in ("min", "median", "mean")}
+    cells = {key: _number(measured[key] * SCALES[unit]) for key in ("min", "median", "first")}
+    cells["q1-q3"] = "-".join(_number(measured[key] * SCALES[unit]) for key in ("q1", "q3"))
     cells["runs"] = str(measured["runs"])
     cells["extra MB"] = _number(measured["extra_bytes"] / 1e6)
     known = ours is not None and step in ours

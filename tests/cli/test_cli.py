@@ -152,13 +152,18 @@ def test_tables_show_what_the_json_document_holds(tmp_path):
         assert one[name]["min"] == min(seconds)
         assert one[name]["median"] == np.median(seconds)
         assert one[name]["mean"] == pytest.approx(np.mean(seconds))
+        assert [one[name]["q1"], one[name]["q3"]] == np.quantile(seconds, [0.25, 0.75]).tolist()
+        assert one[name]["first"] > 0
         section = out.split(f"{name} ")[1]
         row = next(line for line in section.splitlines() if line.startswith("cupycorr numpy"))
         cells = row.removeprefix("cupycorr numpy").split()
-        shown = [report._number(1e3 * one[name][key]) for key in ("min", "median", "mean")]
+        numbers = {key: report._number(1e3 * value) for key, value in one[name].items()
+                   if key in ("min", "median", "q1", "q3", "first")}  # fmt: skip
+        shown = [numbers["min"], numbers["median"], f"{numbers['q1']}-{numbers['q3']}"]
         rate = 2 * problem["multiply_adds"][name] / one[name]["median"]
         share = rate / (2 * document["gemm"]["size"] ** 3 / min(document["gemm"]["seconds"]))
         shown += ["4", f"{100 * share:.1f}%", report._number(one[name]["extra_bytes"] / 1e6)]
+        shown += [numbers["first"]]
         assert cells == [*shown, "1.00"]
 
 
@@ -218,6 +223,102 @@ def test_max_seconds_stops_after_three_runs(tmp_path):
     assert document["problems"][0]["implementations"][0]["forward"]["runs"] == 3
 
 
+def counting(counts, name="one", forward=lambda run: 1.0):
+    """Return a job that counts its calls, and a stopwatch by which its runs take given times."""
+
+    def call(done):
+        counts[name] = counts.get(name, 0) + 1
+
+    def stopwatch(step):
+        step()
+        return measure.Timing(forward(counts[name])), None
+
+    return measure.Job(name, "numpy", lambda: None, {"forward": call}), stopwatch
+
+
+def runs_of(forward, **kwargs):
+    """Return the timings of a job whose run of a number takes a given time."""
+    job, stopwatch = counting({}, forward=forward)
+    (outcome,) = measure.compare([job], stopwatch=stopwatch, advance=lambda _: None, **kwargs)
+    return outcome.passes["forward"].seconds
+
+
+LIMITS = {"runs": 50, "max_seconds": 1e9}
+
+
+def test_runs_go_on_until_the_median_is_steady():
+    assert len(runs_of(lambda run: 1.0, until_steady=True, **LIMITS)) == measure.STEADY_RUNS
+    # A few outliers move no median; a machine that becomes slower does until it is so for long.
+    outliers = runs_of(lambda run: 9.0 if run % 5 == 0 else 1.0, until_steady=True, **LIMITS)
+    assert len(outliers) == measure.STEADY_RUNS
+    slower = runs_of(lambda run: 1 + 0.05 * min(run, 10), until_steady=True, **LIMITS)
+    assert measure.STEADY_RUNS < len(slower) < LIMITS["runs"]
+    assert len(runs_of(lambda run: 1 + 0.05 * run, until_steady=True, **LIMITS)) == LIMITS["runs"]
+
+
+def test_runs_that_are_given_are_all_made():
+    assert len(runs_of(lambda run: 1.0, **LIMITS)) == LIMITS["runs"]
+
+
+def test_all_passes_must_be_steady():
+    steady, drifting = [1.0] * 40, [1 + 0.05 * run for run in range(40)]
+    assert measure.is_steady([steady, steady])
+    assert not measure.is_steady([steady, drifting])
+    assert not measure.is_steady([steady[: measure.STEADY_RUNS - 1]])
+
+
+def test_the_first_call_is_timed_apart_and_before_all_checks():
+    job, stopwatch = counting({}, forward=lambda run: 100.0 if run == 1 else 1.0)
+    checked = []
+
+    def mistake():
+        checked.append(True)
+
+    def watched(step):
+        timing, result = stopwatch(step)
+        return timing._replace(seconds=timing.seconds if checked else 7.0), result
+
+    (outcome,) = measure.compare(
+        [job._replace(mistake=mistake)], stopwatch=watched, advance=lambda _: None,
+        runs=3, max_seconds=1e9,
+    )  # fmt: skip
+    assert outcome.passes["forward"].first_seconds == 7.0
+    assert outcome.passes["forward"].seconds == [1.0] * 3
+
+
+def test_a_first_call_on_a_gpu_takes_what_its_launch_took():
+    job, _ = counting({})
+    (outcome,) = measure.compare(
+        [job], stopwatch=lambda step: (measure.Timing(1.0, 5.0), step()), advance=lambda _: None,
+        runs=1, max_seconds=1e9,
+    )  # fmt: skip
+    assert outcome.passes["forward"].first_seconds == 5.0
+
+
+def test_what_fails_at_its_first_call_leaves_the_others():
+    def failing(done):
+        raise ValueError("no such device")
+
+    good, stopwatch = counting({}, "good")
+    bad = measure.Job("bad", "numpy", lambda: None, {"forward": failing})
+    outcomes = measure.compare(
+        [bad, good], stopwatch=stopwatch, advance=lambda _: None, runs=1, max_seconds=1e9
+    )
+    assert [one.status for one in outcomes] == ["failed", "timed"]
+    assert outcomes[0].reason == "ValueError: no such device"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "is_noisy"),
+    [([1.0, 1.0, 1.0, 1.0, 9.0], False), ([1.0, 1.0, 1.05, 1.2, 1.3], True), ([1.0], False)],
+)
+def test_wide_quartiles_are_warned_of(seconds, is_noisy):
+    step = report.statistics(seconds)
+    problem = {"implementations": [{"name": "one", "forward": step}]}
+    assert len(report.noise(problem)) == is_noisy
+    assert all("forward of one" in text for text in report.noise(problem))
+
+
 def test_presets_are_the_published_layers(tmp_path):
     _, document = measured(tmp_path, *SMALL[-4:], "--preset", "pwc-l6", "-r", "1")
     assert document["problems"][0]["shape"] == [8, 196, 8, 14]
@@ -264,7 +365,8 @@ def test_a_peer_agrees_with_ours_wherever_it_applies(name, case, dtype, similari
         pytest.skip(missing)
     problem = bench_module.Problem(case, shape, Layer(geometry, similarity))
     one = measure.Implementation(name, "torch", peer.correlate)
-    assert measure._mistake(one, problem, dtype, *measure._reference(problem, dtype)) is None
+    reference = measure._reference(problem, dtype)
+    assert measure._mistake(one, problem, dtype, lambda: reference) is None
 
 
 @pytest.mark.parametrize("similarity", ["product", "l1"])
