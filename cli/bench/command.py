@@ -29,7 +29,7 @@ from ..options import (
     refuse_engines,
 )
 from ..presets import PRESETS, chosen_problems, preset_option
-from . import features, lookups, measure, memory, report
+from . import features, floors, lookups, measure, memory, report
 from .peers import ITEMSIZE, PEERS, missing
 
 STANDARD_OUTPUT = Path("-")
@@ -171,6 +171,7 @@ def bench(
         if isinstance(problem, LookupProblem):
             # Results in float64, and their bounds, are kept beside them.
             needed += 8 * (9 * prod(problem.shape) + 3 * prod(problem.cost_shape))
+        needed += floors.needed_bytes(problem, kind)
         environment.require_memory(described(problem), needed)
         if device == "cuda":
             cuda.refuse_too_large(problem, ITEMSIZE[kind], cold)
@@ -188,6 +189,7 @@ def bench(
                 "until_steady": until_steady,
                 "max_seconds": max_seconds,
                 "input": "random" if images is None else {"images": images, "downscale": downscale},
+                "warnings": [],
                 "problems": [],
             }
             if True in kinds:
@@ -196,8 +198,9 @@ def bench(
                 document |= {"cuda": cuda.device(), "cold": cold}
                 stopwatch: measure.Stopwatch = cuda.Stopwatch(cold)
             else:
-                gemm = {"size": measure.GEMM_SIZE, "seconds": measure.gemm_seconds(kind)}
-                document |= {"threads": count, "gemm": gemm}
+                rates = floors.core_rates()
+                document |= {"threads": count, "core": rates}
+                document["warnings"] = floors.warnings(document["machine"], rates)
                 stopwatch = measure.by_clock
         if json_file != STANDARD_OUTPUT:
             report.heading(document)
@@ -214,17 +217,20 @@ def bench(
                 able, unable = _split(implementations, problem, kind, device)
                 tiled = any(one.name in ("cupycorr cupy", "cupycorr torch") for one in able)
                 kernels = _kernels(problem, kind) if device == "cuda" and tiled else []
-                with progress.bar(problem.name, len(able) * (runs + 1)) as advance:
+                jobs = _jobs(able, problem, maps, pair, downscale, flow, kind, device)
+                bounds = floors.jobs(problem, kind, device)
+                with progress.bar(problem.name, len(jobs + bounds) * (runs + 1)) as advance:
                     outcomes = measure.compare(
-                        _jobs(able, problem, maps, pair, downscale, flow, kind, device),
+                        jobs + bounds,
                         runs=runs, max_seconds=max_seconds, until_steady=until_steady,
                         advance=partial(advance, 1), stopwatch=stopwatch, device=device,
                     )  # fmt: skip
-                entry = report.entry(problem, kind, [*outcomes, *unable, *absent])
+                entry = report.entry(
+                    problem, kind, [*outcomes[: len(jobs)], *unable, *absent],
+                    outcomes[len(jobs) :],
+                )  # fmt: skip
                 if device == "cuda":
                     entry["kernels"] = kernels
-                elif report.exceeds_gemm(document, entry):
-                    document["gemm"]["seconds"] += measure.gemm_seconds(kind)
                 document["problems"].append(entry)
                 if json_file is not None and json_file != STANDARD_OUTPUT:
                     # Now, so that nothing that ends the process loses what is measured.

@@ -25,7 +25,6 @@ Array = npt.NDArray[Any]
 PASSES = ("forward", "backward")
 ALL_PASSES = ("prepare", *PASSES, "prepare backward")
 """Those of lookups: what all lookups of a pair of maps share is prepared apart."""
-GEMM_SIZE = 2048
 LEAST_RUNS = 3
 STEADY_RUNS = 20
 """Runs before which no median counts as steady."""
@@ -129,16 +128,6 @@ def threads(count: int, torch_too: bool) -> Iterator[None]:
     finally:
         if torch_too:
             torch.set_num_threads(before)
-
-
-def gemm_seconds(dtype: str, runs: int = 5) -> list[float]:
-    """Time dense square products by NumPy; in float32 for the 16-bit dtypes."""
-    kind = np.float64 if dtype == "float64" else np.float32
-    one, two = np.random.default_rng(0).standard_normal((2, GEMM_SIZE, GEMM_SIZE)).astype(kind)
-    product = np.empty_like(one)
-    np.matmul(one, two, out=product)
-    timings = [by_clock(lambda: np.matmul(one, two, out=product))[0] for _ in range(runs)]
-    return [timing.seconds for timing in timings]
 
 
 def random_maps(shape: tuple[int, ...], dtype: str) -> tuple[Array, Array]:

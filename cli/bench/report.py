@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from math import prod
 from statistics import fmean, median
 from typing import Any
 
@@ -14,8 +13,8 @@ import numpy as np
 
 from .. import cuda
 from ..options import GEOMETRY_FIELDS, LookupProblem, Problem, description
+from . import floors
 from .measure import ALL_PASSES, PASSES, Outcome
-from .peers import ITEMSIZE
 
 SCALES = {"s": 1.0, "ms": 1e3, "us": 1e6}
 LOOKUPS = 12
@@ -23,13 +22,13 @@ LOOKUPS = 12
 WIDTH = 100
 """Columns of the screen where that is no terminal, and at most."""
 COLUMNS = {
-    "cpu": ("min", "vs ours", "median", "q1-q3", "GEMM", "extra MB", "runs", "first"),
-    "cuda": ("min", "vs ours", "median", "q1-q3", "GB/s", "GFMA/s", "host", "extra MB", "runs",
-             "first"),
+    "cpu": ("min", "vs ours", "median", "q1-q3", "GEMM", "copy", "extra MB", "runs", "first"),
+    "cuda": ("min", "vs ours", "median", "q1-q3", "GB/s", "GFMA/s", "copy", "host", "extra MB",
+             "runs", "first"),
 }  # fmt: skip
 """The columns of a table, the more important ones first: the last need a wide screen."""
-SHOWN = ("min", "median", "q1-q3", "runs", "GEMM", "GFMA/s", "GB/s", "host", "extra MB", "first",
-         "vs ours")  # fmt: skip
+SHOWN = ("min", "median", "q1-q3", "runs", "GEMM", "GFMA/s", "GB/s", "copy", "host",
+         "extra MB", "first", "vs ours")  # fmt: skip
 """The columns from left to right."""
 TIMES = ("min", "median", "q1-q3", "host", "first")
 NOISY = 0.1
@@ -37,13 +36,18 @@ NOISY = 0.1
 QUARTILES = (
     "q1-q3: half of the runs took between so much. first: the first call, before all checks."
 )
+COPY = "copy: the least time of copying as many bytes as inputs and outputs have, over the row's."
 MEANING = (
+    "GEMM: the least time of an np.matmul of as many multiply-adds, over the row's. These are of "
+    "positions inside the images (or absolute differences), each pair once; twice that backward.",
+    COPY,
     QUARTILES,
     "extra: peak of what NumPy (tracemalloc) and torch (profiler) allocate beyond inputs and "
     "outputs, in a run that is not timed.",
     "vs ours: the least time over cupycorr's.",
 )
 MEANING_ON_CUDA = (
+    COPY,
     QUARTILES,
     "GFMA/s: multiply-adds of positions inside the images, each pair once; twice that backward.",
     "GB/s: every input and output once. In brackets the share of the device's peak.",
@@ -64,11 +68,10 @@ def heading(document: dict[str, Any]) -> None:
     _say(
         f"{machine['processor']}, {document['threads']} threads{load}",
         libraries,
-        f"GEMM: share of the rate of a dense {document['gemm']['size']}^3 np.matmul in this run; "
-        "counts the multiply-adds of positions inside the images (or absolute differences), each "
-        "pair once; twice that backward.",
         *MEANING,
     )
+    for text in document["warnings"]:
+        _say(f"Warning: {text}", colour="yellow")
 
 
 def _say(*paragraphs: str, colour: str | None = None) -> None:
@@ -83,50 +86,14 @@ def _width() -> int:
     return min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
 
 
-def _gemm_rate(document: dict[str, Any]) -> float:
-    gemm = document["gemm"]
-    rate: float = 2 * gemm["size"] ** 3 / min(gemm["seconds"])
-    return rate
-
-
-def _gemm_share(
-    document: dict[str, Any], problem: dict[str, Any], seconds: float, step: str
-) -> float:
-    share: float = 2 * problem["multiply_adds"][step] / seconds / _gemm_rate(document)
-    return share
-
-
-def exceeds_gemm(document: dict[str, Any], problem: dict[str, Any]) -> bool:
-    """Tell whether anything was faster than the dense product, which was timed too slow then."""
-    return any(
-        _gemm_share(document, problem, one[step]["median"], step) > 1
-        for one in problem["implementations"]
-        if one["status"] == "timed"
-        for step in PASSES
-        if _multiplies(problem, one, step)
-    )
-
-
-def _multiplies(problem: dict[str, Any], one: dict[str, Any], step: str) -> bool:
-    """Tell whether a pass makes the problem's products: others' lookups may have made them."""
-    return step in PASSES and ("lookup" not in problem or one["name"].startswith("cupycorr"))
-
-
-def entry(problem: Problem | LookupProblem, dtype: str, outcomes: list[Outcome]) -> dict[str, Any]:
-    """Return the problem and its outcomes for the JSON document."""
-    maps, cost = prod(problem.shape), prod(problem.cost_shape)
+def entry(
+    problem: Problem | LookupProblem, dtype: str, outcomes: list[Outcome], bounds: list[Outcome]
+) -> dict[str, Any]:
+    """Return the problem, its outcomes and those of its floors for the JSON document."""
     if isinstance(problem, LookupProblem):
-        lookup = problem.lookup
-        # Cells that a position reads: neighbours share corners unless the patch has gaps.
-        cells = [2 * r + 2 if d == 1 else 2 * (2 * r + 1)
-                 for r, d in zip(lookup.radius, lookup.dilation_patch, strict=True)]  # fmt: skip
-        useful = maps * lookup.levels * prod(cells)
-        area = sum(h * w for h, w in lookup.level_sizes(*problem.shape[2:]))
-        others = maps // max(1, prod(problem.shape[2:])) * area
-        what: dict[str, Any] = {"lookup": lookup.parameters()}
+        what: dict[str, Any] = {"lookup": problem.lookup.parameters()}
     else:
         geometry = problem.layer.geometry
-        useful, others = geometry.multiply_adds(problem.shape), maps
         what = {
             "geometry": {name: list(getattr(geometry, name)) for name in GEOMETRY_FIELDS.values()},
             "similarity": problem.layer.similarity,
@@ -137,14 +104,18 @@ def entry(problem: Problem | LookupProblem, dtype: str, outcomes: list[Outcome])
         **what,
         "channels_last": problem.channels_last,
         "description": description(problem),
-        "multiply_adds": {"forward": useful, "backward": 2 * useful},
-        # Every input and output once.
-        "bytes": {
-            "forward": (maps + others + cost) * ITEMSIZE[dtype],
-            "backward": (2 * maps + 2 * others + cost) * ITEMSIZE[dtype],
-        },
+        **floors.work(problem, dtype),
+        "floors": {one.name: _passes(one) for one in bounds},
         "implementations": [_implementation(outcome) for outcome in outcomes],
     }
+    for one in result["implementations"]:
+        for step in (step for step in PASSES if step in one):
+            # Others' lookups may have multiplied before, and read other arrays.
+            counts = "lookup" not in what or one["name"].startswith("cupycorr")
+            one[step]["shares"] = {
+                name: floor[step]["min"] / one[step]["min"] if counts else None
+                for name, floor in result["floors"].items()
+            }
     return result | {"warnings": noise(result)}
 
 
@@ -152,6 +123,12 @@ def _implementation(outcome: Outcome) -> dict[str, Any]:
     result: dict[str, Any] = {"name": outcome.name, "status": outcome.status}
     if outcome.passes is None:
         return result | {"reason": outcome.reason}
+    return result | _passes(outcome)
+
+
+def _passes(outcome: Outcome) -> dict[str, Any]:
+    result = {}
+    assert outcome.passes is not None
     for name, measured in outcome.passes.items():
         result[name] = statistics(measured.seconds) | {
             "first": measured.first_seconds,
@@ -215,8 +192,8 @@ def show(
         _say(f"{count} kernels ready in {seconds:.2f} s; CuPy keeps on disk what it compiled")
     timed = [one for one in problem["implementations"] if one["status"] == "timed"]
     own = {one["name"]: one for one in timed if one["name"].startswith("cupycorr")}
-    names = ("cupycorr torch", "cupycorr numpy", "cupycorr cupy", "cupycorr plain")
-    ours = next((own[name] for name in names if name in own), None)
+    engines = ("cupycorr torch", "cupycorr numpy", "cupycorr cupy", "cupycorr plain")
+    ours = next((own[name] for name in engines if name in own), None)
     left_out: set[str] = set()
     for step in ALL_PASSES:
         rows = [one for one in timed if step in one]
@@ -224,16 +201,14 @@ def show(
             continue
         shortest = min(one[step]["min"] for one in rows)
         suited = _unit(shortest) if unit is None else unit
-        left_out |= _table(step, suited, [one["name"] for one in rows],
-                           [_cells(document, problem, one, ours, step, suited) for one in rows],
-                           COLUMNS[document["device"]])  # fmt: skip
+        bounds = {f"({name})": one[step] for name, one in problem["floors"].items() if step in one}
+        cells = [_cells(document, problem, one, ours, step, suited) for one in rows]
+        cells += [_times(measured, suited) for measured in bounds.values()]
+        names = [*(one["name"] for one in rows), *bounds]
+        left_out |= _table(step, suited, names, cells, COLUMNS[document["device"]])
     if left_out:
         columns = ", ".join(column for column in SHOWN if column in left_out)
         _say(f"No room for {columns}; --json FILE has every run.")
-    if timed and document["device"] == "cpu":
-        _say(f"GEMM: 100% is {_gemm_rate(document) / 1e9:.1f} GFLOP/s.")
-        if exceeds_gemm(document, problem):
-            _say("GEMM ?: faster than np.matmul; the machine was busy while that was timed.")
     for one in timed:
         click.echo(_peer_line(one, scale))
         if "lookup" in problem:
@@ -257,7 +232,7 @@ def _table(
     """Print as many of the columns as the screen has room for, and return the others."""
     titles = {column: f"{column} {unit}" if column in TIMES else column for column in columns}
     widths = {
-        column: max(len(text) for text in (titles[column], *(row[column] for row in rows)))
+        column: max(len(text) for text in (titles[column], *(row.get(column, "") for row in rows)))
         for column in columns
     }
     first = max(len(text) for text in (step, *names))
@@ -268,8 +243,8 @@ def _table(
         if room >= 0:
             kept.append(column)
     for name, row in ((step, titles), *zip(names, rows, strict=True)):
-        cells = [f"  {row[column]:>{widths[column]}}" for column in SHOWN if column in kept]
-        click.echo(f"{name:{first}}{''.join(cells)}")
+        cells = [f"  {row.get(column, ''):>{widths[column]}}" for column in SHOWN if column in kept]
+        click.echo(f"{name:{first}}{''.join(cells)}".rstrip())
     return set(columns) - set(kept)
 
 
@@ -308,28 +283,31 @@ def _cells(
 ) -> dict[str, str]:
     """Return what stands in each column."""
     measured = one[step]
-    cells = {key: _number(measured[key] * SCALES[unit]) for key in ("min", "median", "first")}
-    cells["q1-q3"] = "-".join(_number(measured[key] * SCALES[unit]) for key in ("q1", "q3"))
-    cells["runs"] = str(measured["runs"])
+    cells = _times(measured, unit)
     cells["extra MB"] = _number(measured["extra_bytes"] / 1e6)
     known = ours is not None and step in ours
     cells["vs ours"] = f"{measured['min'] / ours[step]['min']:.2f}" if ours and known else ""
+    shares = {name: s for name, s in measured.get("shares", {}).items() if s is not None}
+    for title, name in (("GEMM", "matmul"), ("copy", "copy")):
+        cells[title] = f"{100 * shares[name]:.1f}%" if name in shares else ""
     if document["device"] == "cuda":
         kind = "float64" if document["dtype"] == "float64" else "float32"
         for title, amount, peak in (
             ("GFMA/s", "multiply_adds", kind),
             ("GB/s", "bytes", "memory"),
         ):
-            counts = _multiplies(problem, one, step)
-            done = problem[amount][step] if counts else None
             peaks = document["cuda"]["peaks"]
-            cells[title] = "" if done is None else _rate(done / measured["median"], peaks[peak])
+            rate = problem[amount][step] / measured["median"] if shares else None
+            cells[title] = "" if rate is None else _rate(rate, peaks[peak])
         cells["host"] = _number(median(measured["host_seconds"]) * SCALES[unit])
-    elif not _multiplies(problem, one, step):
-        cells["GEMM"] = ""
-    else:
-        share = _gemm_share(document, problem, measured["median"], step)
-        cells["GEMM"] = f"{100 * share:.1f}%" if share <= 1 else "?"
+    return cells
+
+
+def _times(measured: dict[str, Any], unit: str) -> dict[str, str]:
+    """Return what every row says of its runs."""
+    cells = {key: _number(measured[key] * SCALES[unit]) for key in ("min", "median", "first")}
+    cells["q1-q3"] = "-".join(_number(measured[key] * SCALES[unit]) for key in ("q1", "q3"))
+    cells["runs"] = str(measured["runs"])
     return cells
 
 

@@ -10,13 +10,14 @@ import pytest
 from cases import GEOMETRIES
 from command import installed, invoke
 from cupycorr.cli import bench as bench_command
-from cupycorr.cli import environment
+from cupycorr.cli import environment, options
 from cupycorr.cli import gradcheck as gradcheck_command
-from cupycorr.cli.bench import features, measure, memory, peers, report
+from cupycorr.cli.bench import features, floors, measure, memory, peers, report
 
 import cupycorr
-from cupycorr import Geometry, verify
+from cupycorr import Geometry, Lookup, verify
 from cupycorr.cpu import engine as numpy_engine
+from cupycorr.cpu import threads
 from cupycorr.layer import DTYPES, Layer
 
 bench_module = sys.modules["cupycorr.cli.bench.command"]
@@ -36,11 +37,6 @@ SPECIFIED = {
     },
 }  # fmt: skip
 COMMANDS = {"bench": bench_command, "gradcheck": gradcheck_command}
-
-
-@pytest.fixture(autouse=True)
-def _quick_gemm(monkeypatch):
-    monkeypatch.setattr(measure, "gemm_seconds", lambda dtype: [0.5, 0.25])
 
 
 def measured(tmp_path, *words):
@@ -160,9 +156,13 @@ def test_tables_show_what_the_json_document_holds(tmp_path):
         numbers = {key: report._number(1e3 * value) for key, value in one[name].items()
                    if key in ("min", "median", "q1", "q3", "first")}  # fmt: skip
         shown = [numbers["min"], numbers["median"], f"{numbers['q1']}-{numbers['q3']}"]
-        rate = 2 * problem["multiply_adds"][name] / one[name]["median"]
-        share = rate / (2 * document["gemm"]["size"] ** 3 / min(document["gemm"]["seconds"]))
-        shown += ["4", f"{100 * share:.1f}%", report._number(one[name]["extra_bytes"] / 1e6)]
+        shown += ["4"]
+        for floor in ("matmul", "copy"):
+            share = problem["floors"][floor][name]["min"] / one[name]["min"]
+            assert one[name]["shares"][floor] == share
+            assert len(problem["floors"][floor][name]["seconds"]) == 4
+            shown += [f"{100 * share:.1f}%"]
+        shown += [report._number(one[name]["extra_bytes"] / 1e6)]
         shown += [numbers["first"]]
         assert cells == [*shown, "1.00"]
 
@@ -317,6 +317,90 @@ def test_wide_quartiles_are_warned_of(seconds, is_noisy):
     problem = {"implementations": [{"name": "one", "forward": step}]}
     assert len(report.noise(problem)) == is_noisy
     assert all("forward of one" in text for text in report.noise(problem))
+
+
+LAYER = options.Problem("", (2, 3, 8, 9), Layer(Geometry(patch_size=3)))
+LOOKUP = options.LookupProblem("", (2, 3, 8, 9), Lookup(1, 2))
+
+
+@pytest.mark.parametrize("problem", [LAYER, LOOKUP], ids=["volume", "lookup"])
+def test_floors_multiply_and_move_as_much_as_the_problem(problem, monkeypatch):
+    amounts = floors.work(problem, "float32")
+    done = {"multiply_adds": 0, "bytes": 0}
+    matmul, copyto = np.matmul, np.copyto
+
+    def multiplied(one, two, out):
+        done["multiply_adds"] += one.shape[0] * one.shape[1] * two.shape[1]
+        return matmul(one, two, out=out)
+
+    def copied(target, source):
+        done["bytes"] += target.nbytes + source.nbytes
+        return copyto(target, source)
+
+    monkeypatch.setattr(np, "matmul", multiplied)
+    monkeypatch.setattr(np, "copyto", copied)
+    for step in measure.PASSES:
+        done.update(dict.fromkeys(done, 0))
+        for job in floors.jobs(problem, "float32", "cpu"):
+            job.steps[step]({})
+        for what, amount in done.items():
+            assert amount == pytest.approx(amounts[what][step], rel=0.03)
+        assert done["multiply_adds"] >= amounts["multiply_adds"][step]
+
+
+def test_a_copy_on_several_threads_is_whole(monkeypatch):
+    monkeypatch.setattr(floors, "Team", lambda size, _: threads.Team(threads.WORTH_THREADS, 3))
+    targets = []
+    monkeypatch.setattr(np, "empty", lambda *a: targets.append(np.zeros(*a)) or targets[-1])
+    copies = floors._copies({"forward": 2 * 1001, "backward": 2 * 2003}, "numpy")
+    for step, count in (("forward", 1001), ("backward", 2003)):
+        copies[step]({})
+        assert targets[0].sum() == count
+
+
+MACHINE = {"load": 1.0, "cores": 2, "blas": ["openblas Prescott"]}
+RATES = {"matmul_flops": 150e9, "sum_flops": 19e9}
+
+
+@pytest.mark.parametrize(
+    ("machine", "rates", "variable", "said"),
+    [
+        ({}, {}, "", []),
+        ({"load": None}, {}, "", []),
+        ({"load": 2.5}, {}, "", ["the load is 2.5 on 2 cores"]),
+        ({}, {}, "Nehalem", ["OPENBLAS_CORETYPE=Nehalem keeps"]),
+        ({}, {"matmul_flops": 43e9}, "", ["BLAS (openblas Prescott) is slow: 43.0 GFLOP/s on"]),
+        ({"load": 9.0}, {"matmul_flops": 2e9}, "Core2", ["the load", "OPENBLAS", "is slow"]),
+    ],
+)
+def test_a_busy_machine_and_a_crippled_blas_are_warned_of(
+    monkeypatch, machine, rates, variable, said
+):
+    monkeypatch.setenv("OPENBLAS_CORETYPE", variable)
+    texts = floors.warnings(MACHINE | machine, RATES | rates)
+    assert len(texts) == len(said)
+    assert all(part in text for part, text in zip(said, texts, strict=True))
+
+
+def test_warnings_about_the_machine_are_shown_and_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(floors, "core_rates", lambda: RATES | {"matmul_flops": 2e9})
+    out, document = measured(tmp_path, *SMALL, "-r", "1")
+    assert any("is slow: 2.0 GFLOP/s" in text for text in document["warnings"])
+    assert all(f"Warning: {text}\n" in out for text in document["warnings"])
+    assert document["core"]["matmul_flops"] == 2e9
+
+
+def test_rates_of_a_core_are_those_of_what_is_computed(monkeypatch):
+    timings = iter([3.0] * 15 + [0.5] * 15)
+
+    def taken(call):
+        call()
+        return measure.Timing(next(timings)), None
+
+    monkeypatch.setattr(floors, "by_clock", taken)
+    assert floors.core_rates() == {
+        "matmul_flops": 2 * floors.PROBE**3 / 3.0, "sum_flops": 2048 * 1000 / 0.5,
+    }  # fmt: skip
 
 
 def test_presets_are_the_published_layers(tmp_path):

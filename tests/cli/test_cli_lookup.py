@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from command import invoke
 from cupycorr.cli import cuda, options
-from cupycorr.cli.bench import lookups, measure, report
+from cupycorr.cli.bench import lookups, measure
 from cupycorr.cli.presets import PRESETS
 
 from cupycorr import Lookup, sampling
@@ -21,11 +21,6 @@ PROBLEMS = {
     "stereo": options.LookupProblem("", (2, 3, 5, 16), Lookup((0, 3), 3, pool=(1, 2))),
     "dilated": options.LookupProblem("", (1, 3, 8, 9), Lookup(1, 2, (2, 1))),
 }
-
-
-@pytest.fixture(autouse=True)
-def _quick_gemm(monkeypatch):
-    monkeypatch.setattr(measure, "gemm_seconds", lambda dtype: [0.5, 0.25])
 
 
 def measured(tmp_path, *words):
@@ -226,13 +221,13 @@ def test_all_measures_lookups_against_those_of_others(tmp_path):
 
 def test_a_volume_that_is_looked_up_is_not_said_to_multiply(tmp_path):
     pytest.importorskip("torch")
-    out, document, problem = measured(tmp_path, "--against", "torch-volume")
+    out, _, problem = measured(tmp_path, "--against", "torch-volume")
     shares = [line for line in out.splitlines() if re.match(r"(cupycorr numpy|torch).*%", line)]
     assert len(shares) == len(measure.PASSES)
-    (ours, volume) = problem["implementations"]
+    ours, volume = problem["implementations"]
     for step in measure.PASSES:
-        volume[step] = ours[step] | {"median": 1e-15}
-    assert not report.exceeds_gemm(document, problem)
+        assert min(ours[step]["shares"].values()) > 0
+        assert volume[step]["shares"] == {"matmul": None, "copy": None}
 
 
 def test_a_volume_that_would_divide_by_zero_is_skipped(tmp_path):
