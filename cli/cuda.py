@@ -156,8 +156,8 @@ def _call_lookup(problem: LookupProblem, dtype: str) -> None:
         )
 
 
-def refuse_too_large(problem: Problem | LookupProblem, itemsize: int, cold: bool) -> None:
-    """Refuse what does not fit into the device's memory.
+def refuse_too_large(problems: list[Problem | LookupProblem], itemsize: int, cold: bool) -> None:
+    """Refuse problems that do not fit into the device's memory together.
 
     Raises
     ------
@@ -166,14 +166,15 @@ def refuse_too_large(problem: Problem | LookupProblem, itemsize: int, cold: bool
     """
     import cupy
 
-    maps, cost = prod(problem.shape), prod(problem.cost_shape)
+    maps = sum(prod(problem.shape) for problem in problems)
+    cost = sum(prod(problem.cost_shape) for problem in problems)
     # At most at once: the maps that are timed, those that are compared, and results of these. The
-    # workspace is bounded (`cuda_plan.WORKSPACE_BYTES`).
-    needed = (6 * maps + 3 * cost) * itemsize + (_flushed_bytes() if cold else 0)
+    # workspace is bounded (`cuda_plan.WORKSPACE_BYTES`). A copy of all of them is timed too.
+    needed = (10 * maps + 4 * cost) * itemsize + (_flushed_bytes() if cold else 0)
     available = cupy.cuda.Device().mem_info[0] + cupy.get_default_memory_pool().free_bytes()
     if needed > available:
         raise Unavailable(
-            f"{described(problem)} needs about {needed / 1e9:.1f} GB, "
+            f"{described(*problems)} needs about {needed / 1e9:.1f} GB, "
             f"got {available / 1e9:.1f} GB of free memory on the device"
         )
 

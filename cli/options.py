@@ -51,6 +51,8 @@ LOOKUP = {
     "pool": "Cells that are averaged to one of the next level.  [default: 2]",
     "order": "Which displacements of a lookup come first.  [default: yx]",
 }
+SIZE = "size"
+"""Height and width together, as a sweep's parameter."""
 Value = IntOrPair | str | None
 
 
@@ -62,6 +64,8 @@ class Problem(NamedTuple):
     layer: Layer
     channels_last: bool = False
     """Whether the maps lie in memory as (N, H, W, C)."""
+    swept: tuple[str, IntOrPair | str] | None = None
+    """The parameter that a sweep varies, and its value here."""
 
     @property
     def cost_shape(self) -> tuple[int, ...]:
@@ -77,6 +81,8 @@ class LookupProblem(NamedTuple):
     lookup: Lookup
     channels_last: bool = False
     """Whether the maps lie in memory as (N, H, W, C)."""
+    swept: tuple[str, IntOrPair | str] | None = None
+    """The parameter that a sweep varies, and its value here."""
 
     @property
     def cost_shape(self) -> tuple[int, ...]:
@@ -99,10 +105,11 @@ def description(problem: Problem | LookupProblem) -> str:
     return ", ".join([what, *(name for name in unusual if unusual[name])])
 
 
-def described(problem: Problem | LookupProblem) -> str:
-    """Return the name and the sizes, for a message."""
+def described(problem: Problem | LookupProblem, *others: Problem | LookupProblem) -> str:
+    """Return the name and the sizes, for a message about what is measured together."""
     what = "costs" if isinstance(problem, LookupProblem) else "a cost volume"
-    return f"{problem.name}: maps {problem.shape} with {what} of {problem.cost_shape}"
+    more = f", and {len(others)} more," if others else ""
+    return f"{problem.name}: maps {problem.shape} with {what} of {problem.cost_shape}{more}"
 
 
 class Sizes(NamedTuple):
@@ -159,6 +166,25 @@ class Sizes(NamedTuple):
             flag = SIZES[option][0][-1] if option in SIZES else f"--{option}"
             kind = "the cost volume, not for the lookup" if is_lookup else "the lookup: --radius"
             raise click.UsageError(f"{name}: {flag} is for {kind}")
+
+
+def shown(value: IntOrPair | str) -> str:
+    """Return a value as ``--sweep`` takes it."""
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+class Sweep(NamedTuple):
+    """An option of `SIZES` or `LOOKUP`, or `SIZE`, and the values that it takes in turn."""
+
+    name: str
+    values: tuple[IntOrPair | str, ...]
+
+    def applied(self, sizes: Sizes, value: IntOrPair | str) -> Sizes:
+        """Return sizes as if the user had given this value."""
+        names = ("height", "width") if self.name == SIZE else (self.name,)
+        parts = value if self.name == SIZE and isinstance(value, tuple) else (value,) * 2
+        given: dict[str, Value] = dict(zip(names, parts, strict=False))
+        return sizes._replace(values=sizes.values | given, given=sizes.given | given.keys())
 
 
 class IntOrPairType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -239,6 +265,40 @@ def problem_options(
         return wrapped
 
     return decorate
+
+
+def sweep_option(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command of `problem_options` with ``--sweep``; it gets a `Sweep` or None."""
+    return click.option(
+        "--sweep",
+        callback=_sweep,
+        metavar="NAME=V1,V2,...",
+        help="Measure the problem with each value of an option above (patch, stride, radius, ...) "
+        "or of size (height x width), all in turns; pairs are written as 1x9.",
+    )(function)
+
+
+def _sweep(ctx: click.Context, param: click.Parameter, text: str | None) -> Sweep | None:
+    if text is None:
+        return None
+    flag, _, values = text.lstrip("-").partition("=")
+    options = {
+        flag.lstrip("-"): option
+        for option in ctx.command.params
+        if option.name in (*SIZES, *LOOKUP)
+        for flag in option.opts
+    }
+    if flag != SIZE and flag not in options:
+        raise click.BadParameter(
+            f"{flag!r} is not one of {', '.join((*options, SIZE))}", ctx, param
+        )
+    option = options.get(flag, param)
+    kind = option.type if flag in options else IntOrPairType()
+    parts = [part.replace("x", ",") if isinstance(kind, IntOrPairType) else part
+             for part in values.split(",")]  # fmt: skip
+    converted = tuple(dict.fromkeys(kind.convert(part, param, ctx) for part in parts))
+    name = SIZE if flag == SIZE else str(option.name)
+    return Sweep(name, converted)
 
 
 def layout_option(function: Callable[..., None]) -> Callable[..., None]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import click
 
 from cupycorr.geometry import IntOrPair
 
-from .options import LookupProblem, Problem, Sizes
+from .options import LookupProblem, Problem, Sizes, Sweep, shown
 
 
 def _pwc(batch: int, channels: int, height: int, width: int) -> dict[str, IntOrPair | str]:
@@ -69,11 +70,26 @@ def preset_option(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def chosen_problems(
-    sizes: Sizes, presets: tuple[str, ...], channels_last: bool = False
+    sizes: Sizes,
+    presets: tuple[str, ...],
+    channels_last: bool = False,
+    sweep: Sweep | None = None,
 ) -> list[Problem | LookupProblem]:
-    """Return the problems of the presets, or that of the sizes if there is no preset."""
+    """Return the problems of the presets, or that of the sizes if there is no preset.
+
+    Those of a sweep's values follow one another.
+    """
     names = list(PRESETS) if "all" in presets else list(dict.fromkeys(presets))
-    problems = [sizes.problem(name, PRESETS[name]) for name in names]
+    cases: list[Any] = [(name, PRESETS[name]) for name in names]
     if not presets:
-        problems = [sizes.problem("options" if sizes.given else "default")]
+        cases = [("options" if sizes.given or sweep else "default", None)]
+    problems = []
+    for name, preset in cases:
+        if sweep is None:
+            problems.append(sizes.problem(name, preset))
+            continue
+        for value in sweep.values:
+            title = f"{name}, {sweep.name}={shown(value)}"
+            problem = sweep.applied(sizes, value).problem(title, preset)
+            problems.append(problem._replace(swept=(sweep.name, value)))
     return [problem._replace(channels_last=channels_last) for problem in problems]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 from functools import partial
+from itertools import groupby, islice
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -18,15 +19,18 @@ import cupycorr
 from .. import cuda, environment, files, progress
 from ..options import (
     DTYPES,
+    SIZE,
     LookupProblem,
     Problem,
     Sizes,
+    Sweep,
     described,
     device_argument,
     engine_option,
     layout_option,
     problem_options,
     refuse_engines,
+    sweep_option,
 )
 from ..presets import PRESETS, chosen_problems, preset_option
 from . import features, floors, lookups, measure, memory, report
@@ -67,6 +71,7 @@ Own = measure.Implementation | lookups.Implementation
     help="Stop an implementation early after so much time, but not before 3 runs.",
 )
 @preset_option
+@sweep_option
 @click.option(
     "--images",
     nargs=2,
@@ -121,6 +126,7 @@ def bench(
     runs: int,
     max_seconds: float,
     presets: tuple[str, ...],
+    sweep: Sweep | None,
     images: tuple[str, str] | None,
     downscale: int,
     flow: str | None,
@@ -154,27 +160,25 @@ def bench(
     if json_file is not None and json_file != STANDARD_OUTPUT:
         files.refuse("--json", [json_file], inputs=images or ())
     kind = DTYPES[dtype]
-    problems = chosen_problems(sizes, presets, channels_last)
+    problems = chosen_problems(sizes, presets, channels_last, sweep)
     kinds = {isinstance(problem, LookupProblem) for problem in problems}
     _refuse_peers(against, kinds)
     candidates = {
         is_lookup: _implementations(device, engines, against, kind, sizes.similarity, is_lookup)
         for is_lookup in kinds
     }
+    if images is not None and sweep is not None and sweep.name in ("height", "width", SIZE):
+        raise click.UsageError(f"--sweep {sweep.name} is not for --images, which have sizes")
     pair = None if images is None else features.load_pair(*images)
+    setting = _Setting(device, kind, pair, downscale, flow)
     if pair is not None:
         problems = [_on_images(problem, pair, downscale, sizes) for problem in problems]
-    for problem in problems:
-        # At most at once: two libraries' maps, gradients and results, and the float originals.
-        numbers = 6 * prod(problem.shape) + 3 * prod(problem.cost_shape)
-        needed = numbers * (ITEMSIZE[kind] + max(4, ITEMSIZE[kind]))
-        if isinstance(problem, LookupProblem):
-            # Results in float64, and their bounds, are kept beside them.
-            needed += 8 * (9 * prod(problem.shape) + 3 * prod(problem.cost_shape))
-        needed += floors.needed_bytes(problem, kind)
-        environment.require_memory(described(problem), needed)
+    groups = [list(some) for _, some in groupby(problems, _together)]
+    for group in groups:
+        needed = sum(_needed_bytes(problem, kind) for problem in group)
+        environment.require_memory(described(*group), needed)
         if device == "cuda":
-            cuda.refuse_too_large(problem, ITEMSIZE[kind], cold)
+            cuda.refuse_too_large(group, ITEMSIZE[kind], cold)
     count = environment.usable_cores() if threads is None else threads
     torch_too = any(one.library == "torch" for some, _ in candidates.values() for one in some)
     with contextlib.ExitStack() as stack:
@@ -205,38 +209,32 @@ def bench(
         if json_file != STANDARD_OUTPUT:
             report.heading(document)
         try:
-            for problem in problems:
-                maps = (
-                    measure.random_maps(problem.shape, kind)
-                    if pair is None
-                    else _image_maps(problem, pair, downscale)
-                )
+            for group in groups:
                 if device == "cuda":
                     memory.release()
-                implementations, absent = candidates[isinstance(problem, LookupProblem)]
-                able, unable = _split(implementations, problem, kind, device)
-                tiled = any(one.name in ("cupycorr cupy", "cupycorr torch") for one in able)
-                kernels = _kernels(problem, kind) if device == "cuda" and tiled else []
-                jobs = _jobs(able, problem, maps, pair, downscale, flow, kind, device)
-                bounds = floors.jobs(problem, kind, device)
-                with progress.bar(problem.name, len(jobs + bounds) * (runs + 1)) as advance:
-                    outcomes = measure.compare(
-                        jobs + bounds,
-                        runs=runs, max_seconds=max_seconds, until_steady=until_steady,
+                cases = [
+                    _case(problem, candidates[isinstance(problem, LookupProblem)], setting)
+                    for problem in group
+                ]
+                jobs = [job for case in cases for job in (*case.jobs, *case.bounds)]
+                name = group[0].name.partition(",")[0]
+                with progress.bar(name, len(jobs) * (runs + 1)) as advance:
+                    outcomes = iter(measure.compare(
+                        jobs, runs=runs, max_seconds=max_seconds, until_steady=until_steady,
                         advance=partial(advance, 1), stopwatch=stopwatch, device=device,
-                    )  # fmt: skip
-                entry = report.entry(
-                    problem, kind, [*outcomes[: len(jobs)], *unable, *absent],
-                    outcomes[len(jobs) :],
-                )  # fmt: skip
-                if device == "cuda":
-                    entry["kernels"] = kernels
-                document["problems"].append(entry)
+                    ))  # fmt: skip
+                for case in cases:
+                    compared = [*islice(outcomes, len(case.jobs)), *case.left_out]
+                    bounds = list(islice(outcomes, len(case.bounds)))
+                    entry = report.entry(case.problem, kind, compared, bounds)
+                    if device == "cuda":
+                        entry["kernels"] = case.kernels
+                    document["problems"].append(entry)
+                    if json_file != STANDARD_OUTPUT:
+                        report.show(document, entry, scale, unit)
                 if json_file is not None and json_file != STANDARD_OUTPUT:
                     # Now, so that nothing that ends the process loses what is measured.
                     files.write(json_file, _text(document).encode())
-                if json_file != STANDARD_OUTPUT:
-                    report.show(document, entry, scale, unit)
         finally:
             if json_file == STANDARD_OUTPUT and document["problems"]:
                 click.echo(_text(document), nl=False)
@@ -271,17 +269,55 @@ def _refuse_peers(against: tuple[str, ...], kinds: set[bool]) -> None:
             raise click.UsageError(f"--against {name} is for {kind}")
 
 
-def _jobs(
-    able: list[Own],
-    problem: AnyProblem,
-    maps: tuple[measure.Array, measure.Array],
-    pair: Pair | None,
-    downscale: int,
-    flow: str | None,
-    dtype: str,
-    device: str,
-) -> list[measure.Job]:
+def _together(problem: AnyProblem) -> str:
+    """Return what is equal for problems that are measured in turns: those of a sweep."""
+    return problem.name if problem.swept is None else problem.name.partition(",")[0]
+
+
+def _needed_bytes(problem: AnyProblem, dtype: str) -> int:
+    """Return the memory of a problem that is measured."""
+    # At most at once: two libraries' maps, gradients and results, and the float originals.
+    numbers = 6 * prod(problem.shape) + 3 * prod(problem.cost_shape)
+    needed = numbers * (ITEMSIZE[dtype] + max(4, ITEMSIZE[dtype]))
+    if isinstance(problem, LookupProblem):
+        # Results in float64, and their bounds, are kept beside them.
+        needed += 8 * (9 * prod(problem.shape) + 3 * prod(problem.cost_shape))
+    return needed + floors.needed_bytes(problem, dtype)
+
+
+class _Setting(NamedTuple):
+    """What all problems share."""
+
+    device: str
+    dtype: str
+    pair: Pair | None
+    downscale: int
+    flow: str | None
+
+
+class _Case(NamedTuple):
+    """A problem with all that is timed of it."""
+
+    problem: AnyProblem
+    jobs: list[measure.Job]
+    bounds: list[measure.Job]
+    left_out: list[measure.Outcome]
+    kernels: list[dict[str, Any]]
+
+
+def _case(
+    problem: AnyProblem, candidates: tuple[list[Own], list[measure.Outcome]], setting: _Setting
+) -> _Case:
     """Give what is measured its arrays."""
+    device, dtype, pair, downscale, flow = setting
+    maps = (
+        measure.random_maps(problem.shape, dtype)
+        if pair is None
+        else _image_maps(problem, pair, downscale)
+    )
+    able, unable = _split(candidates[0], problem, dtype, device)
+    tiled = any(one.name in ("cupycorr cupy", "cupycorr torch") for one in able)
+    kernels = _kernels(problem, dtype) if device == "cuda" and tiled else []
     if isinstance(problem, LookupProblem):
         field = (
             lookups.flow(problem, flow or "smooth")
@@ -290,9 +326,12 @@ def _jobs(
         )
         coords = lookups.coordinates(problem, field)
         some = [one for one in able if isinstance(one, lookups.Implementation)]
-        return lookups.jobs(some, problem, maps, coords, dtype, device)
-    others = [one for one in able if isinstance(one, measure.Implementation)]
-    return measure.jobs(others, problem, maps, dtype, device)
+        jobs = lookups.jobs(some, problem, maps, coords, dtype, device)
+    else:
+        others = [one for one in able if isinstance(one, measure.Implementation)]
+        jobs = measure.jobs(others, problem, maps, dtype, device)
+    bounds = floors.jobs(problem, dtype, device)
+    return _Case(problem, jobs, bounds, [*unable, *candidates[1]], kernels)
 
 
 def _kernels(problem: AnyProblem, dtype: str) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cupycorr.cpu.threads import Team
+from cupycorr.cpu.threads import WORTH_THREADS, Team
 
 from ..options import LookupProblem, Problem
 from .measure import PASSES, Array, Job, by_clock
@@ -114,7 +114,9 @@ def _copies(nbytes: dict[str, int], library: str) -> dict[str, Callable[[dict[st
         source, target = np.ones(most, np.uint8), np.empty(most, np.uint8)
 
         def copy(size: int) -> None:
-            # As much work as the bytes: a team's threads are worth as little of either.
+            if size < WORTH_THREADS:
+                np.copyto(target[:size], source[:size])
+                return
             with Team(size, None) as team:
                 halves = (np.array_split(one[:size], team.size) for one in (target, source))
                 team.work([partial(_copy, *part) for part in zip(*halves, strict=True)])

@@ -100,6 +100,9 @@ def entry(
         }
     result = {
         "name": problem.name,
+        "sweep": None
+        if problem.swept is None
+        else dict(zip(("parameter", "value"), problem.swept, strict=True)),
         "shape": list(problem.shape),
         **what,
         "channels_last": problem.channels_last,
@@ -289,7 +292,7 @@ def _cells(
     cells["vs ours"] = f"{measured['min'] / ours[step]['min']:.2f}" if ours and known else ""
     shares = {name: s for name, s in measured.get("shares", {}).items() if s is not None}
     for title, name in (("GEMM", "matmul"), ("copy", "copy")):
-        cells[title] = f"{100 * shares[name]:.1f}%" if name in shares else ""
+        cells[title] = _share(shares[name]) if name in shares else ""
     if document["device"] == "cuda":
         kind = "float64" if document["dtype"] == "float64" else "float32"
         for title, amount, peak in (
@@ -309,6 +312,11 @@ def _times(measured: dict[str, Any], unit: str) -> dict[str, str]:
     cells["q1-q3"] = "-".join(_number(measured[key] * SCALES[unit]) for key in ("q1", "q3"))
     cells["runs"] = str(measured["runs"])
     return cells
+
+
+def _share(share: float) -> str:
+    """Show a floor's share; a floor that took longer than the row was disturbed."""
+    return f"{100 * share:.1f}%" if share <= 1 else ">100%"
 
 
 def _rate(rate: float, peak: float | None) -> str:

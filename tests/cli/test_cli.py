@@ -137,7 +137,8 @@ def test_gradcheck_fails_on_a_planted_error(monkeypatch, engine, similarity, wha
     assert re.fullmatch(r"\d+ passed, [1-9]\d* failed", outcome.stdout.splitlines()[-1])
 
 
-def test_tables_show_what_the_json_document_holds(tmp_path):
+def test_tables_show_what_the_json_document_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "WIDTH", 140)  # room for all columns
     out, document = measured(tmp_path, *SMALL, "--scale", "ms")
     (problem,) = document["problems"]
     (one,) = problem["implementations"]
@@ -161,7 +162,7 @@ def test_tables_show_what_the_json_document_holds(tmp_path):
             share = problem["floors"][floor][name]["min"] / one[name]["min"]
             assert one[name]["shares"][floor] == share
             assert len(problem["floors"][floor][name]["seconds"]) == 4
-            shown += [f"{100 * share:.1f}%"]
+            shown += [report._share(share)]
         shown += [report._number(one[name]["extra_bytes"] / 1e6)]
         shown += [numbers["first"]]
         assert cells == [*shown, "1.00"]
@@ -349,6 +350,7 @@ def test_floors_multiply_and_move_as_much_as_the_problem(problem, monkeypatch):
 
 
 def test_a_copy_on_several_threads_is_whole(monkeypatch):
+    monkeypatch.setattr(floors, "WORTH_THREADS", 0)
     monkeypatch.setattr(floors, "Team", lambda size, _: threads.Team(threads.WORTH_THREADS, 3))
     targets = []
     monkeypatch.setattr(np, "empty", lambda *a: targets.append(np.zeros(*a)) or targets[-1])
@@ -390,6 +392,11 @@ def test_warnings_about_the_machine_are_shown_and_written(tmp_path, monkeypatch)
     assert document["core"]["matmul_flops"] == 2e9
 
 
+@pytest.mark.parametrize(("share", "shown"), [(0.1234, "12.3%"), (1.0, "100.0%"), (1.2, ">100%")])
+def test_a_floor_that_took_longer_is_no_share(share, shown):
+    assert report._share(share) == shown
+
+
 def test_rates_of_a_core_are_those_of_what_is_computed(monkeypatch):
     timings = iter([3.0] * 15 + [0.5] * 15)
 
@@ -401,6 +408,92 @@ def test_rates_of_a_core_are_those_of_what_is_computed(monkeypatch):
     assert floors.core_rates() == {
         "matmul_flops": 2 * floors.PROBE**3 / 3.0, "sum_flops": 2048 * 1000 / 0.5,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sweep", "field", "values"),
+    [
+        ("patch=3,1x5", "patch_size", [[3, 3], [1, 5]]),
+        ("--patch-size=3,5", "patch_size", [[3, 3], [5, 5]]),
+        ("s=1,2", "stride", [[1, 1], [2, 2]]),
+        ("first-displacement=-1,0x-2", "first_displacement", [[-1, -1], [0, -2]]),
+    ],
+)
+def test_a_sweep_measures_a_problem_for_each_value(tmp_path, sweep, field, values):
+    out, document = measured(tmp_path, *SMALL, "-r", "1", "--sweep", sweep)
+    problems = document["problems"]
+    assert [one["geometry"][field] for one in problems] == values
+    assert len({one["sweep"]["parameter"] for one in problems}) == 1
+    for one in problems:
+        assert f"{one['name']}: maps" in out
+        assert one["shape"] == [1, 3, 12, 11]
+        assert one["implementations"][0]["status"] == "timed"
+
+
+def test_a_sweep_over_sizes_and_presets(tmp_path):
+    words = ["--engine", "numpy", "-r", "1", "-c", "2", "-b", "1", "--sweep", "size=9x8,10"]
+    words += ["--preset", "pwc-l6", "--preset", "raft-small", "--levels", "2"]
+    outcome = invoke("bench", "cpu", *words)
+    assert outcome.exit_code == 2
+    assert "--levels is for the lookup" in outcome.stderr
+    _, document = measured(tmp_path, *words[:-2])
+    assert [(one["name"], one["shape"]) for one in document["problems"]] == [
+        ("pwc-l6, size=9x8", [1, 2, 9, 8]), ("pwc-l6, size=10", [1, 2, 10, 10]),
+        ("raft-small, size=9x8", [1, 2, 9, 8]), ("raft-small, size=10", [1, 2, 10, 10]),
+    ]  # fmt: skip
+    assert document["problems"][0]["sweep"] == {"parameter": "size", "value": [9, 8]}
+
+
+def test_the_values_of_a_sweep_take_turns(monkeypatch):
+    right, order = measure.ours, []
+
+    def ours(library):
+        one = right(library)
+
+        def correlate(*arguments):
+            order.append(arguments[-1].geometry.patch_size[0])
+            return one.correlate(*arguments)
+
+        return one._replace(correlate=correlate)
+
+    monkeypatch.setattr(measure, "ours", ours)
+    monkeypatch.setattr(measure, "SETTLE_SECONDS", 0)
+    outcome = invoke("bench", "cpu", *SMALL, "--sweep", "patch=1,3,5", "-r", "4")
+    assert outcome.exit_code == 0
+    assert order[-12:] == [1, 3, 5] * 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sweep", "colour=1"], "'colour' is not one of b, batch-size, "),
+        (["--sweep", "patch"], "is neither an int nor two ints"),
+        (["--sweep", "patch=1,two"], "'two' is neither an int nor two ints"),
+        (["--sweep", "c=1,x"], "is not a valid integer range"),
+        (["--sweep", "patch=1,0"], "options, patch=0: patch_size must be at least 1"),
+        (["--sweep", "levels=1,2"], "--levels is for the lookup"),
+        (["--sweep", "size=1x2x3"], "neither an int nor two ints"),
+        (["--images", __file__, __file__, "--sweep", "size=9"], "--sweep size is not for --images"),
+    ],
+)
+def test_a_sweep_over_what_is_not_there_is_refused(words, message):
+    outcome = invoke("bench", "cpu", *SMALL, *words)
+    assert outcome.exit_code == 2
+    assert message in " ".join(outcome.stderr.split())
+
+
+def test_what_a_sweep_holds_at_once_must_fit_into_memory(monkeypatch):
+    needed = []
+    monkeypatch.setattr(
+        environment, "require_memory", lambda what, count: needed.append((what, count))
+    )
+    words = ["bench", "cpu", *SMALL, "-r", "1"]
+    assert invoke(*words, "--sweep", "b=1,2").exit_code == 0
+    assert invoke(*words, "-b", "1").exit_code == 0
+    assert invoke(*words, "-b", "2").exit_code == 0
+    (what, both), (_, one), (_, two) = needed
+    assert both == one + two
+    assert what.endswith("and 1 more,")
 
 
 def test_presets_are_the_published_layers(tmp_path):

@@ -152,6 +152,27 @@ def test_bench_times_the_preparation_apart(tmp_path):
     assert "; prepared: 0.00190 MB" in out
 
 
+@pytest.mark.parametrize(
+    ("sweep", "lookups"),
+    [
+        ("radius=1,0x2", [Lookup(1), Lookup((0, 2))]),
+        ("levels=1,2", [Lookup(1), Lookup(1, 2)]),
+    ],
+)
+def test_a_sweep_varies_a_lookup(tmp_path, sweep, lookups):
+    file = tmp_path / "bench.json"
+    words = [*SMALL[:8], "--radius", "1", "-r", "1", "--engine", "numpy"]
+    outcome = invoke("bench", "cpu", *words, "--sweep", sweep, "--json", file)
+    assert outcome.exit_code == 0, outcome.output
+    problems = json.loads(file.read_text())["problems"]
+    assert [one["description"] for one in problems] == [repr(lookup) for lookup in lookups]
+
+
+def test_an_order_is_swept_by_its_name(tmp_path):
+    _, document, _ = measured(tmp_path, "--sweep", "order=yx,xy")
+    assert [one["sweep"]["value"] for one in document["problems"]] == ["yx", "xy"]
+
+
 def test_rough_flow_looks_elsewhere_than_smooth_flow():
     problem = PROBLEMS["square"]
     smooth, rough = (lookups.coordinates(problem, lookups.flow(problem, k)) for k in ("", "rough"))
