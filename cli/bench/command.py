@@ -33,7 +33,7 @@ from ..options import (
     sweep_option,
 )
 from ..presets import PRESETS, chosen_problems, preset_option
-from . import features, floors, lookups, measure, memory, report
+from . import features, floors, lookups, measure, memory, plot, report
 from .peers import ITEMSIZE, PEERS, missing
 
 STANDARD_OUTPUT = Path("-")
@@ -117,6 +117,20 @@ Own = measure.Implementation | lookups.Implementation
     metavar="FILE",
     help="Write parameters, machine and the seconds of every run; with - instead of the tables.",
 )
+@click.option(
+    "--markdown",
+    "markdown_file",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path, allow_dash=True),
+    metavar="FILE",
+    help="Write a table for a page; with - instead of the tables.",
+)
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Draw bars, curves of a sweep and a roofline: .svg, .png, .pdf; needs matplotlib.",
+)
 def bench(
     device: str,
     sizes: Sizes,
@@ -135,6 +149,8 @@ def bench(
     threads: int | None,
     cold: bool,
     json_file: Path | None,
+    markdown_file: Path | None,
+    plot_file: Path | None,
 ) -> None:
     """Measure forward and backward, on random maps or on those of two images.
 
@@ -157,8 +173,11 @@ def bench(
     if device == "cuda":
         with progress.bar("looking for CUDA", None):
             environment.require_cuda()
-    if json_file is not None and json_file != STANDARD_OUTPUT:
-        files.refuse("--json", [json_file], inputs=images or ())
+    written = {"--json": json_file, "--markdown": markdown_file, "--plot": plot_file}
+    outputs = {option: path for option, path in written.items() if path is not None}
+    _refuse_outputs(outputs, images or ())
+    at_once = {} if json_file in (None, STANDARD_OUTPUT) else {"--json": outputs["--json"]}
+    quiet = STANDARD_OUTPUT in outputs.values()
     kind = DTYPES[dtype]
     problems = chosen_problems(sizes, presets, channels_last, sweep)
     kinds = {isinstance(problem, LookupProblem) for problem in problems}
@@ -185,6 +204,7 @@ def bench(
         with progress.bar("getting ready", None):
             stack.enter_context(measure.threads(count, torch_too))
             document: dict[str, Any] = {
+                "schema": report.SCHEMA,
                 "cupycorr": cupycorr.__version__,
                 "machine": environment.machine(),
                 "device": device,
@@ -206,7 +226,7 @@ def bench(
                 document |= {"threads": count, "core": rates}
                 document["warnings"] = floors.warnings(document["machine"], rates)
                 stopwatch = measure.by_clock
-        if json_file != STANDARD_OUTPUT:
+        if not quiet:
             report.heading(document)
         try:
             for group in groups:
@@ -230,14 +250,13 @@ def bench(
                     if device == "cuda":
                         entry["kernels"] = case.kernels
                     document["problems"].append(entry)
-                    if json_file != STANDARD_OUTPUT:
+                    if not quiet:
                         report.show(document, entry, scale, unit)
-                if json_file is not None and json_file != STANDARD_OUTPUT:
-                    # Now, so that nothing that ends the process loses what is measured.
-                    files.write(json_file, _text(document).encode())
+                # Now, so that nothing that ends the process loses what is measured.
+                _write(document, at_once)
         finally:
-            if json_file == STANDARD_OUTPUT and document["problems"]:
-                click.echo(_text(document), nl=False)
+            if document["problems"]:
+                _write(document, {o: path for o, path in outputs.items() if o not in at_once})
     if report.own_failure(document):
         raise click.exceptions.Exit(1)
 
@@ -247,8 +266,30 @@ def _is_given(option: str) -> bool:
     return source is ParameterSource.COMMANDLINE
 
 
-def _text(document: dict[str, Any]) -> str:
-    return json.dumps(document, indent=1) + "\n"
+def _refuse_outputs(outputs: dict[str, Path], inputs: tuple[str, ...]) -> None:
+    """Refuse files that cannot be written before time is spent on them."""
+    paths = [path for path in outputs.values() if path != STANDARD_OUTPUT]
+    if len(outputs) > len(paths) + 1:
+        raise click.UsageError("of --json and --markdown only one can be -")
+    options = [option for option, path in outputs.items() if path != STANDARD_OUTPUT]
+    files.refuse(" and ".join(options), paths, inputs)
+    if "--plot" in outputs:
+        plot.require(outputs["--plot"])
+
+
+def _write(document: dict[str, Any], outputs: dict[str, Path]) -> None:
+    """Write what the options ask for."""
+    for option, path in outputs.items():
+        if option == "--plot":
+            content = plot.picture(document, path.suffix.lstrip("."))
+        else:
+            as_json = option == "--json"
+            text = json.dumps(document, indent=1) if as_json else report.markdown(document)
+            content = f"{text}\n".encode()
+        if path == STANDARD_OUTPUT:
+            click.echo(content.decode(), nl=False)
+        else:
+            files.write(path, content)
 
 
 def _refuse_options(device: str, threads: int | None, cold: bool) -> None:

@@ -16,6 +16,8 @@ from ..options import GEOMETRY_FIELDS, LookupProblem, Problem, description
 from . import floors
 from .measure import ALL_PASSES, PASSES, Outcome
 
+SCHEMA = 1
+"""The number of the JSON document's meaning, which docs/command-line.md describes."""
 SCALES = {"s": 1.0, "ms": 1e3, "us": 1e6}
 LOOKUPS = 12
 """Lookups of a pair of maps in one pass of RAFT."""
@@ -194,9 +196,7 @@ def show(
         count = len(problem["kernels"])
         _say(f"{count} kernels ready in {seconds:.2f} s; CuPy keeps on disk what it compiled")
     timed = [one for one in problem["implementations"] if one["status"] == "timed"]
-    own = {one["name"]: one for one in timed if one["name"].startswith("cupycorr")}
-    engines = ("cupycorr torch", "cupycorr numpy", "cupycorr cupy", "cupycorr plain")
-    ours = next((own[name] for name in engines if name in own), None)
+    ours = _ours(problem)
     left_out: set[str] = set()
     for step in ALL_PASSES:
         rows = [one for one in timed if step in one]
@@ -222,6 +222,13 @@ def show(
         if one["status"] != "timed":
             colour = None if one["status"] == "skipped" else "red"
             _say(f"{one['name']}: {one['status']}: {one['reason']}", colour=colour)
+
+
+def _ours(problem: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the row of this package that others are compared with."""
+    timed = {one["name"]: one for one in problem["implementations"] if one["status"] == "timed"}
+    engines = ("cupycorr torch", "cupycorr numpy", "cupycorr cupy", "cupycorr plain")
+    return next((timed[name] for name in engines if name in timed), None)
 
 
 def _unit(seconds: float) -> str:
@@ -287,7 +294,7 @@ def _cells(
     """Return what stands in each column."""
     measured = one[step]
     cells = _times(measured, unit)
-    cells["extra MB"] = _number(measured["extra_bytes"] / 1e6)
+    cells["extra MB"] = number(measured["extra_bytes"] / 1e6)
     known = ours is not None and step in ours
     cells["vs ours"] = f"{measured['min'] / ours[step]['min']:.2f}" if ours and known else ""
     shares = {name: s for name, s in measured.get("shares", {}).items() if s is not None}
@@ -302,14 +309,14 @@ def _cells(
             peaks = document["cuda"]["peaks"]
             rate = problem[amount][step] / measured["median"] if shares else None
             cells[title] = "" if rate is None else _rate(rate, peaks[peak])
-        cells["host"] = _number(median(measured["host_seconds"]) * SCALES[unit])
+        cells["host"] = number(median(measured["host_seconds"]) * SCALES[unit])
     return cells
 
 
 def _times(measured: dict[str, Any], unit: str) -> dict[str, str]:
     """Return what every row says of its runs."""
-    cells = {key: _number(measured[key] * SCALES[unit]) for key in ("min", "median", "first")}
-    cells["q1-q3"] = "-".join(_number(measured[key] * SCALES[unit]) for key in ("q1", "q3"))
+    cells = {key: number(measured[key] * SCALES[unit]) for key in ("min", "median", "first")}
+    cells["q1-q3"] = "-".join(number(measured[key] * SCALES[unit]) for key in ("q1", "q3"))
     cells["runs"] = str(measured["runs"])
     return cells
 
@@ -322,7 +329,7 @@ def _share(share: float) -> str:
 def _rate(rate: float, peak: float | None) -> str:
     """Show a rate in billions, and its share of the peak if that is known."""
     share = "" if peak is None else f" ({100 * rate / peak:.0f}%)"
-    return _number(rate / 1e9) + share
+    return number(rate / 1e9) + share
 
 
 def _peer_line(one: dict[str, Any], scale: str) -> str:
@@ -342,10 +349,38 @@ def _together(one: dict[str, Any]) -> str:
     if "prepare backward" in least:
         both = forward + LOOKUPS * least["backward"] + least["prepare backward"]
         text += f", with gradients {1e3 * both:.1f} ms"
-    return f"{text}; prepared: {_number(one['prepare']['output_bytes'] / 1e6)} MB"
+    return f"{text}; prepared: {number(one['prepare']['output_bytes'] / 1e6)} MB"
 
 
-def _number(value: float) -> str:
+def markdown(document: dict[str, Any]) -> str:
+    """Return the document as a page's table, in milliseconds."""
+    machine = document["machine"]
+    libraries = ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())
+    place = (
+        cuda.line(document["cuda"])
+        if document["device"] == "cuda"
+        else f"{machine['processor']}, {document['threads']} threads"
+    )
+    columns = [column for column in SHOWN if column in COLUMNS[document["device"]]]
+    titles = ["case", "implementation", "pass"]
+    titles += [f"{column} ms" if column in TIMES else column for column in columns]
+    rows, notes = [titles, ["---"] * len(titles)], []
+    for problem in document["problems"]:
+        ours = _ours(problem)
+        for one in problem["implementations"]:
+            if one["status"] != "timed":
+                notes.append(f"{problem['name']}, {one['name']}: {one['status']}: {one['reason']}")
+            for step in (step for step in ALL_PASSES if step in one):
+                cells = _cells(document, problem, one, ours, step, "ms")
+                rows.append([problem["name"], one["name"], step, *(cells[c] for c in columns)])
+        notes += [f"{problem['name']}: {text}" for text in problem["warnings"]]
+    lines = [f"{place}; {document['dtype']}; {libraries}.", ""]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    notes = [*document["warnings"], *notes]
+    return "\n".join([*lines, *([""] if notes else []), *(f"- {note}" for note in notes)])
+
+
+def number(value: float) -> str:
     """Show four digits or all before the point; three below 1."""
     if value >= 1000:
         return f"{value:.0f}"

@@ -154,7 +154,7 @@ def test_tables_show_what_the_json_document_holds(tmp_path, monkeypatch):
         section = out.split(f"{name} ")[1]
         row = next(line for line in section.splitlines() if line.startswith("cupycorr numpy"))
         cells = row.removeprefix("cupycorr numpy").split()
-        numbers = {key: report._number(1e3 * value) for key, value in one[name].items()
+        numbers = {key: report.number(1e3 * value) for key, value in one[name].items()
                    if key in ("min", "median", "q1", "q3", "first")}  # fmt: skip
         shown = [numbers["min"], numbers["median"], f"{numbers['q1']}-{numbers['q3']}"]
         shown += ["4"]
@@ -163,7 +163,7 @@ def test_tables_show_what_the_json_document_holds(tmp_path, monkeypatch):
             assert one[name]["shares"][floor] == share
             assert len(problem["floors"][floor][name]["seconds"]) == 4
             shown += [report._share(share)]
-        shown += [report._number(one[name]["extra_bytes"] / 1e6)]
+        shown += [report.number(one[name]["extra_bytes"] / 1e6)]
         shown += [numbers["first"]]
         assert cells == [*shown, "1.00"]
 

@@ -340,15 +340,15 @@ def test_a_table_shows_medians_and_rates_against_the_peaks(
     shown = cells(capsys, document(problem, [one]), step)
     assert shown == [
         "0.00100", "0.00200", "0.00150-0.00400", "3",
-        report._number(products / 2), f"({products / 20:.0f}%)",
-        report._number(moved / 2), f"({moved / 20:.0f}%)",
+        report.number(products / 2), f"({products / 20:.0f}%)",
+        report.number(moved / 2), f"({moved / 20:.0f}%)",
         "50.0%", "2.000", "3.000", "4000", "1.00",
     ]  # fmt: skip
     assert shown[5] == {"forward": "(6%)", "backward": "(12%)"}[step]
     double = cells(capsys, document(problem, [one], "float64"), step)
     assert double[5] == f"({products / 10:.0f}%)"
     unknown = cells(capsys, document(problem, [one], float32=None, memory=None), step)
-    assert unknown[4:6] == [report._number(products / 2), report._number(moved / 2)]
+    assert unknown[4:6] == [report.number(products / 2), report.number(moved / 2)]
 
 
 def test_the_document_holds_the_time_of_launching():

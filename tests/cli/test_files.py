@@ -21,11 +21,6 @@ BENCH = ["bench", "cpu", "-b", 1, "-c", 3, "--height", 9, "-w", 9, "--engine", "
 PRESETS = ["--preset", "stereo", "--preset", "pwc"]
 
 
-@pytest.fixture(autouse=True)
-def _quick_gemm(monkeypatch):
-    monkeypatch.setattr(measure, "gemm_seconds", lambda dtype: [0.5, 0.25])
-
-
 @pytest.fixture
 def pair(tmp_path):
     """Return two image files, the second moved by three pixels to the left."""

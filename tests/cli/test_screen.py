@@ -163,7 +163,7 @@ def test_a_reason_is_broken_between_words_on_a_terminal_and_left_whole_in_a_pipe
      (999.96, "1000"), (34298.1, "34298")],
 )  # fmt: skip
 def test_a_number_has_three_or_four_figures(value, shown):
-    assert report._number(value) == shown
+    assert report.number(value) == shown
 
 
 def test_what_cuda_lacks_is_red_and_what_is_there_green(monkeypatch):

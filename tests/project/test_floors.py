@@ -91,7 +91,8 @@ ROOMS = {
         8,
         NUMPY | {"click", "rich"},
         TORCH
-        | {"PIL", "cupy", "localcorr", "ml_dtypes", "spatial_correlation_sampler", "threadpoolctl"},
+        | {"PIL", "cupy", "localcorr", "matplotlib", "ml_dtypes"}
+        | {"spatial_correlation_sampler", "threadpoolctl"},
     ),
 }
 
