@@ -34,6 +34,7 @@ from ..options import (
 )
 from ..presets import PRESETS, chosen_problems, preset_option
 from . import features, floors, lookups, measure, memory, plot, report
+from .compare import compare
 from .peers import ITEMSIZE, PEERS, missing
 
 STANDARD_OUTPUT = Path("-")
@@ -42,7 +43,18 @@ Pair = tuple[features.Image, features.Image]
 Own = measure.Implementation | lookups.Implementation
 
 
-@click.command(short_help="Measure the time of forward and backward.")
+class _Command(click.Command):
+    """The command ``bench``, of which ``compare`` in place of a device is another."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> click.Context:
+        if args[:1] == ["compare"]:
+            return compare.make_context(f"{info_name} compare", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command(cls=_Command, short_help="Measure the time of forward and backward.")
 @device_argument
 @problem_options(PRESETS["default"])
 @click.option("-d", "--dtype", type=click.Choice(list(DTYPES)), default="float", show_default=True)
@@ -162,6 +174,8 @@ def bench(
     --radius R, or a preset of RAFT's, measures the flow-guided lookup: what is prepared once for a
     pair of maps (levels, or another's volume of all pairs), and each lookup. Its results are held
     to the bound of round-off, as those of others depend on their way to a coordinate.
+
+    `bench compare A.json B.json` tells what became slower between two runs.
 
     Exits with 1 if cupycorr itself fails, with 2 if the options are wrong or something is missing,
     and with 130 if it is interrupted; what is measured until then is shown and written.
