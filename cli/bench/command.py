@@ -33,7 +33,7 @@ from ..options import (
     sweep_option,
 )
 from ..presets import PRESETS, chosen_problems, preset_option
-from . import features, floors, lookups, measure, memory, plot, report
+from . import features, floors, lookups, measure, memory, plot, report, trial
 from .compare import compare
 from .peers import ITEMSIZE, PEERS, missing
 
@@ -464,8 +464,13 @@ def _split(
         obstacle = peer and peer.obstacle(problem.shape, what, dtype, device)
         if obstacle:
             unable.append(measure.Outcome(one.name, "skipped", obstacle))
-        else:
-            able.append(one)
+            continue
+        if peer and peer.module != "torch":
+            outcome = trial.of(one.name, problem, dtype, device)
+            if outcome.status != "timed":
+                unable.append(outcome)
+                continue
+        able.append(one)
     return able, unable
 
 

@@ -1,6 +1,7 @@
 """The command line: its options, what it prints and writes, and how it ends."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -785,3 +786,41 @@ def test_progress_shows_on_a_terminal(monkeypatch, capsys):
     with bench_module.progress.bar("layer", 2) as advance:
         advance(1, "one")
     assert "layer" in capsys.readouterr().err
+
+
+CRASHES = {
+    "a signal": "os.kill(os.getpid(), signal.SIGSEGV)",
+    "an exit": "print('[\"timed\"'); sys.stderr.write('no such luck\\n'); os._exit(7)",
+    "an exit without an error": "os._exit(0)",
+    "an exception": "raise RuntimeError('no such luck')",
+    "a wrong result": "return right(*arguments, **options).roll(1, -1)",
+    "a right result": "return right(*arguments, **options)",
+}
+SAMPLER = """
+import os, signal, sys
+from cupycorr import spatial_correlation_sample as right
+
+def spatial_correlation_sample(*arguments, **options):
+    {}
+"""
+
+
+@pytest.mark.parametrize("crash", CRASHES)
+def test_a_peer_that_ends_its_process_costs_nobody_elses_row(tmp_path, crash):
+    pytest.importorskip("torch")
+    (tmp_path / "spatial_correlation_sampler.py").write_text(SAMPLER.format(CRASHES[crash]))
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    words = [*SMALL[:-2], "-r", "1", "--against", "spatial-correlation-sampler", "--json", "-"]
+    done = installed("bench", "cpu", *words, env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    ours, other = json.loads(done.stdout)["problems"][0]["implementations"]
+    assert ours["status"] == "timed"
+    wanted = {
+        "a signal": ("failed", "ended its process with status -11: "),
+        "an exit": ("failed", "ended its process with status 7: no such luck"),
+        "an exit without an error": ("failed", "ended its process with status 0: "),
+        "an exception": ("failed", "RuntimeError: no such luck"),
+        "a wrong result": ("wrong", "cost: "),
+        "a right result": ("timed", ""),
+    }[crash]
+    assert (other["status"], other.get("reason", "")[: len(wanted[1])]) == wanted
