@@ -166,10 +166,10 @@ def bench(
 ) -> None:
     """Measure forward and backward, on random maps or on those of two images.
 
-    Backward is timed on its own and computes both gradients. Before anything is timed, its
-    results are compared with those of cupycorr on NumPy arrays, to the bit, on maps of -1, 0 and
-    1; what differs is reported and not timed. All implementations run in turns, on as many threads.
-    On cuda the device's own time counts, by events on the current stream.
+    Backward is timed on its own and computes both gradients. After a first call, and before the
+    runs, results are compared with those of cupycorr on NumPy arrays, to the bit, on maps of -1, 0
+    and 1; what differs is reported and not timed. All implementations run in turns, on as many
+    threads. On cuda the device's own time counts, by events on the current stream.
 
     --radius R, or a preset of RAFT's, measures the flow-guided lookup: what is prepared once for a
     pair of maps (levels, or another's volume of all pairs), and each lookup. Its results are held
