@@ -97,20 +97,20 @@ def figure(document: Document) -> Any:
     place = document["cuda"]["name"] if document["device"] == "cuda" else machine["processor"]
     threads = f", {document['threads']} threads" if document["device"] == "cpu" else ""
     drawn.suptitle(f"cupycorr {document['cupycorr']} on {place}{threads}, {document['dtype']}")
-    handles = _handles(colours, any(problem["sweep"] for problem in problems))
+    beside = {name for problem in problems if problem["sweep"] for name in problem["floors"]}
+    handles = _handles(colours, beside)
     drawn.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return drawn
 
 
-def _handles(colours: dict[str, str], is_swept: bool) -> list[Any]:
+def _handles(colours: dict[str, str], floors: set[str]) -> list[Any]:
     """Return what the legend explains: implementations, floors beside curves, and passes."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles: list[Any] = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    if is_swept:
-        handles += [Line2D([], [], color=GREY, linestyle=dashes, label=f"{name}, least time")
-                    for name, dashes in DASHES.items()]  # fmt: skip
+    handles += [Line2D([], [], color=GREY, linestyle=dashes, label=f"{name}, least time")
+                for name, dashes in DASHES.items() if name in floors]  # fmt: skip
     handles += [Line2D([], [], color=GREY, linestyle="", marker=marker, label=f"roofline: {step}")
                 for step, marker in MARKERS.items()]  # fmt: skip
     return handles
@@ -241,7 +241,8 @@ def _roofline(
     _logarithmic(axes, "x", 2)
     _logarithmic(axes, "y")
     axes.set_xlim(ends[0], ends[1])
-    line = f"; the line: at most {' and '.join(most)}" if most else ""
+    cores = " without tensor cores" if document["device"] == "cuda" else ""
+    line = f"; the line: at most {' and '.join(most)}{cores}" if most else ""
     axes.set_xlabel(f"FLOP per byte of inputs and outputs{line}")
     axes.set_ylabel("roofline: GFLOP/s, least time")
     _name_above(axes, {point[4]: point[0] for point in reversed(points)})
