@@ -1,6 +1,6 @@
 """Time every launch of known layers on a GPU, beside the time that the model of tiles predicts.
 
-    python .ci/launches.py FILE [--preset NAME]... [--dtype NAME]... [--tiles N] [--runs N]
+    python .ci/launches.py FILE [--preset NAME]... [--dtype NAME]... [--tf32] [--tiles N] [--runs N]
 
 Prints a line for each launch, and appends one of JSON to FILE. With --tiles also those launches
 whose tiles the model ranks next; their results must equal those of the first, on small integers.
@@ -44,10 +44,16 @@ class Prepared(NamedTuple):
 @click.argument("file", type=click.Path(path_type=Path))
 @preset_option
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)))
+@click.option("--tf32", is_flag=True, help="Allow TF32 in float32.")
 @click.option("--tiles", type=click.IntRange(min=1), default=1)
 @click.option("--runs", type=click.IntRange(min=1), default=50)
 def main(
-    file: Path, presets: tuple[str, ...], dtypes: tuple[str, ...], tiles: int, runs: int
+    file: Path,
+    presets: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    tf32: bool,
+    tiles: int,
+    runs: int,
 ) -> None:
     """Time the launches."""
     print(cuda.line(cuda.device()))
@@ -59,7 +65,7 @@ def main(
                 if not isinstance(problem, Problem):
                     continue  # its launches have shapes of their own
                 for results in (engine.RESULTS["cost"], engine.RESULTS["grads"]):
-                    for line in measured(problem, dtype, results, tiles, runs, stopwatch):
+                    for line in measured(problem, dtype, results, tf32, tiles, runs, stopwatch):
                         print(json.dumps(line), file=written, flush=True)
 
 
@@ -67,6 +73,7 @@ def measured(
     problem: Problem,
     dtype: str,
     results: tuple[str, ...],
+    tf32: bool,
     tiles: int,
     runs: int,
     stopwatch: cuda.Stopwatch,
@@ -76,7 +83,7 @@ def measured(
     samples = cuda_plan.samples_at_once(layer.geometry, problem.shape, dtype)
     problem = problem._replace(shape=(samples, *problem.shape[1:]))
     plans = [
-        cuda_plan.plan(results, layer, problem.shape, dtype, device, rank=rank)
+        cuda_plan.plan(results, layer, problem.shape, dtype, device, rank=rank, tf32=tf32)
         for rank in range(tiles)
     ]
     rng = np.random.default_rng(0)
@@ -103,7 +110,7 @@ def measured(
                 one.seconds.append(stopwatch(one.call)[0].seconds)
     for rank, launches in ready.items():
         for one in launches:
-            yield report(problem, dtype, rank, one)
+            yield report(problem, "TF32" if tf32 and dtype == "float32" else dtype, rank, one)
 
 
 def allocate(

@@ -90,9 +90,10 @@ def test_an_unknown_stage_is_refused_and_the_others_run(run):
 
 
 @pytest.mark.gpu
-def test_launches_are_timed_beside_what_the_model_predicts(tmp_path):
+@pytest.mark.parametrize(("options", "dtype"), [([], "float32"), (["--tf32"], "TF32")])
+def test_launches_are_timed_beside_what_the_model_predicts(options, dtype, tmp_path):
     file = tmp_path / "launches.jsonl"
-    words = ["--preset", "pwc-l6", "--tiles", "2", "--runs", "2"]
+    words = ["--preset", "pwc-l6", "--tiles", "2", "--runs", "2", *options]
     path = os.pathsep.join([str(KIT.parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, KIT.with_name("launches.py"), file, *words],
@@ -100,11 +101,12 @@ def test_launches_are_timed_beside_what_the_model_predicts(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     launches = [json.loads(line) for line in file.read_text().splitlines()]
-    kernels = ("product_cost", "product_gradient1", "product_gradient2")
-    assert sorted((one["kernel"], one["rank"]) for one in launches) == [
-        (kernel, rank) for kernel in kernels for rank in range(2)
+    results = ("cost", "gradient1", "gradient2")  # of kernels with or without tensor cores
+    assert sorted((one["kernel"].partition("_")[2], one["rank"]) for one in launches) == [
+        (result, rank) for result in results for rank in range(2)
     ]
     for one in launches:
+        assert one["dtype"] == dtype
         assert one["predicted_seconds"] > 0
         assert min(one["seconds"]) > 0
         assert len(one["seconds"]) == 2
