@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import gcd, prod
 from typing import NamedTuple
 
-from cupycorr.cuda.cost import Constants, Device
+from cupycorr.cuda.cost import ISSUE, Constants, Device, matrix_rate
 from cupycorr.cuda.launch import Launch, Plan, Workspace, pairs, types
 from cupycorr.cuda.lookup_plan import Problem, constants, sizes
 from cupycorr.cuda.turning import turn
@@ -24,9 +24,16 @@ RESIDENT = 2  # blocks of lookup_grad.cu that a multiprocessor holds
 TARGETS = 8  # of a warp of lookup_grad.cu
 SIDE = 32  # of a square of lookup_grad_pool.cu
 WINDOWS_BYTES = 256 << 20  # of stored windows, unless one level needs more
-MOST_ELEMENTS = 2**31 - 1  # of a map: within reach of a 32-bit offset
+MOST_ELEMENTS = 2**31 - 1  # of a map, or of a level's windows: within reach of a 32-bit offset
 WORD = "float32"  # the dtype of a workspace of 4-byte words, whatever they are
-ITEM = 20  # instructions of a warp per item, beside the multiply-adds; read off compiled kernels
+MATRICES = ("lookup_grad_fmap1", "lookup_grad_levels")  # kernels that may use tensor cores
+PARTS = {"float16": 2, "bfloat16": 3}  # 16-bit numbers of a share on tensor cores
+MATRIX_LANES = 8  # of a warp, that share out its channels on tensor cores
+STEP_ITEMS, STEP_CHANNELS = 16, 256  # of a warp's step on tensor cores
+# Instructions of a warp, read off compiled kernels: per item, beside the multiply-adds; per step on
+# tensor cores, and those of them that the integer unit takes.
+ITEM, STEP, INTEGERS = 20, 450, 270
+INTEGER_RATE = 64  # instructions of threads per cycle and multiprocessor, of the integer unit
 
 
 class _Shape(NamedTuple):
@@ -180,6 +187,7 @@ class _Drawing:
         self.launches: list[Launch] = []
         self.workspaces: list[Workspace] = []
         self.tile = _tile(problem.size)
+        self.tensor = _tensor_cores_are_faster(dtype, device)
         self.constants: Constants = (*types(dtype), *constants(lookup, problem))
         self.sizes = sizes(problem, problem.channels)
 
@@ -238,10 +246,11 @@ class _Drawing:
         """Spread grad_cost over the cells of the windows of some levels."""
         problem, lookup = self.problem, self.lookup
         self._work("windows", len(stored) * _windows(problem, lookup))
+        self._work("origins", len(stored) * 2 * problem.samples * prod(problem.size))
         self._matrices(
             "spread_windows", CELLS, stored,
             problem.samples * len(stored) * -(-prod(problem.size) // LANES),
-            _spread_bytes(lookup), ("grad_cost", "coords", "windows"),
+            _spread_bytes(lookup), ("grad_cost", "coords", "windows", "origins"),
         )  # fmt: skip
 
     def grad_fmap1(self, stored: range, readers: str, written: str) -> None:
@@ -252,8 +261,8 @@ class _Drawing:
         self._matrices(
             "lookup_grad_fmap1", shape, stored,
             self._slices() * problem.maps[0] * _blocks(problem.size, shape.block),
-            4 * prod(shape.warps) * (LANES + 6) * (TARGETS + 1),
-            ("windows", "levels", "coords", readers, "index2", "running", written),
+            4 * prod(shape.warps) * (self._list_words() + 8 * (TARGETS + 1)),
+            ("windows", "origins", "levels", readers, "index2", "running", written),
         )  # fmt: skip
 
     def grad_levels(self, stored: range, fmap1: str, readers: str) -> None:
@@ -269,8 +278,8 @@ class _Drawing:
         warps, tile = prod(shape.warps), prod(self.tile)
         self._matrices(
             "lookup_grad_levels", shape, stored, blocks,
-            4 * (warps * (LANES * (TARGETS + 1) + LANES + 1 + tile) + 2 * tile),
-            ("windows", fmap1, "coords", "index1", readers, "bounds", "parts", "grad_levels"),
+            4 * (warps * (self._list_words() + LANES + 1) + 3 * tile + 1),
+            ("windows", "origins", fmap1, "index1", readers, "bounds", "parts", "grad_levels"),
             segments,
         )  # fmt: skip
         cut = [(count, size) for count, size in zip(segments, elements, strict=True) if count > 1]
@@ -330,8 +339,11 @@ class _Drawing:
     ) -> None:
         """Launch a kernel of lookup_grad.cu."""
         channels, itemsize = self.problem.channels, DTYPES[self.dtype].itemsize
-        of_lane = _lane_channels(channels)
-        unit = gcd(channels, 16 // itemsize, of_lane) if self.aligned else 1
+        tensor = self.tensor and kernel in MATRICES
+        of_lane = _slice(channels) // (MATRIX_LANES if tensor else LANES)
+        # On tensor cores four units are exchanged; larger ones would take too many registers.
+        most = min(4, of_lane // 4) if tensor else min(16 // itemsize, of_lane)
+        unit = gcd(channels, most) if self.aligned else 1
         segments = segments or (0,) * self.lookup.levels
         self._add(
             "lookup_grad.cu", kernel,
@@ -341,6 +353,7 @@ class _Drawing:
                 ("loads", of_lane // unit),
                 *pairs(tile=self.tile),
                 ("resident", RESIDENT),
+                ("tensor", tensor),
             ),
             blocks, shape.threads, shared_bytes, arrays,
             (
@@ -385,7 +398,11 @@ class _Drawing:
         return _blocks(self.problem.size, self.tile)
 
     def _slices(self) -> int:
-        return -(-self.problem.channels // (LANES * _lane_channels(self.problem.channels)))
+        return -(-self.problem.channels // _slice(self.problem.channels))
+
+    def _list_words(self) -> int:
+        """Return the words of shared memory of a warp: its items, and what it owns."""
+        return LANES * (4 + (2 if self.tensor else TARGETS)) + 16
 
 
 def _span(lookup: Lookup) -> tuple[int, int]:
@@ -416,15 +433,27 @@ def _windows_apply(problem: Problem, lookup: Lookup, dtype: str, device: Device)
     return (
         dtype != "float64"
         and _spread_bytes(lookup) <= device.shared_bytes
-        and of_map <= MOST_ELEMENTS
+        and max(of_map, _windows(problem, lookup)) <= MOST_ELEMENTS
     )
 
 
-def _lane_channels(channels: int) -> int:
-    """Return how many channels a lane owns: as few slices as there can be, but no idle lanes."""
+def _tensor_cores_are_faster(dtype: str, device: Device) -> bool:
+    """Whether they are for the gradients of maps: by the cycles of one step."""
+    if dtype not in PARTS or device.capability < 80:
+        return False
+    products = STEP_ITEMS * TARGETS * STEP_CHANNELS
+    units = products / device.multiply_adds
+    issued = (products / LANES + STEP_ITEMS * ITEM) * LANES / ISSUE
+    matrices = PARTS[dtype] * products / matrix_rate(device)
+    integers = INTEGERS * LANES / INTEGER_RATE
+    return max(matrices, integers, STEP * LANES / ISSUE) < max(units, issued)
+
+
+def _slice(channels: int) -> int:
+    """Return how many channels a warp owns: as few slices as there can be, but no idle lanes."""
     return min(
-        (8, 4, 2, 1),
-        key=lambda count: -(-channels // (LANES * count)) * (TARGETS * count + ITEM),
+        (256, 128, 64, 32),
+        key=lambda size: -(-channels // size) * (TARGETS * size // LANES + ITEM),
     )
 
 

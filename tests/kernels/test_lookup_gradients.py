@@ -8,6 +8,7 @@ import lookup_grads_host
 import lookup_host
 import numpy as np
 import pytest
+from devices import DEVICES
 from host import ORDERS, SM_80
 from lookup_cases import CASES
 from lookup_grads_host import SCALE, differences, problem
@@ -90,20 +91,30 @@ def test_what_is_not_finite_reaches_only_what_it_is_a_term_of(name, inputs, valu
     assert not compare(name, SM_80, special=(value, inputs), plain=plain)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("inputs", [("grad",), ("fmap1",), ("levels",)], ids="".join)
+@pytest.mark.parametrize("name", ["integers", "four levels", "edges of patches"])
+def test_what_is_not_finite_reaches_no_other_sum_on_tensor_cores(name, inputs, dtype):
+    assert not compare(name, SM_80, dtype, special=(np.inf, inputs))
+
+
 def test_what_is_not_finite_reaches_no_other_sum_of_a_level_without_segments():
     assert not compare("RAFT, rough", ONE, special=(np.inf, ("fmap1", "levels")))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", ["RAFT, rough", "edges of patches", "special"])
-def test_the_order_of_threads_changes_no_bit(rng, name):
+def test_the_order_of_threads_changes_no_bit(rng, name, dtype):
     (_, fmap1, levels, coords), indices = problem(name)
     lookup = CASES[name].lookup
     given = [
-        rng.standard_normal(array.shape)
+        verify.round_to(rng.standard_normal(array.shape), dtype)
         for array in (np.empty(lookup.cost_shape(fmap1.shape, coords.shape)), fmap1)
     ]
     first, *others = (
-        lookup_grads_host.grads(SM_80, *given, levels, coords, lookup, order=order, **indices)
+        lookup_grads_host.grads(
+            SM_80, *given, levels, coords, lookup, dtype=dtype, order=order, **indices
+        )
         for order in ORDERS
     )
     for other in others:
@@ -119,6 +130,11 @@ def test_the_order_of_threads_changes_no_bit(rng, name):
 def test_threads_share_no_word_without_a_barrier(name, plain):
     assert not compare(name, SM_80, mode="trace", plain=plain)
     assert not compare(name, SM_80, mode="trace", plain=plain, special=(np.inf, ("fmap1",)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_threads_of_tensor_cores_share_no_word_without_a_barrier(dtype):
+    assert not compare("RAFT, rough", SM_80, dtype, mode="trace")
 
 
 @BOTH
@@ -154,6 +170,49 @@ def compare_many(samples=400, channels=4, dtype="float32", **how):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_more_channels_than_a_warp_owns_are_exact(channels, dtype):
     assert not compare_many(8, channels, dtype)
+
+
+def compare_channels(channels=160, dtype="float32", **how):
+    """As `compare`, of positions with a few cells each."""
+    return compare_many(8, channels, dtype, **how)
+
+
+def compare_digits(dtype="float32", spread=0, **how):
+    """As `compare`, of shares with 18 digits; those of positions differ by powers of 2.
+
+    Maps of -1, 0 and 1 keep sums exact: all of them, or where shares differ those of positions.
+    """
+    rng, lookup, size = np.random.default_rng(0), Lookup(2, 2), (6, 7)
+    fmap1 = rng.integers(-1, 2, (1, 40, *size)).astype(float)
+    levels = [rng.integers(-1, 2, (1, 40, *one)).astype(float) for one in lookup.level_sizes(*size)]
+    coords = np.stack(np.mgrid[:6, :7][::-1]) + rng.integers(-64, 64, (2, *size)) / 32
+    grad = rng.integers(-255, 256, lookup.cost_shape(fmap1.shape, (1, 2, *size))).astype(float)
+    grad *= 2.0 ** rng.integers(-spread, 1, size)
+    given = grad, fmap1, levels, coords[None], lookup, SCALE
+    want = lookup_definition.grads(*given)
+    got = lookup_grads_host.grads(SM_80, *given, dtype, **how)
+    found = differences(got, want, dtype)
+    return {name: text for name, text in found.items() if spread == 0 or name == "grad_fmap1"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("spread", [0, 14])
+def test_shares_keep_their_digits_on_tensor_cores(dtype, spread):
+    assert not compare_digits(dtype, spread)
+
+
+@pytest.mark.parametrize("gpu", ["2070S", "V100", "A100", "4090", "H100", "5090"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_tensor_cores_multiply_where_they_are_faster(dtype, gpu):
+    cells = tuple(Lookup(4, 4).level_sizes(64, 64))
+    of = Problem(1, (1, 1), 256, (64, 64), cells, (True,) * 5)
+    plan = lookup_grads_plan.plan_grads(
+        lookup_grads_plan.RESULTS, of, Lookup(4, 4), dtype, DEVICES[gpu]
+    )
+    used = {one.kernel for one in plan.launches if dict(one.constants).get("tensor", False)}
+    faster = {"float16": {"A100", "4090", "H100", "5090"}, "bfloat16": {"A100", "H100"}}
+    wanted = lookup_grads_plan.MATRICES if gpu in faster.get(dtype, ()) else ()
+    assert used == set(wanted)
 
 
 def test_more_tiles_than_threads_are_exact():
@@ -256,6 +315,7 @@ def test_stored_windows_take_bounded_memory(given):
 
 INFINITE = {"special": (np.inf, ("fmap1", "levels"))}
 PLAIN = {"plain": True}
+HALF, BFLOAT16 = {"dtype": "float16"}, {"dtype": "bfloat16"}
 PLANTED = {
     # lookup_grad.cuh
     "corners of weight 0": ("wy == 0 || wx == 0", "false", "integers", INFINITE | PLAIN),
@@ -293,21 +353,31 @@ PLANTED = {
         "RAFT, rough", {}),
     # lookup_grad.cu
     "a window's column lost": (
-        "inside(u, span_x);\n            return reads ? window[v",
-        "inside(u, span_x - 1);\n            return reads ? window[v",
+        "passes && inside(v, span_y) && inside(u, span_x)",
+        "passes && inside(v, span_y) && inside(u, span_x - 1)",
+        "RAFT", {}),
+    "a row of a position's window lost": (
+        "if (!inside(v, span_y) || ", "if (!inside(v, span_y - 1) || ",
         "RAFT", {}),
     "windows one by one": ("entry == targets || entry == target", "true", "RAFT, rough", {}),
-    "tiles of other segments": ("first + thread * segments", "first + thread", "RAFT, rough", {}),
-    "tiles in one segment": ("int first = segment;", "int first = 0;", "RAFT, rough", {}),
+    "tiles of other segments": ("first + thread * piece.segments", "first + thread",
+                                "RAFT, rough", {}),
+    "tiles in one segment": ("int first = first_tile;", "int first = 0;", "RAFT, rough", {}),
     "a part lost": (
         "k < segments; ++k) sum +=", "k < segments - 1; ++k) sum +=",
         "RAFT, rough", {}),
-    "a wrong part": ("parts += segments * elements_of(s, l)", "parts += 0", "RAFT, rough", {}),
-    "a wrong item": ("listed[count + __popc", "listed[__popc", "RAFT", {}),
+    "parts of another level": ("parts += s.segments[l] * elements_of(s, l)", "parts += 0",
+                               "RAFT, rough", {}),
+    "parts of another segment": ("parts += piece.segment *", "parts += 0 *", "RAFT, rough", {}),
+    "a wrong item": ("to = waiting + __popc", "to = __popc", "RAFT", {}),
+    "items that wait": ("from = lane + Items::at_once", "from = lane", "RAFT, rough", {}),
+    "no end of a list": ("tiles.sample(hits[h + 1]) != e", "false", "edges of patches", {}),
+    "the first level alone": ("s.first + k % stored_levels(s)", "s.first", "RAFT", {}),
+    "the first cell's column": ("first_row(w), first_column(w)}", "first_row(w), 0}", "RAFT", {}),
     "hits of other warps": ("before += k < warp", "before += k <= warp", "edges of patches", {}),
     "nothing added anew": ("again |= 1u << i;", "again = 0;", "RAFT, rough", INFINITE),
     "the last channels": (
-        "smaller(of(load), count - unit)", "of(load)",
+        "smaller(channel(load), count - unit)", "channel(load)",
         "one channel", {"mode": "trace"}),
     "a vote of 31 lanes": (
         "__ballot_sync(~0u, reads)", "(__ballot_sync(~0u, reads) & ~1u)",
@@ -315,6 +385,25 @@ PLANTED = {
     "slopes of the first cells": (
         "at[lane] = exists ?", "at[lane] = exists && first == 0 ?",
         "RAFT", {}),
+    # lookup_grad.cu, on tensor cores
+    "units not exchanged": ("of[2][w], lane & 2)", "of[2][w], lane & 4)", "four levels", HALF),
+    "pairs of an item": ("values[i + 1][at]", "values[i][at]", "four levels", HALF),
+    "channels exchanged": ("c + k % 2, i = k / 2", "c + 1 - k % 2, i = k / 2", "four levels", HALF),
+    "another target": ("lane % 4 * own_targets + i : i", "lane % 4 + 4 * i : i", "RAFT", HALF),
+    "a part lost": ("? 3 : 2", "? 2 : 1", "many digits", HALF),
+    "a part of bfloat16 lost": ("? 3 : 2", "? 1 : 2", "four levels", BFLOAT16),
+    "the last units": ("smaller(offsets[k] + behind, last)", "offsets[k] + behind",
+                       "one channel", HALF | {"mode": "trace"}),
+    "factors left in": ("power_of_two(-exponent_of(factor(lane))), lane);\n    }", "1, lane);\n    }",
+                        "RAFT", HALF),
+    "sums of another factor": ("multiply(sums, factor(lane) * inverse, lane)",
+                               "multiply(sums, 1, lane)", "four levels", HALF),
+    "factors of other targets": ("shared[4 * (lane % 4 * own_targets + i)]", "shared[lane]",
+                                 "four levels", HALF),
+    "a share's neighbour": ("share(i);\n    }\n    if constexpr (scaled)",
+                            "share(i ^ 1);\n    }\n    if constexpr (scaled)", "RAFT", HALF),
+    "no more channels": ("own.start + first * 8 * unit >= own.count", "first > 0",
+                         "many channels", HALF),
     # lookup_grad_plain.cu
     "plain: one level": (
         "if (l == number && output >= of_level)", "if (false)",
@@ -327,7 +416,11 @@ PLANTED = {
 @pytest.mark.parametrize("error", PLANTED)
 def test_a_planted_error_is_found(error):
     *patch, name, options = PLANTED[error]
-    assert found(lambda: compare(name, SM_80, patch=tuple(patch), **options))
+    options = options | {"patch": tuple(patch)}
+    others = {"many digits": compare_digits, "many channels": compare_channels}
+    assert found(
+        lambda: others[name](**options) if name in others else compare(name, SM_80, **options)
+    )
 
 
 def found(*comparisons):
@@ -359,6 +452,7 @@ def test_a_missing_barrier_is_a_race(where):
     how = {"patch": BARRIERS[where], "mode": "trace"}
     assert found(
         lambda: compare("RAFT, rough", SM_80, **how),
+        lambda: compare("RAFT, rough", SM_80, "float16", **how),
         lambda: compare("edges of patches", SM_80, **how, **INFINITE),
         lambda: compare_many(**how),
     )
