@@ -50,7 +50,7 @@
 //   add_parts           enough to cover the levels with several segments
 //   lookup_grad_coords  a warp for each position                    warps * 96
 //
-// A list has 400 words, or 208 with `tensor`. A block is warps_y * group_y x warps_x * group_x
+// A list has 336 words, or 144 with `tensor`. A block is warps_y * group_y x warps_x * group_x
 // targets, and a slice 32 * loads * unit channels, or with `tensor` 8 * loads * unit, loads a
 // multiple of 4. unit divides the channels, and arrays are aligned to as many elements. A map has
 // fewer than 2^31 elements, and so have the windows of all samples of a level. With `tensor` the
@@ -107,8 +107,8 @@ struct Items {
 
   __device__ __forceinline__ Items(float* shared, int warp)
       : places(reinterpret_cast<int*>(shared) + warp * words),
-        numbers(places + listed),
-        shares(shared + warp * words + 2 * listed) {}
+        numbers(places + at_once),
+        shares(shared + warp * words + 2 * at_once) {}
 
   __device__ __forceinline__ void set(int at, int row, int column, int number) const {
     places[at] = row << 16 | (column & 0xffff);
@@ -119,8 +119,8 @@ struct Items {
     return static_cast<short>(places[i] & 0xffff);
   }
 
-  static constexpr int at_once = 32, listed = 2 * at_once;
-  static constexpr int piece = 2 * listed + at_once * (tensor ? 2 : targets), words = piece + 16;
+  static constexpr int at_once = 32;
+  static constexpr int piece = 2 * at_once + at_once * (tensor ? 2 : targets), words = piece + 16;
 };
 
 // What a lane owns of its warp's sums.
@@ -838,14 +838,18 @@ extern "C" __global__ void __launch_bounds__(threads, resident) lookup_grad_leve
       const bool ends = hits[h + 1] < 0 || tiles.sample(hits[h + 1]) != e;
 #pragma unroll 1
       for (int i = lane; one >= 0 && i < tile; i += 32) {
-        const int v = piece.y - places[i], u = piece.x - places[tile + i];
-        const bool reads = inside(v + group_y - 1, span_y + group_y - 1) &&
-                           inside(u + group_x - 1, span_x + group_x - 1) &&
+        const auto v = [&] { return piece.y - places[i]; };
+        const auto u = [&] { return piece.x - places[tile + i]; };
+        const bool reads = inside(v() + group_y - 1, span_y + group_y - 1) &&
+                           inside(u() + group_x - 1, span_x + group_x - 1) &&
                            piece.y < piece.rows && piece.x < piece.columns;
         const unsigned of_lanes = __ballot_sync(~0u, reads);
-        const int to = waiting + __popc(of_lanes & ((1u << lane) - 1));
-        if (reads) items.set(to, v, u, places[2 * tile + i]);
+        int to = reads ? waiting + __popc(of_lanes & ((1u << lane) - 1)) : -1;
         waiting += __popc(of_lanes);
+        const auto list = [&] {
+          if (inside(to, Items::at_once)) items.set(to, v(), u(), places[2 * tile + i]);
+        };
+        list();
         const bool last = ends && i + 32 >= tile;
 #pragma unroll 1
         while (waiting >= Items::at_once || (last && waiting > 0)) {
@@ -854,14 +858,10 @@ extern "C" __global__ void __launch_bounds__(threads, resident) lookup_grad_leve
           if (lane >= count) items.set(lane, nowhere, 0, items.numbers[count - 1]);
           __syncwarp();
           add(sums, scale, items, count, share, map, own);
+          __syncwarp();
           waiting -= count;
-          __syncwarp();
-          if (lane < waiting) {
-            const int from = lane + Items::at_once;
-            items.places[lane] = items.places[from];
-            items.numbers[lane] = items.numbers[from];
-          }
-          __syncwarp();
+          to -= count;
+          list();
         }
       }
       __syncthreads();

@@ -32,7 +32,7 @@ MATRIX_LANES = 8  # of a warp, that share out its channels on tensor cores
 STEP_ITEMS, STEP_CHANNELS = 16, 256  # of a warp's step on tensor cores
 # Instructions of a warp, read off compiled kernels: per item, beside the multiply-adds; per step on
 # tensor cores, and those of them that the integer unit takes.
-ITEM, STEP, INTEGERS = 20, 450, 270
+ITEM, STEP, INTEGERS = 20, 455, 270
 INTEGER_RATE = 64  # instructions of threads per cycle and multiprocessor, of the integer unit
 
 
@@ -402,7 +402,7 @@ class _Drawing:
 
     def _list_words(self) -> int:
         """Return the words of shared memory of a warp: its items, and what it owns."""
-        return LANES * (4 + (2 if self.tensor else TARGETS)) + 16
+        return LANES * (2 + (2 if self.tensor else TARGETS)) + 16
 
 
 def _span(lookup: Lookup) -> tuple[int, int]:

@@ -60,9 +60,10 @@ def test_every_case_is_exact(name, plain):
     assert not compare(name, SM_80, plain=plain)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", ["RAFT", "RAFT, rough", "edges of patches", "three maps"])
-def test_levels_without_segments_are_exact(name):
-    assert not compare(name, ONE)
+def test_levels_without_segments_are_exact(name, dtype):
+    assert not compare(name, ONE, dtype)
 
 
 @BOTH
@@ -177,7 +178,12 @@ def compare_channels(channels=160, dtype="float32", **how):
     return compare_many(8, channels, dtype, **how)
 
 
-def compare_digits(dtype="float32", spread=0, **how):
+def compare_growing(**how):
+    """As `compare`, of positions whose last shares are much larger than their first."""
+    return compare_digits(growing=True, **how)
+
+
+def compare_digits(dtype="float32", spread=0, growing=False, **how):
     """As `compare`, of shares with 18 digits; those of positions differ by powers of 2.
 
     Maps of -1, 0 and 1 keep sums exact: all of them, or where shares differ those of positions.
@@ -188,9 +194,13 @@ def compare_digits(dtype="float32", spread=0, **how):
     coords = np.stack(np.mgrid[:6, :7][::-1]) + rng.integers(-64, 64, (2, *size)) / 32
     grad = rng.integers(-255, 256, lookup.cost_shape(fmap1.shape, (1, 2, *size))).astype(float)
     grad *= 2.0 ** rng.integers(-spread, 1, size)
+    if growing:
+        coords = np.floor(coords)
+        grad[:, :, :2] /= 2**10
     given = grad, fmap1, levels, coords[None], lookup, SCALE
     want = lookup_definition.grads(*given)
-    got = lookup_grads_host.grads(SM_80, *given, dtype, **how)
+    results = "grad_fmap1", "grad_levels"
+    got = lookup_grads_host.grads(SM_80, *given, dtype, results=results, **how)
     found = differences(got, want, dtype)
     return {name: text for name, text in found.items() if spread == 0 or name == "grad_fmap1"}
 
@@ -199,6 +209,11 @@ def compare_digits(dtype="float32", spread=0, **how):
 @pytest.mark.parametrize("spread", [0, 14])
 def test_shares_keep_their_digits_on_tensor_cores(dtype, spread):
     assert not compare_digits(dtype, spread)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_shares_may_grow_on_tensor_cores(dtype):
+    assert not compare_growing(dtype=dtype)
 
 
 @pytest.mark.parametrize("gpu", ["2070S", "V100", "A100", "4090", "H100", "5090"])
@@ -369,8 +384,8 @@ PLANTED = {
     "parts of another level": ("parts += s.segments[l] * elements_of(s, l)", "parts += 0",
                                "RAFT, rough", {}),
     "parts of another segment": ("parts += piece.segment *", "parts += 0 *", "RAFT, rough", {}),
-    "a wrong item": ("to = waiting + __popc", "to = __popc", "RAFT", {}),
-    "items that wait": ("from = lane + Items::at_once", "from = lane", "RAFT, rough", {}),
+    "the last list": ("(last && waiting > 0)", "false", "RAFT", {}),
+    "items that wait": ("          list();\n        }\n", "        }\n", "RAFT", {}),
     "no end of a list": ("tiles.sample(hits[h + 1]) != e", "false", "edges of patches", {}),
     "the first level alone": ("s.first + k % stored_levels(s)", "s.first", "RAFT", {}),
     "the first cell's column": ("first_row(w), first_column(w)}", "first_row(w), 0}", "RAFT", {}),
@@ -390,14 +405,15 @@ PLANTED = {
     "pairs of an item": ("values[i + 1][at]", "values[i][at]", "four levels", HALF),
     "channels exchanged": ("c + k % 2, i = k / 2", "c + 1 - k % 2, i = k / 2", "four levels", HALF),
     "another target": ("lane % 4 * own_targets + i : i", "lane % 4 + 4 * i : i", "RAFT", HALF),
-    "a part lost": ("? 3 : 2", "? 2 : 1", "many digits", HALF),
+    "a part of float16 lost": ("? 3 : 2", "? 2 : 1", "many digits", HALF),
     "a part of bfloat16 lost": ("? 3 : 2", "? 1 : 2", "four levels", BFLOAT16),
     "the last units": ("smaller(offsets[k] + behind, last)", "offsets[k] + behind",
                        "one channel", HALF | {"mode": "trace"}),
-    "factors left in": ("power_of_two(-exponent_of(factor(lane))), lane);\n    }", "1, lane);\n    }",
-                        "RAFT", HALF),
+    "factors left in": (
+        "power_of_two(-exponent_of(factor(lane))), lane);\n    }", "1, lane);\n    }",
+        "RAFT", HALF),
     "sums of another factor": ("multiply(sums, factor(lane) * inverse, lane)",
-                               "multiply(sums, 1, lane)", "four levels", HALF),
+                               "multiply(sums, 1, lane)", "growing", HALF),
     "factors of other targets": ("shared[4 * (lane % 4 * own_targets + i)]", "shared[lane]",
                                  "four levels", HALF),
     "a share's neighbour": ("share(i);\n    }\n    if constexpr (scaled)",
@@ -417,7 +433,11 @@ PLANTED = {
 def test_a_planted_error_is_found(error):
     *patch, name, options = PLANTED[error]
     options = options | {"patch": tuple(patch)}
-    others = {"many digits": compare_digits, "many channels": compare_channels}
+    others = {
+        "many digits": compare_digits,
+        "growing": compare_growing,
+        "many channels": compare_channels,
+    }
     assert found(
         lambda: others[name](**options) if name in others else compare(name, SM_80, **options)
     )

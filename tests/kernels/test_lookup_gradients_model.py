@@ -7,22 +7,43 @@ import lookup_grads_host
 import numpy as np
 import nvrtc
 import pytest
+from devices import DEVICES
 from host import SM_80
-from lookup_grads_costs import AT_ONCE, ITEM, count_fmap1, count_levels, microseconds
+from lookup_grads_costs import (
+    AT_ONCE,
+    ITEM,
+    count_fmap1,
+    count_levels,
+    microseconds,
+    segments_of,
+)
 from test_lookup_gradients_nvrtc import launches
 from test_lookup_model import RAFT, SHOWN, SIZES, rows
 from test_lookup_nvrtc import compiled
 
+from cupycorr.cuda import sources as cuda_sources
+from cupycorr.cuda.lookup_grads_plan import (
+    INTEGERS,
+    MATRICES,
+    PARTS,
+    STEP,
+    STEP_CHANNELS,
+    STEP_ITEMS,
+)
 from cupycorr.lookup import Lookup
 
-# A counter in the kernels: items that a warp adds.
+# Counters in the kernels: items that a warp adds, and products of fragments.
 COUNTED = (
     "using Sums = float",
-    'extern "C" __attribute__((visibility("default"))) long counted;\nlong counted;\n'
-    "using Sums = float",
-    "    const auto at = *reinterpret_cast<const Pack<int, at_once>*>",
+    'extern "C" __attribute__((visibility("default"))) long counted, products;\n'
+    "long counted, products;\nusing Sums = float",
+    "    const auto numbers = *reinterpret_cast<const Pack<int, at_once>*>",
     "    counted += threadIdx.x % 32 == 0 ? at_once : 0;\n"
-    "    const auto at = *reinterpret_cast<const Pack<int, at_once>*>",
+    "    const auto numbers = *reinterpret_cast<const Pack<int, at_once>*>",
+    "    Address from[4];\n",
+    "    Address from[4];\n    counted += threadIdx.x % 32 == 0 ? 16 : 0;\n",
+    "            multiply_matrices<element>(\n",
+    "            products += threadIdx.x % 32 == 0;\n            multiply_matrices<element>(\n",
 )
 
 
@@ -37,28 +58,37 @@ def flowing(size, kind):
 
 @pytest.mark.skipif(host.unavailable() is not None, reason=str(host.unavailable()))
 @pytest.mark.parametrize("kind", ["constant", "rough"])
-@pytest.mark.parametrize(
-    ("result", "kernel", "count"),
-    [("grad_fmap1", "lookup_grad_fmap1", count_fmap1),
-     ("grad_levels", "lookup_grad_levels", count_levels)],
-)  # fmt: skip
-def test_kernels_add_as_many_items_as_the_model_says(result, kernel, count, kind):
-    lookup, size, channels, counters = Lookup(4, 3), (11, 21), 256, []
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("result", ["grad_fmap1", "grad_levels"])
+def test_kernels_add_as_many_items_as_the_model_says(result, dtype, kind):
+    lookup, size, channels, counters, segments = Lookup(4, 3), (11, 21), 256, [], []
     coords = flowing(size, kind)
     cells = lookup.level_sizes(*size)
     maps = np.ones((1, channels, *size)), [np.ones((1, channels, *one)) for one in cells]
     grad = np.ones(lookup.cost_shape(maps[0].shape, (1, 2, *size)))
 
     def planned(plan):
-        launch = next(launch for launch in plan.launches if launch.kernel == kernel)
-        counters.append(ctypes.c_long.in_dll(host.build(launch, "run", COUNTED), "counted"))
-        counters[0].value = 0
+        launch = next(one for one in plan.launches if one.kernel == f"lookup_{result}")
+        library = host.build(launch, "run", COUNTED)
+        counters.extend(ctypes.c_long.in_dll(library, name) for name in ("counted", "products"))
+        for counter in counters:
+            counter.value = 0
+        segments.append(segments_of(plan) if result == "grad_levels" else None)
         return plan
 
     lookup_grads_host.grads(
-        SM_80, grad, *maps, coords[None], lookup, results=(result,), patch=COUNTED, planned=planned
-    )
-    assert counters[0].value == count(lookup, coords, cells, AT_ONCE[4]).items
+        SM_80, grad, *maps, coords[None], lookup, dtype=dtype, results=(result,), patch=COUNTED,
+        planned=planned,
+    )  # fmt: skip
+    at_once = STEP_ITEMS if dtype in PARTS else AT_ONCE[4]
+    if result == "grad_fmap1":
+        counts = count_fmap1(lookup, coords, cells, at_once)
+    else:
+        counts = count_levels(lookup, coords, cells, at_once, *segments)
+    items, products = (counter.value for counter in counters)
+    assert items == counts.items
+    # A product has 16 channels, 8 targets and 16 items.
+    assert products == items // STEP_ITEMS * (channels // 16) * PARTS.get(dtype, 0)
 
 
 @pytest.mark.skipif(nvrtc.missing(*nvrtc.COMPILERS) is not None, reason="needs NVRTC")
@@ -68,11 +98,32 @@ def test_an_item_takes_the_instructions_of_the_model():
     assert inner.total() - nvrtc.multiply_adds(inner) == AT_ONCE[4] * ITEM
 
 
+RARE = 0  # the number of a mark: where a factor becomes smaller
+# Instructions that the integer unit takes, or either of two units.
+INTEGER = {"SEL", "PRMT", "LOP3", "ISETP", "SHF", "LEA", "IMNMX", "FSETP", "FSEL", "FMNMX", "IADD3"}
+
+
+@pytest.mark.skipif(nvrtc.missing(*nvrtc.COMPILERS) is not None, reason="needs NVRTC")
+@pytest.mark.parametrize("dtype", PARTS)
+@pytest.mark.parametrize("kernel", MATRICES)
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+def test_a_step_on_tensor_cores_takes_the_instructions_of_the_model(gpu, kernel, dtype):
+    launch = next(one for one in launches(gpu, dtype) if one.kernel == kernel)
+    source = cuda_sources.source(launch).replace(
+        "== 0) return;\n", f"== 0) return;\n{nvrtc.mark(RARE)}\n"
+    )
+    compiled = nvrtc.compile_kernel(source, kernel, DEVICES[gpu].capability)
+    inner, _ = nvrtc.loops(compiled, lambda loop: loop["HMMA"], (RARE,))
+    assert inner["HMMA"] == PARTS[dtype] * STEP_CHANNELS // 16
+    assert 0.9 * STEP < inner.total() <= STEP
+    assert 0.9 * INTEGERS < sum(inner[name] for name in INTEGER) <= 1.05 * INTEGERS
+
+
 def test_the_page_shows_what_the_model_predicts():
     shown = rows("| gradients with respect to | maps | A100 | H100 | 4090 |")
     wanted = {}
     for name, size in SIZES.items():
-        for dtype in ("float32", "float16"):
+        for dtype in ("float32", "float16", "bfloat16"):
             times = [microseconds(RAFT, flowing(size, "constant"), dtype, gpu) for gpu in SHOWN]
             for result, pair in zip(("both maps", "coords"), zip(*times, strict=True), strict=True):
                 wanted[f"{result}, {name}", dtype] = tuple(f"{time:.0f}" for time in pair)
@@ -82,6 +133,7 @@ def test_the_page_shows_what_the_model_predicts():
 def test_few_items_are_not_needed():
     coords = flowing((64, 64), "constant")
     needed = RAFT.levels * 64 * 64 * 100 / 8  # at most: less where windows leave the map
-    for count in (count_fmap1, count_levels):
-        items = count(RAFT, coords, RAFT.level_sizes(64, 64), AT_ONCE[4]).items
-        assert items < 1.2 * needed
+    cells = RAFT.level_sizes(64, 64)
+    for at_once in (AT_ONCE[4], STEP_ITEMS):
+        assert count_fmap1(RAFT, coords, cells, at_once).items < 1.2 * needed
+        assert count_levels(RAFT, coords, cells, at_once, (1,) * 4).items < 1.2 * needed

@@ -60,6 +60,12 @@ def test_kernels_keep_to_their_registers(gpu, dtype, compiler):
     check(gpu, dtype, compiler=compiler)
 
 
+@every_compiler
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+def test_kernels_of_bfloat16_keep_to_their_registers(gpu, compiler):
+    check(gpu, "bfloat16", compiler=compiler)
+
+
 @pytest.mark.parametrize(
     ("dtype", "channels"),
     [("float32", 128), ("float32", 67), ("bfloat16", 256), ("bfloat16", 100), ("float16", 9)],

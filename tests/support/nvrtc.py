@@ -277,7 +277,10 @@ def _longest_path(code, start, end, without=()):
     length, follower = {end: 1}, {end: None}
     for at in range(end - 1, start - 1, -1):
         instruction, target = code[at]
-        always = not instruction.startswith("@") and re.match(r"(BRA|EXIT|RET)\b", instruction)
+        # Of warps whose lanes are apart BRA.DIV and BRA.CONV take care.
+        always = not instruction.startswith("@") and re.match(
+            r"(BRA(?!\.(DIV|CONV))|EXIT|RET)\b", instruction
+        )
         ways = [] if always else [at + 1]
         if target is not None and at < target <= end:
             ways.append(target)
