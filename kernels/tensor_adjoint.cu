@@ -118,17 +118,23 @@ constexpr int of_phase = channels_last ? source_columns / 8 : before_runs + runs
 constexpr int group_bytes = 8 * slot_bytes + (channels_last ? 0 : 32);
 constexpr int pixels = 8 * phases * of_phase;
 constexpr int own_columns = phases * columns;  // of G, in a row of displacements
-constexpr int columns_g = lead + (which == 1 ? own_columns : phases * source_columns);  // of rows
-constexpr int unit_g = upstream_bytes == 4 && which == 2 ? 4 : 8;
-constexpr int pitch_g = unit_g * (ceil_div(columns_g, unit_g) | 1);
+constexpr int moved = larger(unit, 4 / upstream_bytes);  // elements that are copied together
+// The columns of G that the targets need are for which = 1 the same in every row of displacements,
+// for which = 2 they shift by `phases` from row to row. Rows of floats begin with the first copy
+// that has one of them, rows of halves with column 0: there a lane reads two rows by one address.
+constexpr bool shifts = which == 2 && upstream_bytes == 4;
+constexpr int columns_g = shifts       ? own_columns + moved - 1
+                          : which == 1 ? lead + own_columns
+                                       : lead + phases * source_columns;
+constexpr int pitch_g = 8 * (ceil_div(columns_g, 8) | 1);
 constexpr int rows_g = depth * depths;  // from target row to target row, with rows of zeros
 constexpr int g_elements = (before + rows * rows_g) * pitch_g;
 constexpr int source_bytes = phases * of_phase * group_bytes;
 constexpr int row_bytes = source_bytes + g_elements * upstream_bytes;
 constexpr int buffer_bytes = at_once * row_bytes;
 // Elements of G from one column of the source to the next, and from one target to the next.
-constexpr int along = pitch_g + (which == 1 ? 0 : phases);
-constexpr int across = (which == 1 ? phases : 0) - advance_x * pitch_g;
+constexpr int along = pitch_g + (which == 1 || shifts ? 0 : phases);
+constexpr int across = (which == 1 || shifts ? phases : 0) - advance_x * pitch_g;
 // Results of a tile, if channels lie apart: words of two channels, or floats of one,
 // [word][row][phase][column]. Four words that a warp stores at once lie in different banks: the
 // pitch is an odd number of 8 words, and floats of 8 channels are followed by 8 words more.
@@ -252,7 +258,6 @@ __device__ __forceinline__ void stage_g(const upstream* grad_cost, int e, upstre
   const unsigned first = OfBlock::cost_p(0, e) * (patch_x * static_cast<unsigned>(lattice)) +
                          block.u(0, e) * s.lattice_width;
   const unsigned next = (which == 1 ? phases_y * s.lattice_width : 0) - advance_y * next_p;
-  constexpr int moved = larger(unit, 4 / upstream_bytes);
   constexpr int units = ceil_div(own_columns + (which == 1 ? lead : moved - 1), moved);
   constexpr int copies = patch_x * units;
 #pragma unroll 1
@@ -275,7 +280,8 @@ __device__ __forceinline__ void stage_g(const upstream* grad_cost, int e, upstre
       if (!OfBlock::tile_meets(row / tile_rows, e)) continue;
       const bool row_exists = block.exists(row, e);
       const int from = static_cast<int>(first + row * next) + offset[0];
-      const int at = (before + row * rows_g + q) * pitch_g + column;
+      const int at = (before + row * rows_g + q) * pitch_g +
+                     (shifts ? column - begin / moved * moved : column);
       if constexpr (unit == moved) {
         const bool exists = row_exists && on_lattice[0];
         copy_async_or_zero<unit * upstream_bytes>(
@@ -392,7 +398,10 @@ extern "C" __global__ void __launch_bounds__(threads, 1) tensor_gradient(
                    (channel0 + lane / 16 * 8) * element_bytes
              : group * group_bytes + lane % 4 * slot_bytes +
                    (channel0 + lane / 4 * wide) * element_bytes;
-  const int at_g = lead + phase + phases * x_group * tile_columns + before * pitch_g +
+  const int q0 = column_of(lane % 4 * 2) - lane / 4;
+  // Elements before the first target's; every fourth row has equally many.
+  const int lead_g = shifts ? (lead + phases * q0) & (moved - 1) : lead;
+  const int at_g = lead_g + phase + phases * x_group * tile_columns + before * pitch_g +
                    lane / 4 * across + column_of(lane % 4 * 2) * along;
 
   accumulator sums[row_tiles][channel_tiles][4] = {};

@@ -292,9 +292,11 @@ def _tiles_of_block(
     depth = DEPTH_BYTES // problem.element_bytes
     depths = -(-(before + patch_x) // depth)
     source_columns = advance_x * (columns - tile_columns) + depth * depths
-    own = columns if problem.which == 1 else source_columns
+    moved = max(4 // problem.upstream_bytes, unit)
     floats = problem.upstream_bytes == 4
-    pitch_g = odd_units(lead + phases * own, 4 if floats and problem.which == 2 else 8)
+    shifts = floats and problem.which == 2
+    own = columns if problem.which == 1 or floats else source_columns
+    pitch_g = odd_units((moved - 1 if shifts else lead) + phases * own, 8)
     bytes_g = (before + rows * depth * depths) * pitch_g * problem.upstream_bytes
     targets = tile_rows * columns * phases
     result_bytes = targets * (channels + PITCH) * problem.element_bytes
@@ -308,12 +310,11 @@ def _tiles_of_block(
     meeting = patch_y + advance_y * (tile_rows - 1)
     bands = warps * row_tiles * meeting * depths
     multiplied = bands * channel_tiles * problem.parts
-    moved = max(4 // problem.upstream_bytes, unit)
     beside = lead if problem.which == 1 else moved - 1
     copies_g = rows * meeting * patch_x * -(-(phases * columns + beside) // moved)
-    # Floats of several phases lie between each other.
+    # Floats of several phases lie between each other, and rows that shift meet in the same banks.
     loads = 4 if problem.element_bytes == 4 else 8
-    loaded = bands * loads * (gcd(phases, 4) if floats else 1)
+    loaded = bands * loads * (max(gcd(phases, 4), 1 + (shifts and unit > 1)) if floats else 1)
     loaded_source = warps * source_rows * depths * 2 * channel_tiles
     of_word = WORD + PART * (problem.parts - 1)
     rounding = 0.0
