@@ -170,6 +170,54 @@ __device__ __forceinline__ Piece& piece_of(float* shared, int warp, Piece found)
 
 using Sums = float[lane_channels][own_targets];
 
+// Where an item's channels lie, and a unit that is `offset` bytes behind. (In C the compiler would
+// take addresses apart, and compute each by four instructions.)
+#ifdef CUPYCORR_HOST
+using Address = const char*;
+#else
+using Address = unsigned long long;
+#endif
+
+__device__ __forceinline__ Address address_of(const element* map, int number, int channels) {
+#ifdef CUPYCORR_HOST
+  return reinterpret_cast<const char*>(map + number * channels);
+#else
+  Address at;
+  asm("mad.wide.s32 %0, %1, %2, %3;"
+      : "=l"(at)
+      : "r"(number), "r"(channels * static_cast<int>(sizeof(element))), "l"(map));
+  return at;
+#endif
+}
+
+template <int WORDS>
+__device__ __forceinline__ void load_unit(unsigned (&v)[WORDS], Address from, int offset) {
+  constexpr int bytes = unit * static_cast<int>(sizeof(element));
+#ifdef CUPYCORR_HOST
+  if constexpr (bytes == 2) {
+    v[0] = bits_of(*reinterpret_cast<const element*>(from + offset));
+  } else {
+    const auto pack = *reinterpret_cast<const Pack<unsigned, WORDS>*>(from + offset);
+    for (int k = 0; k < WORDS; ++k) v[k] = pack.values[k];
+  }
+#else
+  const Address at = from + static_cast<unsigned>(offset);
+  if constexpr (bytes == 16) {
+    asm("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "l"(at));
+  } else if constexpr (bytes == 8) {
+    asm("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "l"(at));
+  } else if constexpr (bytes == 4) {
+    asm("ld.global.nc.b32 %0, [%1];" : "=r"(v[0]) : "l"(at));
+  } else {
+    unsigned short half;
+    asm("ld.global.nc.b16 %0, [%1];" : "=h"(half) : "l"(at));
+    v[0] = half;
+  }
+#endif
+}
+
 // Add `count` items, and up to `at_once` - 1 behind them. share(i) is that of item i for a target:
 // lane % targets.
 template <typename Share>
@@ -181,19 +229,19 @@ __device__ __forceinline__ void add_products(Sums& sums, const Items& items, int
     items.shares[i * targets + own.lane % targets] = share(i);
   }
   __syncwarp();
-  const element* from[loads];
-#pragma unroll
-  for (int load = 0; load < loads; ++load) from[load] = map + own.to_read(load);
+  constexpr int bytes = sizeof(element), words = larger(1, unit * bytes / 4);
 #pragma unroll 1
   for (int item = 0; item < count; item += at_once) {
     Pack<element, unit> values[at_once][loads];
     const auto numbers = *reinterpret_cast<const Pack<int, at_once>*>(items.numbers + item);
 #pragma unroll
     for (int k = 0; k < at_once; ++k) {
+      const Address from = address_of(map, numbers.values[k], own.count);
 #pragma unroll
       for (int load = 0; load < loads; ++load) {
-        values[k][load] = *reinterpret_cast<const Pack<element, unit>*>(
-            from[load] + numbers.values[k] * own.count);
+        unsigned unit_of_item[words];
+        load_unit(unit_of_item, from, own.to_read(load) * bytes);
+        values[k][load] = *reinterpret_cast<const Pack<element, unit>*>(unit_of_item);
       }
     }
 #pragma unroll
@@ -294,54 +342,6 @@ __device__ __forceinline__ void exchange(unsigned& one, unsigned& two, bool real
   const unsigned before = one;
   one = really ? two : one;
   two = really ? before : two;
-}
-
-// Where an item's channels lie, and a unit that is `offset` bytes behind. (In C the compiler would
-// take addresses apart, and compute each by four instructions.)
-#ifdef CUPYCORR_HOST
-using Address = const char*;
-#else
-using Address = unsigned long long;
-#endif
-
-__device__ __forceinline__ Address address_of(const element* map, int number, int channels) {
-#ifdef CUPYCORR_HOST
-  return reinterpret_cast<const char*>(map + number * channels);
-#else
-  Address at;
-  asm("mad.wide.s32 %0, %1, %2, %3;"
-      : "=l"(at)
-      : "r"(number), "r"(channels * static_cast<int>(sizeof(element))), "l"(map));
-  return at;
-#endif
-}
-
-template <int WORDS>
-__device__ __forceinline__ void load_unit(unsigned (&v)[WORDS], Address from, int offset) {
-  constexpr int bytes = unit * static_cast<int>(sizeof(element));
-#ifdef CUPYCORR_HOST
-  if constexpr (bytes == 2) {
-    v[0] = bits_of(*reinterpret_cast<const element*>(from + offset));
-  } else {
-    const auto pack = *reinterpret_cast<const Pack<unsigned, WORDS>*>(from + offset);
-    for (int k = 0; k < WORDS; ++k) v[k] = pack.values[k];
-  }
-#else
-  const Address at = from + static_cast<unsigned>(offset);
-  if constexpr (bytes == 16) {
-    asm("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "l"(at));
-  } else if constexpr (bytes == 8) {
-    asm("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "l"(at));
-  } else if constexpr (bytes == 4) {
-    asm("ld.global.nc.b32 %0, [%1];" : "=r"(v[0]) : "l"(at));
-  } else {
-    unsigned short half;
-    asm("ld.global.nc.b16 %0, [%1];" : "=h"(half) : "l"(at));
-    v[0] = half;
-  }
-#endif
 }
 
 // Four units of four items. Lanes that read different items read different units at a time, so that

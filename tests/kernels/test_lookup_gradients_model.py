@@ -21,14 +21,19 @@ from test_lookup_gradients_nvrtc import launches
 from test_lookup_model import RAFT, SHOWN, SIZES, rows
 from test_lookup_nvrtc import compiled
 
+from cupycorr.cuda import lookup_grads_plan
 from cupycorr.cuda import sources as cuda_sources
+from cupycorr.cuda.cost import ISSUE, matrix_rate
 from cupycorr.cuda.lookup_grads_plan import (
+    INTEGER_RATE,
     INTEGERS,
+    LANES,
     MATRICES,
     PARTS,
     STEP,
     STEP_CHANNELS,
     STEP_ITEMS,
+    TARGETS,
 )
 from cupycorr.lookup import Lookup
 
@@ -128,6 +133,20 @@ def test_the_page_shows_what_the_model_predicts():
             for result, pair in zip(("both maps", "coords"), zip(*times, strict=True), strict=True):
                 wanted[f"{result}, {name}", dtype] = tuple(f"{time:.0f}" for time in pair)
     assert shown == wanted
+
+
+def test_the_page_shows_what_a_step_on_tensor_cores_takes():
+    shown = rows("| 16 items of a warp, 256 channels: cycles | A100 | H100 | 4090 |")
+    products, wanted = STEP_ITEMS * TARGETS * STEP_CHANNELS, []
+    for gpu in SHOWN:
+        device = DEVICES[gpu]
+        issued = (products / LANES + STEP_ITEMS * lookup_grads_plan.ITEM) * LANES / ISSUE
+        units = max(products / device.multiply_adds, issued)
+        matrices = [parts * products / matrix_rate(device) for parts in PARTS.values()]
+        integers, every = INTEGERS * LANES / INTEGER_RATE, STEP * LANES / ISSUE
+        wanted.append((f"{units:.0f}", ", ".join(f"{cycles:.0f}" for cycles in matrices),
+                       f"{integers:.0f}; {every:.0f}"))  # fmt: skip
+    assert list(shown.values()) == list(zip(*wanted, strict=True))
 
 
 def test_few_items_are_not_needed():

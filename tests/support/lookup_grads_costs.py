@@ -32,7 +32,7 @@ CHANNELS = 256  # of a warp
 # Instructions of a warp: per item beside its multiply-adds; per list of 32 items, and of one on
 # tensor cores; per tile that is looked at; per cell and per list of 32 cells of the gradient of
 # coords. Read off compiled kernels.
-ITEM, LIST, TENSOR_LIST, TILE, CELL, CELLS = 17, 210, 60, 370, 20, 150
+ITEM, LIST, TENSOR_LIST, TILE, CELL, CELLS = 14, 210, 60, 390, 20, 150
 BROADCAST = 2  # wavefronts of a 16-byte load of shared memory that is the same for all lanes
 # Wavefronts of a step on tensor cores, beside the channels: shares from eight windows at a time,
 # and what is listed.
