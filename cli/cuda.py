@@ -109,8 +109,10 @@ def implementation(engine: str) -> Implementation:
     return Implementation(f"cupycorr {engine}", "cupy", correlate, vjp)
 
 
-def kernels(problem: Problem | LookupProblem, dtype: str) -> list[dict[str, Any]]:
-    """Make the kernels of a problem ready; return what each took and takes.
+def kernels(
+    problem: Problem | LookupProblem, dtype: str, tf32: bool = False
+) -> list[dict[str, Any]]:
+    """Make the kernels of a problem ready, maybe those of TF32; return what each took and takes.
 
     The kernels of a lookup are made ready by calls on zeros; those that were ready are left out.
 
@@ -128,7 +130,7 @@ def kernels(problem: Problem | LookupProblem, dtype: str) -> list[dict[str, Any]
         _call_lookup(problem, dtype)
         return [one._asdict() for one in cuda_engine.made[before:]]
     compiled = cuda_engine.warm_up(
-        problem.layer, problem.shape, dtype, channels_last=problem.channels_last
+        problem.layer, problem.shape, dtype, channels_last=problem.channels_last, tf32=tf32
     )
     return [one._asdict() for one in compiled]
 

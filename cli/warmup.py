@@ -21,10 +21,15 @@ from .presets import PRESETS, chosen_problems, preset_option
     type=click.Choice([*DTYPES, "all"]),
     help="What is computed in; repeatable.",
 )
+@click.option("--tf32", is_flag=True, help="Compile those of float that may round to TF32.")
 @layout_option
 @preset_option
 def warmup(
-    sizes: Sizes, dtypes: tuple[str, ...], channels_last: bool, presets: tuple[str, ...]
+    sizes: Sizes,
+    dtypes: tuple[str, ...],
+    tf32: bool,
+    channels_last: bool,
+    presets: tuple[str, ...],
 ) -> None:
     """Compile the kernels that forward and backward need, for the current CUDA device.
 
@@ -46,7 +51,7 @@ def warmup(
         click.echo(f"{'kernel':<28}  {'seconds':>7}  {'registers':>9}  {'spilled bytes':>13}")
         for dtype in (DTYPES[name] for name in names):
             try:
-                kernels = cuda.kernels(problem, dtype)
+                kernels = cuda.kernels(problem, dtype, tf32 and dtype == "float32")
             except RuntimeError as error:
                 raise click.ClickException(f"{problem.name}, {dtype}: {error}") from None
             for one in kernels:

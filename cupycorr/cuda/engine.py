@@ -275,7 +275,7 @@ def _prepared(
 
 
 def warm_up(
-    layer: Layer, shape: Shape, dtype: str, *, channels_last: bool = False
+    layer: Layer, shape: Shape, dtype: str, *, channels_last: bool = False, tf32: bool = False
 ) -> list[Compiled]:
     """Compile what the cost volume and its gradients need on the current device.
 
@@ -290,6 +290,8 @@ def warm_up(
         Dtype of the maps.
     channels_last : bool, default False
         Whether the maps lie in memory as (N, H, W, C).
+    tf32 : bool, default False
+        Whether the tensor cores may round float32 maps to TF32.
 
     Returns
     -------
@@ -306,7 +308,9 @@ def warm_up(
     shape = (cuda_plan.samples_at_once(layer.geometry, shape, dtype), *shape[1:])
     compiled = []
     for results in (RESULTS["cost"], RESULTS["grads"]):
-        plan = cuda_plan.plan(results, layer, shape, dtype, device, channels_last=channels_last)
+        plan = cuda_plan.plan(
+            results, layer, shape, dtype, device, channels_last=channels_last, tf32=tf32
+        )
         for launch in plan.launches:
             start = time.perf_counter()
             function = kernel_of(launch)

@@ -519,6 +519,23 @@ def test_warmup_leaves_nothing_for_the_first_call_to_compile(monkeypatch, channe
 
 
 @gpu
+def test_warmup_leaves_nothing_of_tf32_to_compile(monkeypatch):
+    cupy = pytest.importorskip("cupy")
+    from cupycorr.cuda import engine as cuda_engine
+
+    size = ["-b", "1", "-c", "128", "--height", "24", "-w", "64"]
+    words = [*size, "-k", "1", "--patch", "9", "--patch-dilation", "1", "-s", "1", "-p", "0"]
+    outcome = invoke("warmup", *words, "-d", "float", "--tf32")
+    assert outcome.exit_code == 0
+    if int(cupy.cuda.Device().compute_capability) >= 80:
+        assert "tensor_gradient" in outcome.stdout
+    monkeypatch.setattr(cuda_engine, "_compile", lambda launch: pytest.fail(launch.kernel))
+    maps = [cupy.ones((1, 128, 24, 64), cupy.float32) for _ in range(2)]
+    cost = cupycorr.correlation(*maps, Geometry(patch_size=9), allow_tf32=True)
+    cupycorr.correlation_vjp(cost, *maps, Geometry(patch_size=9), allow_tf32=True)
+
+
+@gpu
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_cache_that_cannot_be_written_costs_a_command_a_warning(tmp_path, command):
     cache = tmp_path / "cache"
