@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from functools import partial
 from itertools import groupby, islice
 from math import prod
@@ -16,7 +15,7 @@ from click.core import ParameterSource
 
 import cupycorr
 
-from .. import cuda, environment, files, progress
+from .. import cuda, environment, progress
 from ..options import (
     DTYPES,
     SIZE,
@@ -33,24 +32,24 @@ from ..options import (
     sweep_option,
 )
 from ..presets import PRESETS, chosen_problems, preset_option
-from . import features, floors, lookups, measure, memory, plot, report, trial
+from . import features, floors, lookups, measure, memory, report, show, trial
 from .compare import compare
 from .peers import ITEMSIZE, PEERS, missing
 
-STANDARD_OUTPUT = Path("-")
 AnyProblem = Problem | LookupProblem
 Pair = tuple[features.Image, features.Image]
 Own = measure.Implementation | lookups.Implementation
 
 
 class _Command(click.Command):
-    """The command ``bench``, of which ``compare`` in place of a device is another."""
+    """The command ``bench``, of which ``compare`` and ``show`` in place of a device are others."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
     ) -> click.Context:
-        if args[:1] == ["compare"]:
-            return compare.make_context(f"{info_name} compare", args[1:], parent, **extra)
+        for other in (compare, show.show):
+            if args[:1] == [other.name]:
+                return other.make_context(f"{info_name} {other.name}", args[1:], parent, **extra)
         return super().make_context(info_name, args, parent, **extra)
 
 
@@ -189,9 +188,9 @@ def bench(
             environment.require_cuda()
     written = {"--json": json_file, "--markdown": markdown_file, "--plot": plot_file}
     outputs = {option: path for option, path in written.items() if path is not None}
-    _refuse_outputs(outputs, images or ())
-    at_once = {} if json_file in (None, STANDARD_OUTPUT) else {"--json": outputs["--json"]}
-    quiet = STANDARD_OUTPUT in outputs.values()
+    show.refuse(outputs, images or ())
+    at_once = {} if json_file in (None, show.STANDARD_OUTPUT) else {"--json": outputs["--json"]}
+    quiet = show.STANDARD_OUTPUT in outputs.values()
     kind = DTYPES[dtype]
     problems = chosen_problems(sizes, presets, channels_last, sweep)
     kinds = {isinstance(problem, LookupProblem) for problem in problems}
@@ -267,10 +266,10 @@ def bench(
                     if not quiet:
                         report.show(document, entry, scale, unit)
                 # Now, so that nothing that ends the process loses what is measured.
-                _write(document, at_once)
+                show.write(document, at_once)
         finally:
             if document["problems"]:
-                _write(document, {o: path for o, path in outputs.items() if o not in at_once})
+                show.write(document, {o: path for o, path in outputs.items() if o not in at_once})
     if report.own_failure(document):
         raise click.exceptions.Exit(1)
 
@@ -278,32 +277,6 @@ def bench(
 def _is_given(option: str) -> bool:
     source = click.get_current_context().get_parameter_source(option)
     return source is ParameterSource.COMMANDLINE
-
-
-def _refuse_outputs(outputs: dict[str, Path], inputs: tuple[str, ...]) -> None:
-    """Refuse files that cannot be written before time is spent on them."""
-    paths = [path for path in outputs.values() if path != STANDARD_OUTPUT]
-    if len(outputs) > len(paths) + 1:
-        raise click.UsageError("of --json and --markdown only one can be -")
-    options = [option for option, path in outputs.items() if path != STANDARD_OUTPUT]
-    files.refuse(" and ".join(options), paths, inputs)
-    if "--plot" in outputs:
-        plot.require(outputs["--plot"])
-
-
-def _write(document: dict[str, Any], outputs: dict[str, Path]) -> None:
-    """Write what the options ask for."""
-    for option, path in outputs.items():
-        if option == "--plot":
-            content = plot.picture(document, path.suffix.lstrip("."))
-        else:
-            as_json = option == "--json"
-            text = json.dumps(document, indent=1) if as_json else report.markdown(document)
-            content = f"{text}\n".encode()
-        if path == STANDARD_OUTPUT:
-            click.echo(content.decode(), nl=False)
-        else:
-            files.write(path, content)
 
 
 def _refuse_options(device: str, threads: int | None, cold: bool) -> None:

@@ -52,7 +52,7 @@ def compare(a: Path, b: Path, anyway: bool) -> None:
     Exits with 1 if a row is slower, or is wrong or fails in B alone; with 2 if the documents
     cannot be compared.
     """
-    documents = _read(a), _read(b)
+    documents = read(a), read(b)
     _refuse(documents, (a, b), anyway)
     try:
         rows = list(_rows(*documents))
@@ -65,7 +65,14 @@ def compare(a: Path, b: Path, anyway: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """Return a document of --json.
+
+    Raises
+    ------
+    click.UsageError
+        If the file has none.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -319,3 +319,22 @@ def test_equal_documents_are_drawn_alike():
     pytest.importorskip("matplotlib")
     once, twice = (plot.picture(DOCUMENTS["a sweep"], "svg") for _ in range(2))
     assert once == twice
+
+
+def test_a_document_is_shown_as_it_was_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    before, after = (
+        [tmp_path / f"{when}.{suffix}" for suffix in ("md", "svg")] for when in ("before", "after")
+    )
+    outputs = ["--engine", "numpy", "--markdown", before[0], "--plot", before[1]]
+    document = written(tmp_path, "cpu", *SMALL, *outputs)
+    options = ["--markdown", after[0], "--plot", after[1]]
+    assert invoke("bench", "show", tmp_path / "bench.json", *options).exit_code == 0
+    for one, other in zip(before, after, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    shown = invoke("bench", "show", tmp_path / "bench.json")
+    assert shown.stdout == before[0].read_text()
+    (tmp_path / "bench.json").write_text(json.dumps(document | {"schema": report.SCHEMA + 1}))
+    refused = invoke("bench", "show", tmp_path / "bench.json")
+    assert refused.exit_code == 2
+    assert f"has schema {report.SCHEMA + 1}" in refused.stderr

@@ -1,0 +1,61 @@
+"""What ``cupycorr bench`` writes into files, and ``bench show``, which makes it of a document."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import files
+from . import plot, report
+from .compare import read
+
+STANDARD_OUTPUT = Path("-")
+
+
+@click.command(short_help="Make a table and a picture of a document.")
+@click.argument("document", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--markdown", type=click.Path(path_type=Path), help="Write a table; -: print it.")
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Draw it: svg, pdf, png.")
+def show(document: Path, markdown: Path | None, picture: Path | None) -> None:
+    """Make of a document of --json what --markdown and --plot would have written.
+
+    Exits with 2 if the document is of another schema, or the options are wrong.
+    """
+    found = {"--markdown": markdown, "--plot": picture}
+    outputs = {option: path for option, path in found.items() if path is not None}
+    refuse(outputs, (str(document),))
+    measured = read(document)
+    if measured.get("schema") != report.SCHEMA:
+        raise click.UsageError(
+            f"{document} has schema {measured.get('schema')}, this cupycorr reads {report.SCHEMA}"
+        )
+    write(measured, outputs or {"--markdown": STANDARD_OUTPUT})
+
+
+def refuse(outputs: dict[str, Path], inputs: tuple[str, ...]) -> None:
+    """Refuse files that cannot be written before time is spent on them."""
+    paths = [path for path in outputs.values() if path != STANDARD_OUTPUT]
+    if len(outputs) > len(paths) + 1:
+        raise click.UsageError("of --json and --markdown only one can be -")
+    options = [option for option, path in outputs.items() if path != STANDARD_OUTPUT]
+    files.refuse(" and ".join(options), paths, inputs)
+    if "--plot" in outputs:
+        plot.require(outputs["--plot"])
+
+
+def write(document: dict[str, Any], outputs: dict[str, Path]) -> None:
+    """Write what the options ask for."""
+    for option, path in outputs.items():
+        if option == "--plot":
+            content = plot.picture(document, path.suffix.lstrip("."))
+        else:
+            as_json = option == "--json"
+            text = json.dumps(document, indent=1) if as_json else report.markdown(document)
+            content = f"{text}\n".encode()
+        if path == STANDARD_OUTPUT:
+            click.echo(content.decode(), nl=False)
+        else:
+            files.write(path, content)
