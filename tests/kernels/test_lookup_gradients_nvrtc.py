@@ -49,8 +49,11 @@ def launches(gpu, dtype, channels=256, *, plain=False):
 def check(gpu, dtype, channels=256, *, compiler=None, plain=False):
     if DEVICES[gpu].capability not in nvrtc.capabilities(compiler):
         pytest.skip(f"NVRTC {nvrtc.version(compiler)} does not know {gpu}")
+    # A multiprocessor of 7.5 holds 1024 threads: with fewer than 64 registers it holds no more.
+    least = 64 if DEVICES[gpu].capability == 75 else 0
     for launch in dict.fromkeys(launches(gpu, dtype, channels, plain=plain)):
-        assert not complaints(launch, compiled(launch, gpu, compiler), REGISTERS[launch.kernel])
+        most = max(least, REGISTERS[launch.kernel])
+        assert not complaints(launch, compiled(launch, gpu, compiler), most)
 
 
 @every_compiler
