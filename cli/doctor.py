@@ -65,7 +65,6 @@ def doctor() -> None:
 
 def _describe_machine() -> None:
     found = environment.machine()
-    libraries = ", ".join(f"{name} {version}" for name, version in found["libraries"].items())
     load = "" if found["load"] is None else f", load {found['load']:.1f}"
     memory = environment.available_memory() / 1e9
     settings = (f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
@@ -73,7 +72,7 @@ def _describe_machine() -> None:
         f"cupycorr {cupycorr.__version__} in {Path(cupycorr.__file__).parent}\n"
         f"Python {found['python']}, {found['system']}\n"
         f"{found['processor']}, {found['cores']} cores{load}, {memory:.1f} GB of memory free\n"
-        f"{libraries}\n"
+        f"{environment.versions(found)}\n"
         f"BLAS: {', '.join(found['blas']) or 'unknown'}\n"
         f"Environment: {', '.join(settings) or 'nothing of interest is set'}"
     )

@@ -205,6 +205,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def versions(found: dict[str, Any]) -> str:
+    """Return one line about the libraries that `machine` found."""
+    return ", ".join(f"{name} {version}" for name, version in found["libraries"].items())
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -82,13 +82,16 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
+def other_schema(document: dict[str, Any], path: Path) -> str | None:
+    """Say which schema a document has, unless it is the one of this cupycorr."""
+    if document.get("schema") == SCHEMA:
+        return None
+    return f"{path} has schema {document.get('schema')}, this cupycorr reads {SCHEMA}"
+
+
 def _refuse(documents: tuple[dict[str, Any], ...], paths: tuple[Path, ...], anyway: bool) -> None:
     """Refuse documents that do not tell of the same machine and settings."""
-    differences = [
-        f"{path} has schema {document.get('schema')}, this cupycorr reads {SCHEMA}"
-        for document, path in zip(documents, paths, strict=True)
-        if document.get("schema") != SCHEMA
-    ]
+    differences = [*filter(None, map(other_schema, documents, paths))]
     for field in SAME:
         one, two = (_value(document, field) for document in documents)
         if one != two:

@@ -305,8 +305,10 @@ def is_steady(passes: list[list[float]]) -> bool:
     """Tell whether in the later half of the runs no pass's median has moved by more than 1 %."""
     for seconds in passes:
         count = len(seconds)
-        medians = [median(seconds[:runs]) for runs in range(max(1, count // 2), count + 1)]
-        if count < STEADY_RUNS or max(medians) - min(medians) > STEADY * medians[-1]:
+        if count < STEADY_RUNS:
+            return False
+        medians = [median(seconds[:runs]) for runs in range(count // 2, count + 1)]
+        if max(medians) - min(medians) > STEADY * medians[-1]:
             return False
     return True
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import numpy as np
 
-from .. import cuda
+from .. import cuda, environment
 from ..options import GEOMETRY_FIELDS, LookupProblem, Problem, description
 from . import floors
 from .measure import ALL_PASSES, PASSES, Outcome
@@ -62,7 +62,7 @@ MEANING_ON_CUDA = (
 def heading(document: dict[str, Any]) -> None:
     """Print the machine and what the columns mean."""
     machine = document["machine"]
-    libraries = ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())
+    libraries = environment.versions(machine)
     if document["device"] == "cuda":
         _say(cuda.line(document["cuda"]), libraries, *_peaks(document), *MEANING_ON_CUDA)
         return
@@ -355,7 +355,7 @@ def _together(one: dict[str, Any]) -> str:
 def markdown(document: dict[str, Any]) -> str:
     """Return the document as a page's table, in milliseconds."""
     machine = document["machine"]
-    libraries = ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())
+    libraries = environment.versions(machine)
     place = (
         cuda.line(document["cuda"])
         if document["device"] == "cuda"

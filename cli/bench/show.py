@@ -10,7 +10,7 @@ import click
 
 from .. import files
 from . import plot, report
-from .compare import read
+from .compare import other_schema, read
 
 STANDARD_OUTPUT = Path("-")
 
@@ -28,10 +28,8 @@ def show(document: Path, markdown: Path | None, picture: Path | None) -> None:
     outputs = {option: path for option, path in found.items() if path is not None}
     refuse(outputs, (str(document),))
     measured = read(document)
-    if measured.get("schema") != report.SCHEMA:
-        raise click.UsageError(
-            f"{document} has schema {measured.get('schema')}, this cupycorr reads {report.SCHEMA}"
-        )
+    if text := other_schema(measured, document):
+        raise click.UsageError(text)
     write(measured, outputs or {"--markdown": STANDARD_OUTPUT})
 
 
