@@ -24,7 +24,8 @@ def correlate(
     """Compute a cost volume; see `cupycorr.correlation`."""
     one, two = _grouped(fmap1, fmap2, layer, groups, cosine)
     if cosine:
-        scale = _unit_tensor if hasattr(fmap1, "to") else _unit
+        are_tensors = api.library_of(("fmap1",), (fmap1,)).startswith("torch")
+        scale = _unit_tensor if are_tensors else _unit
         one, two = scale(one), scale(two)
     cost = api.correlate(one, two, layer, allow_tf32=allow_tf32)
     if groups is None:

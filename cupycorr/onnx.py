@@ -344,8 +344,8 @@ def _patches(
     columns), where that number stands for a zero, and the rows; it returns (E, P, columns, rows).
     """
     samples, positions, sizes = _sizes(coords)
-    places = op.Split(op.Reshape(coords, _shape(samples, 2, positions)), num_outputs=2, axis=1)
-    x, y = (op.Squeeze(place, _shape(1)) for place in places)
+    flat = op.Reshape(coords, _shape(samples, 2, positions))
+    x, y = (op.Gather(flat, _value(channel), axis=1) for channel in range(2))
     costs: list[Any] = []
     for number, level in enumerate(levels):
         height, width = (_size(level, dim, size) for dim, size in list(enumerate(level.shape))[-2:])

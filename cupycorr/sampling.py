@@ -215,11 +215,10 @@ def _arguments(
     if levels is None:
         named["fmap2"] = fmap2
     else:
-        named |= {f"fmap2[{number}]": level for number, level in enumerate(levels)}
+        named.update((f"fmap2[{number}]", level) for number, level in enumerate(levels))
     named["coords"] = coords
-    named |= {
-        name: index for name, index in (("index1", index1), ("index2", index2)) if index is not None
-    }
+    indices = ("index1", index1), ("index2", index2)
+    named.update((name, index) for name, index in indices if index is not None)
     return tuple(named), tuple(named.values()), levels
 
 

@@ -166,7 +166,7 @@ def _check(
     Graphs that were traced or exported come here with whatever tensors they are given.
     """
     given = {"fmap1": fmap1, "coords": coords, "index1": index1, "index2": index2}
-    given |= {f"fmap2[{number}]": level for number, level in enumerate(levels)}
+    given.update((f"fmap2[{number}]", level) for number, level in enumerate(levels))
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     check(*described(tensors), lookup)
     check_devices(tensors)
