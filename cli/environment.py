@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import click
 
 LIBRARIES = (
-    "numpy", "torch", "spatial-correlation-sampler", "localcorr", "threadpoolctl", "cupy-cuda12x",
-    "cupy-cuda13x", "ml_dtypes", "onnxscript", "pillow",
+    "numpy", "torch", "spatial-correlation-sampler", "taichi", "torchvision", "localcorr",
+    "fused-local-corr", "threadpoolctl", "cupy-cuda12x", "cupy-cuda13x", "ml_dtypes", "onnxscript",
+    "pillow",
 )  # fmt: skip
 
 

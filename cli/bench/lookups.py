@@ -39,6 +39,7 @@ class Implementation(NamedTuple):
     look : (fmap1, prepared, coords, lookup) -> cost
     vjp : (grad_cost, fmap1, prepared, coords, lookup) -> gradients of fmap1 and of what is
         prepared; None for autograd's
+    has_gradients : whether it has those of both maps
     """
 
     name: str
@@ -46,6 +47,7 @@ class Implementation(NamedTuple):
     prepare: Callable[[Any, Any, Lookup], tuple[Any, ...]]
     look: Callable[[Any, tuple[Any, ...], Any, Lookup], Any]
     vjp: Callable[[Any, Any, tuple[Any, ...], Any, Lookup], Sequence[Any]] | None = None
+    has_gradients: bool = True
 
 
 def ours(engine: str) -> Implementation:
@@ -194,8 +196,10 @@ def _steps(
                     if p.grad_fn is not None]  # fmt: skip
         return _autograd(outputs, (fmap1, fmap2), upstream) if outputs else ()
 
-    steps: dict[str, Callable[[dict[str, Any]], Any]]
-    steps = {"prepare": prepare, "forward": forward, "backward": backward}
+    steps: dict[str, Callable[[dict[str, Any]], Any]] = {"prepare": prepare, "forward": forward}
+    if not one.has_gradients:
+        return steps
+    steps["backward"] = backward
     return steps | ({"prepare backward": prepare_backward} if one.vjp is None else {})
 
 
@@ -255,7 +259,9 @@ def _mistake(
     unit = DTYPES[dtype]
     stores = lookup.levels * int(unit.rounding / DTYPES[unit.accumulator].rounding)
     bounds = [("cost", cost, reference.cost, problem.shape[1] + 6)]
-    if one.vjp is None:
+    if not one.has_gradients:
+        pass
+    elif one.vjp is None:
         grad1, grad2 = _autograd(cost, (fmap1, fmap2), grad.to(cost.dtype))
         bounds += [("grad_fmap1", grad1, reference.grads[0], corners + 6),
                    ("grad_fmap2", grad2, reference.grad_fmap2, positions + stores)]  # fmt: skip
@@ -284,8 +290,7 @@ def volume(fmap1: Tensor, fmap2: Tensor, lookup: Lookup) -> tuple[Tensor, ...]:
     """
     from torch.nn import functional
 
-    if fmap1.element_size() < 4:
-        fmap1, fmap2 = fmap1.float(), fmap2.float()
+    fmap1, fmap2 = _wide(fmap1, fmap2)
     (samples, channels, height, width), is_row = fmap1.shape, _is_row(lookup)
     if is_row:
         one, two = fmap1.permute(0, 2, 3, 1), fmap2.permute(0, 2, 1, 3)
@@ -326,7 +331,43 @@ def sample(fmap1: Tensor, levels: tuple[Tensor, ...], coords: Tensor, lookup: Lo
     return (cost.transpose(2, 3) if lookup.x_first else cost).contiguous()
 
 
-def localcorr(fmap1: Tensor, maps: tuple[Tensor, ...], coords: Tensor, lookup: Lookup) -> Tensor:
+def torchvision_volume(fmap1: Tensor, fmap2: Tensor, lookup: Lookup) -> tuple[Tensor, ...]:
+    """Prepare the volume of torchvision's RAFT."""
+    block = _torchvision_block(lookup)
+    block.build_pyramid(*_wide(fmap1, fmap2))
+    return tuple(block.corr_pyramid)
+
+
+def torchvision(fmap1: Tensor, levels: tuple[Tensor, ...], coords: Tensor, lookup: Lookup) -> Any:
+    """Look up the volume of torchvision's RAFT."""
+    block = _torchvision_block(lookup)
+    block.corr_pyramid = list(levels)
+    return _ordered(block.index_pyramid(coords), lookup)
+
+
+def _torchvision_block(lookup: Lookup) -> Any:
+    from torchvision.models.optical_flow.raft import CorrBlock
+
+    return CorrBlock(num_levels=lookup.levels, radius=lookup.radius[0])
+
+
+def raft_volume(fmap1: Tensor, fmap2: Tensor, lookup: Lookup) -> tuple[Tensor, ...]:
+    """Prepare the volume of RAFT's own program, whose folder core must be on Python's path."""
+    from corr import CorrBlock
+
+    return tuple(CorrBlock(*_wide(fmap1, fmap2), lookup.levels, lookup.radius[0]).corr_pyramid)
+
+
+def raft(fmap1: Tensor, levels: tuple[Tensor, ...], coords: Tensor, lookup: Lookup) -> Any:
+    """Look up the volume of RAFT's own program."""
+    from corr import CorrBlock
+
+    block = CorrBlock.__new__(CorrBlock)  # without another volume
+    block.num_levels, block.radius, block.corr_pyramid = lookup.levels, lookup.radius[0], levels
+    return _ordered(block(coords), lookup)
+
+
+def localcorr(fmap1: Tensor, maps: tuple[Tensor, ...], coords: Tensor, lookup: Lookup) -> Any:
     """Call localcorr: its kernels in Triton, or on the CPU its form in standard operations."""
     radius, levels = lookup.radius[0], lookup.levels
     if fmap1.is_cuda:
@@ -340,9 +381,54 @@ def localcorr(fmap1: Tensor, maps: tuple[Tensor, ...], coords: Tensor, lookup: L
             fmap1, maps[0], coords, num_levels=levels, radius=radius
         )
         cost = cost / fmap1.shape[1] ** 0.5
-    width, height = lookup.patch_size
-    result: Tensor = cost.reshape(len(coords), levels, width, height, *coords.shape[2:])
+    return _ordered(cost, lookup)
+
+
+def points(fmap1: Tensor, fmap2: Tensor, lookup: Lookup) -> tuple[Tensor, ...]:
+    """Prepare pixels (N, H W, C) and levels (N, H, W, C) for fused-local-corr."""
+    from torch.nn import functional
+
+    levels = [fmap2]
+    for _ in range(1, lookup.levels):
+        levels.append(functional.avg_pool2d(levels[-1], lookup.pool))
+    pixels = fmap1.flatten(2).transpose(1, 2)
+    return pixels.contiguous(), *(level.permute(0, 2, 3, 1).contiguous() for level in levels)
+
+
+def fused_local_corr(
+    fmap1: Tensor, maps: tuple[Tensor, ...], coords: Tensor, lookup: Lookup
+) -> Any:
+    """Call fused-local-corr at each point of the patches; it has no gradient of the second map."""
+    import torch
+    from local_corr import local_corr
+
+    samples, _, height, width = coords.shape
+    steps = torch.cartesian_prod(*(
+        torch.tensor(list(axis), dtype=coords.dtype, device=coords.device)
+        for axis in lookup.displacements
+    )).flip(1)  # fmt: skip
+    costs = []
+    for number, level in enumerate(maps[1:]):
+        pools = coords.new_tensor([pool**number for pool in lookup.pool[::-1]])
+        centres = coords.flatten(2).transpose(1, 2) / pools
+        # Its pixels reach from 0 to 1, and it reads strides of points as if they had none.
+        at = (centres.unsqueeze(2) + steps + 0.5).contiguous()
+        costs.append(local_corr(maps[0], level, at, mode="bilinear"))
+    cost = torch.stack(costs, 1).transpose(2, 3) / fmap1.shape[1] ** 0.5
+    cost = cost.reshape(samples, lookup.levels, *lookup.patch_size, height, width)
+    return cost.transpose(2, 3) if lookup.x_first else cost
+
+
+def _ordered(cost: Any, lookup: Lookup) -> Any:
+    """Give the channels of RAFT's blocks, x first, the axes of a cost."""
+    height, width = lookup.patch_size
+    result = cost.reshape(len(cost), lookup.levels, width, height, *cost.shape[-2:])
     return result if lookup.x_first else result.transpose(2, 3)
+
+
+def _wide(*fmaps: Tensor) -> tuple[Tensor, ...]:
+    """Return maps in float32 at least, as RAFT gives them to its volume."""
+    return tuple(fmap.float() if fmap.element_size() < 4 else fmap for fmap in fmaps)
 
 
 def _is_row(lookup: Lookup) -> bool:
@@ -361,23 +447,49 @@ def _volume_obstacle(
     return peers.too_large(needed, device)
 
 
-def _localcorr_obstacle(
-    shape: tuple[int, int, int, int], lookup: Lookup, dtype: str, device: str
+def _square_obstacle(
+    dtypes: tuple[str, ...],
+    shape: tuple[int, int, int, int],
+    lookup: Lookup,
+    dtype: str,
+    device: str,
 ) -> str | None:
-    radius = lookup.radius[0]
-    if Lookup(radius, lookup.levels, order=lookup.order) != lookup:
+    if Lookup(lookup.radius[0], lookup.levels, order=lookup.order) != lookup:
         return "has only square patches without dilation, and levels of half the size"
-    return None if dtype == "float32" else f"does not compute in {dtype}"
+    return None if dtype in dtypes else f"does not compute in {dtype}"
 
 
+def _block_obstacle(
+    dtypes: tuple[str, ...],
+    shape: tuple[int, int, int, int],
+    lookup: Lookup,
+    dtype: str,
+    device: str,
+) -> str | None:
+    square = _square_obstacle(dtypes, shape, lookup, dtype, device)
+    return square or _volume_obstacle(shape, lookup, dtype, device)
+
+
+_SINGLE = ("float16", "bfloat16", "float32")
 IMPLEMENTATIONS = {
     one.name: one
     for one in (
         Implementation("torch-volume", "torch", volume, sample),
+        Implementation("torchvision", "torch", torchvision_volume, torchvision),
+        Implementation("raft", "torch", raft_volume, raft),
         Implementation("localcorr", "torch", lambda fmap1, fmap2, _: (fmap2,), localcorr),
+        Implementation(
+            "fused-local-corr", "torch", points, fused_local_corr, has_gradients=False
+        ),
     )
-}
+}  # fmt: skip
 PEERS = {
-    "torch-volume": peers.Peer("torch-volume", "torch", sample, _volume_obstacle),
-    "localcorr": peers.Peer("localcorr", "localcorr", localcorr, _localcorr_obstacle),
+    name: peers.Peer(name, module, IMPLEMENTATIONS[name].look, obstacle)
+    for name, module, obstacle in (
+        ("torch-volume", "torch", _volume_obstacle),
+        ("torchvision", "torchvision", partial(_block_obstacle, (*_SINGLE, "float64"))),
+        ("raft", "corr", partial(_block_obstacle, _SINGLE)),
+        ("localcorr", "localcorr", partial(_square_obstacle, ("float32",))),
+        ("fused-local-corr", "local_corr", partial(_square_obstacle, ("float32",))),
+    )
 }

@@ -3,13 +3,17 @@
 The three written here are what people use in plain torch: slices of a padded map, one product per
 displacement; ``unfold``, all displacements copied side by side; and the products of all pairs of
 positions, of which the wanted ones are gathered. Each covers every geometry, and sums the taps
-after the channels as this package does. Two more are used if they are installed: a compiled
-extension, and kernels in Triton that run on a GPU only.
+after the channels as this package does. Three more are used if Python finds them: a compiled
+extension, a layer in Taichi, and kernels in Triton that run on a GPU only.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 from collections.abc import Callable
+from functools import cache, partial
 from math import gcd, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -164,6 +168,29 @@ def triton(fmap1: Tensor, fmap2: Tensor, layer: Layer) -> Tensor:
     return cost
 
 
+def taichi(fmap1: Tensor, fmap2: Tensor, layer: Layer) -> Tensor:
+    """Call CorrTaichi, of a module corr_taichi that belongs to no package."""
+    _start_taichi(fmap1.device.type)
+    from corr_taichi import CorrTaichi
+
+    (patch, _), (spacing, _) = layer.geometry.patch_size, layer.geometry.dilation_patch
+    cost: Tensor = CorrTaichi(patch // 2 * spacing, spacing)(fmap1, fmap2)
+    return cost.reshape(layer.geometry.cost_shape(fmap1.shape))
+
+
+@cache
+def _start_taichi(device: str) -> None:
+    """Start Taichi, silently, on as many threads as torch has."""
+    os.environ.setdefault("ENABLE_TAICHI_HEADER_PRINT", "0")
+    import taichi
+    import torch
+
+    arch = taichi.cuda if device == "cuda" else taichi.cpu
+    count = torch.get_num_threads()
+    with contextlib.redirect_stdout(io.StringIO()):
+        taichi.init(arch=arch, cpu_max_num_threads=count, log_level=taichi.ERROR)
+
+
 def _lattices(shape: tuple[int, ...], geometry: Geometry) -> tuple[_Lattice, _Lattice]:
     """Lay out both axes: positions gcd(stride, dilation) apart hold all taps."""
     lattices = []
@@ -247,13 +274,17 @@ def _sampler_obstacle(
     return None
 
 
-def _triton_obstacle(
-    shape: tuple[int, int, int, int], geometry: Geometry, dtype: str, device: str
+def _plain_obstacle(
+    dtypes: tuple[str, ...],
+    shape: tuple[int, int, int, int],
+    geometry: Geometry,
+    dtype: str,
+    device: str,
 ) -> str | None:
     patch, spacing = geometry.patch_size[0], geometry.dilation_patch[0]
     if patch % 2 == 0 or geometry != Geometry(patch_size=patch, dilation_patch=spacing):
         return "has only square centred patches of odd size, without taps, stride and padding"
-    if dtype not in ("float16", "float32"):
+    if dtype not in dtypes:
         return f"does not compute in {dtype}"
     return _never(shape, geometry, dtype, device)
 
@@ -281,7 +312,10 @@ PEERS = {
         Peer("torch-slices", "torch", slices, _never, l1=True),
         Peer("torch-unfold", "torch", unfold, _unfold_obstacle, l1=True),
         Peer("torch-all-pairs", "torch", all_pairs, _all_pairs_obstacle),
-        Peer("localcorr", "localcorr", triton, _triton_obstacle, cpu=False),
+        Peer("taichi", "corr_taichi", taichi,
+             partial(_plain_obstacle, ("float16", "float32", "float64"))),
+        Peer("localcorr", "localcorr", triton,
+             partial(_plain_obstacle, ("float16", "float32")), cpu=False),
     )
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from command import invoke
 from cupycorr.cli import cuda, options
-from cupycorr.cli.bench import lookups, measure
+from cupycorr.cli.bench import lookups, measure, peers
 from cupycorr.cli.presets import PRESETS
 
 from cupycorr import Lookup, sampling
@@ -191,11 +191,15 @@ def test_positions_of_stereo_stay_in_their_row():
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_the_volume_of_all_pairs_agrees_with_ours(name, dtype):
-    pytest.importorskip("torch")
-    problem = PROBLEMS[name]
+@pytest.mark.parametrize("other", lookups.PEERS)
+def test_others_agree_with_ours_wherever_they_apply(other, name, dtype):
+    peer, problem = lookups.PEERS[other], PROBLEMS[name]
+    missing = peers.missing(peer, "product")
+    obstacle = missing or peer.obstacle(problem.shape, problem.lookup, dtype, "cpu")
+    if obstacle is not None:
+        pytest.skip(obstacle)
     reference = lookups._reference(problem, dtype)
-    for one in (lookups.ours("torch"), lookups.IMPLEMENTATIONS["torch-volume"]):
+    for one in (lookups.ours("torch"), lookups.IMPLEMENTATIONS[other]):
         assert lookups._mistake(one, problem, dtype, lambda: reference) is None
 
 
@@ -210,6 +214,15 @@ def test_a_wrong_volume_is_reported_and_not_timed(tmp_path, monkeypatch):
     out, _, problem = measured(tmp_path, "--against", "torch-volume")
     assert re.search(r"^torch-volume: wrong: cost: \d+ of \d+ values differ", out, re.MULTILINE)
     assert problem["implementations"][1]["status"] == "wrong"
+
+
+def test_what_has_no_gradients_is_timed_forward_alone(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    forward = lookups.IMPLEMENTATIONS["torch-volume"]._replace(has_gradients=False)
+    monkeypatch.setitem(lookups.IMPLEMENTATIONS, "torch-volume", forward)
+    out, _, problem = measured(tmp_path, "--against", "torch-volume")
+    assert re.search(r"^torch-volume  12 lookups with preparation: [^,]*; ", out, re.MULTILINE)
+    assert {*problem["implementations"][1]} == {"name", "status", "prepare", "forward"}
 
 
 def test_a_wrong_gradient_of_ours_makes_bench_exit_1(monkeypatch):
@@ -232,7 +245,7 @@ def test_all_measures_lookups_against_those_of_others(tmp_path):
     pytest.importorskip("torch")
     out, _, problem = measured(tmp_path, "--against", "all", "--flow", "rough")
     status = {one["name"]: one["status"] for one in problem["implementations"]}
-    assert list(status) == ["cupycorr numpy", "torch-volume", "localcorr"]
+    assert sorted(status) == sorted(["cupycorr numpy", *lookups.PEERS])
     assert status["torch-volume"] == "timed"
     volume = problem["implementations"][1]
     assert volume["prepare"]["output_bytes"] == 4 * 99 * (99 + 20)

@@ -91,8 +91,10 @@ ROOMS = {
         8,
         NUMPY | {"click", "rich"},
         TORCH
-        | {"PIL", "cupy", "localcorr", "matplotlib", "ml_dtypes"}
-        | {"spatial_correlation_sampler", "threadpoolctl"},
+        | {"PIL", "cupy", "matplotlib", "ml_dtypes", "threadpoolctl"}
+        # What bench measures against.
+        | {"corr", "corr_taichi", "local_corr", "localcorr", "spatial_correlation_sampler"}
+        | {"taichi", "torchvision"},
     ),
 }
 
