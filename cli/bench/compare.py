@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,10 +55,8 @@ def compare(a: Path, b: Path, anyway: bool) -> None:
     """
     documents = read(a), read(b)
     _refuse(documents, (a, b), anyway)
-    try:
+    with complete():
         rows = list(_rows(*documents))
-    except (KeyError, TypeError) as error:
-        raise click.UsageError(f"the documents lack a field of schema {SCHEMA}: {error}") from None
     if not rows:
         raise click.UsageError("the documents have no row in common")
     _show(rows)
@@ -80,6 +79,15 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or "problems" not in document:
         raise click.UsageError(f"{path} is no document of cupycorr bench --json")
     return document
+
+
+@contextlib.contextmanager
+def complete() -> Iterator[None]:
+    """Refuse documents that lack what is read here."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        raise click.UsageError(f"a document lacks a field of schema {SCHEMA}: {error}") from None
 
 
 def other_schema(document: dict[str, Any], path: Path) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
+from collections.abc import Iterator
 from statistics import fmean, median
 from typing import Any
 
@@ -32,6 +33,10 @@ COLUMNS = {
 SHOWN = ("min", "median", "q1-q3", "runs", "GEMM", "GFMA/s", "GB/s", "copy", "host",
          "extra MB", "first", "vs ours")  # fmt: skip
 """The columns from left to right."""
+LEFT_OUT = ("vs ours", "runs", "first")
+"""The columns that a page's table has no room for."""
+ENGINES = ("cupycorr torch", "cupycorr numpy", "cupycorr cupy", "cupycorr plain")
+"""Ours, the first of which that was timed is compared with others."""
 TIMES = ("min", "median", "q1-q3", "host", "first")
 NOISY = 0.1
 """Part of the median that lies between the quartiles of a machine that does something else too."""
@@ -227,8 +232,7 @@ def show(
 def _ours(problem: dict[str, Any]) -> dict[str, Any] | None:
     """Return the row of this package that others are compared with."""
     timed = {one["name"]: one for one in problem["implementations"] if one["status"] == "timed"}
-    engines = ("cupycorr torch", "cupycorr numpy", "cupycorr cupy", "cupycorr plain")
-    return next((timed[name] for name in engines if name in timed), None)
+    return next((timed[name] for name in ENGINES if name in timed), None)
 
 
 def _unit(seconds: float) -> str:
@@ -343,41 +347,85 @@ def _peer_line(one: dict[str, Any], scale: str) -> str:
 
 def _together(one: dict[str, Any]) -> str:
     """Return what a network's lookups take with their preparation, and what is kept for them."""
-    least = {step: one[step]["min"] for step in ALL_PASSES if step in one}
-    forward = least["prepare"] + LOOKUPS * least["forward"]
-    text = f"{one['name']}  {LOOKUPS} lookups with preparation: {1e3 * forward:.1f} ms"
-    if "prepare backward" in least:
-        both = forward + LOOKUPS * least["backward"] + least["prepare backward"]
-        text += f", with gradients {1e3 * both:.1f} ms"
+    forward, *both = (f"{1e3 * seconds:.1f} ms" for seconds in lookups(one).values())
+    text = f"{one['name']}  {LOOKUPS} lookups with preparation: {forward}"
+    text += "".join(f", with gradients {seconds}" for seconds in both)
     return f"{text}; prepared: {number(one['prepare']['output_bytes'] / 1e6)} MB"
 
 
+def lookups(one: dict[str, Any]) -> dict[str, float]:
+    """Return the least seconds of a network's lookups with their preparation, and of gradients."""
+    least = {step: one[step]["min"] for step in ALL_PASSES if step in one}
+    forward = least["prepare"] + LOOKUPS * least["forward"]
+    seconds = {f"{LOOKUPS} lookups": forward}
+    if "prepare backward" in least:
+        both = forward + LOOKUPS * least["backward"] + least["prepare backward"]
+        seconds["with gradients"] = both
+    return seconds
+
+
 def markdown(document: dict[str, Any]) -> str:
-    """Return the document as a page's table, in milliseconds."""
+    """Return the document as a page's table: a row for each pass, a column for each of others."""
     machine = document["machine"]
-    libraries = environment.versions(machine)
     place = (
         cuda.line(document["cuda"])
         if document["device"] == "cuda"
         else f"{machine['processor']}, {document['threads']} threads"
     )
-    columns = [column for column in SHOWN if column in COLUMNS[document["device"]]]
-    titles = ["case", "implementation", "pass"]
-    titles += [f"{column} ms" if column in TIMES else column for column in columns]
-    rows, notes = [titles, ["---"] * len(titles)], []
+    names = dict.fromkeys(
+        one["name"]
+        for problem in document["problems"]
+        for one in problem["implementations"]
+        if one["status"] == "timed"
+    )
+    ours = next((name for name in ENGINES if name in names), "")
+    others = [name for name in names if name != ours]
+    columns = [c for c in SHOWN if c in COLUMNS[document["device"]] and c not in LEFT_OUT]
+    rows = [["case", "pass", *(f"{c} ms" if c in TIMES else c for c in columns), *others]]
+    rows.append(["---"] * len(rows[0]))
+    cases: dict[str, list[str]] = {text: [] for text in document["warnings"]}
     for problem in document["problems"]:
-        ours = _ours(problem)
-        for one in problem["implementations"]:
-            if one["status"] != "timed":
-                notes.append(f"{problem['name']}, {one['name']}: {one['status']}: {one['reason']}")
-            for step in (step for step in ALL_PASSES if step in one):
-                cells = _cells(document, problem, one, ours, step, "ms")
-                rows.append([problem["name"], one["name"], step, *(cells[c] for c in columns)])
-        notes += [f"{problem['name']}: {text}" for text in problem["warnings"]]
-    lines = [f"{place}; {document['dtype']}; {libraries}.", ""]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    notes = [*document["warnings"], *notes]
-    return "\n".join([*lines, *([""] if notes else []), *(f"- {note}" for note in notes)])
+        for step, cells in _page_rows(document, problem, ours):
+            known = (cells.get(title, "") for title in (*columns, *others))
+            rows.append([problem["name"], step, *known])
+        texts = [
+            f"{one['name']}: {one['status']}: {one['reason']}"
+            for one in problem["implementations"]
+            if one["status"] != "timed"
+        ]
+        for text in (*texts, *problem["warnings"]):
+            cases.setdefault(text, []).append(problem["name"])
+    notes = [f"- {text}" + (f" ({'; '.join(found)})" if found else "")
+             for text, found in cases.items()]  # fmt: skip
+    meaning = [f"Columns up to {columns[-1]} are of {ours}"] if ours else []
+    meaning += ["others: least time in ms, and how often ours"] if ours and others else []
+    about = [f"{place}; {document['dtype']}; {environment.versions(machine)}", "; ".join(meaning)]
+    table = [f"| {' | '.join(row)} |" for row in rows]
+    head = f"{'. '.join(filter(None, about))}."
+    return "\n".join([head, "", *table, *([""] if notes else []), *notes])
+
+
+def _page_rows(
+    document: dict[str, Any], problem: dict[str, Any], ours: str
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the name of each pass, and what stands in its columns."""
+    timed = {one["name"]: one for one in problem["implementations"] if one["status"] == "timed"}
+    least = {
+        name: {step: one[step]["min"] for step in ALL_PASSES if step in one}
+        | (lookups(one) if "lookup" in problem else {})
+        for name, one in timed.items()
+    }
+    own = timed.get(ours, {})
+    for step in dict.fromkeys(step for steps in least.values() for step in steps):
+        base = least.get(ours, {}).get(step)
+        cells = {} if base is None else {"min": number(1e3 * base)}
+        if step in own:
+            cells = _cells(document, problem, own, own, step, "ms")
+        for name, steps in least.items():
+            if name != ours and step in steps:
+                ratio = "" if base is None else f" ({number(steps[step] / base)} x)"
+                cells[name] = number(1e3 * steps[step]) + ratio
+        yield step, cells
 
 
 def number(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 
 from .. import files
 from . import plot, report
-from .compare import other_schema, read
+from .compare import complete, other_schema, read
 
 STANDARD_OUTPUT = Path("-")
 
@@ -30,7 +31,8 @@ def show(document: Path, markdown: Path | None, picture: Path | None) -> None:
     measured = read(document)
     if text := other_schema(measured, document):
         raise click.UsageError(text)
-    write(measured, outputs or {"--markdown": STANDARD_OUTPUT})
+    with complete():
+        write(measured, outputs or {"--markdown": STANDARD_OUTPUT})
 
 
 def refuse(outputs: dict[str, Path], inputs: tuple[str, ...]) -> None:
@@ -50,10 +52,15 @@ def write(document: dict[str, Any], outputs: dict[str, Path]) -> None:
         if option == "--plot":
             content = plot.picture(document, path.suffix.lstrip("."))
         else:
-            as_json = option == "--json"
-            text = json.dumps(document, indent=1) if as_json else report.markdown(document)
+            text = report.markdown(document) if option == "--markdown" else _json(document)
             content = f"{text}\n".encode()
         if path == STANDARD_OUTPUT:
             click.echo(content.decode(), nl=False)
         else:
             files.write(path, content)
+
+
+def _json(document: dict[str, Any]) -> str:
+    """Return the document's text, with each list of numbers in one line."""
+    text = json.dumps(document, indent=1)
+    return re.sub(r"\[\n([^][{}\"]*)\]", lambda found: f"[{' '.join(found[1].split())}]", text)

@@ -193,7 +193,7 @@ def test_only_equal_problems_are_compared(compared):
         ("no json", "b.json is no JSON document"),
         ("[1]", "b.json is no document of cupycorr bench --json"),
         ("{}", "b.json is no document of cupycorr bench --json"),
-        (json.dumps(changed(FORWARD, {"median": 1})), "lack a field of schema"),
+        (json.dumps(changed(FORWARD, {"median": 1})), "lacks a field of schema"),
     ],
 )
 def test_a_file_that_is_no_document_is_refused(compared, text, message):

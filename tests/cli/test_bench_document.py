@@ -113,19 +113,41 @@ def test_markdown_is_a_table_of_every_pass(tmp_path):
     outcome = invoke("bench", "cpu", *words, "--markdown", file)
     assert outcome.exit_code == 0, outcome.output
     lines = file.read_text().splitlines()
-    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    rows = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    rows = [[cell.strip() for cell in row] for row in rows]
     assert {len(row) for row in rows} == {len(rows[0])}
-    assert len(rows) == 2 + 2 * 2 * 2  # values, engines, passes
-    one = json.loads(document.read_text())["problems"][1]["implementations"][0]["backward"]
+    assert len(rows) == 2 + 2 * 2  # values, passes
+    assert rows[0][-2:] == ["extra MB", "cupycorr numpy"]
+    numpy, ours, _ = json.loads(document.read_text())["problems"][1]["implementations"]
+    assert [one["name"] for one in (numpy, ours)] == ["cupycorr numpy", "cupycorr torch"]
     shown = dict(zip(rows[0], rows[5], strict=True))
-    assert (shown["case"], shown["implementation"]) == ("options, patch=1", "cupycorr torch")
-    shown = dict(zip(rows[0], rows[7], strict=True))
     assert (shown["case"], shown["pass"]) == ("options, patch=3", "backward")
-    assert shown["median ms"] == report.number(1e3 * one["median"])
-    assert shown["q1-q3 ms"] == "-".join(report.number(1e3 * one[key]) for key in ("q1", "q3"))
+    least, other = (one["backward"]["min"] for one in (ours, numpy))
+    assert shown["min ms"] == report.number(1e3 * least)
+    assert shown["median ms"] == report.number(1e3 * ours["backward"]["median"])
+    quartiles = (report.number(1e3 * ours["backward"][key]) for key in ("q1", "q3"))
+    assert shown["q1-q3 ms"] == "-".join(quartiles)
+    wanted = f"{report.number(1e3 * other)} ({report.number(other / least)} x)"
+    assert shown["cupycorr numpy"] == wanted
     assert "- a warning" in lines
-    assert "- options, patch=3: noise" in lines
-    assert "- options, patch=1, torch-slices: skipped: is asked for nothing" in lines
+    assert "- noise (options, patch=1; options, patch=3)" in lines
+    skipped = "- torch-slices: skipped: is asked for nothing"
+    assert f"{skipped} (options, patch=1; options, patch=3)" in lines
+
+
+def test_markdown_adds_up_the_lookups_of_a_pair(tmp_path):
+    pytest.importorskip("torch")
+    words = ["-b", "1", "-c", "4", "--height", "9", "-w", "11", "--radius", "1", "-r", "2"]
+    document = written(tmp_path, "cpu", *words, "--against", "torch-volume")
+    shown = invoke("bench", "show", tmp_path / "bench.json").stdout.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in shown if line.startswith("|")]
+    titles, *rows = rows[:1] + rows[2:]
+    assert [row[2] for row in rows] == [*measure.ALL_PASSES, "12 lookups", "with gradients"]
+    for one in document["problems"][0]["implementations"][1:]:
+        least = {step: one[step]["min"] for step in measure.ALL_PASSES}
+        wanted = sum(n * t for n, t in zip((1, 12, 12, 1), least.values(), strict=True))
+        column = titles.index("min ms" if one["name"] == "cupycorr torch" else one["name"])
+        assert rows[-1][column].split(" ")[0] == report.number(1e3 * wanted)
 
 
 @pytest.mark.parametrize("option", ["--json", "--markdown"])
@@ -134,7 +156,7 @@ def test_a_dash_writes_nothing_else_to_standard_output(option):
     if option == "--json":
         assert json.loads(out)["schema"] == report.SCHEMA
     else:
-        assert out.splitlines()[2].startswith("| case | implementation | pass | min ms |")
+        assert out.splitlines()[2].startswith("| case | pass | min ms |")
 
 
 @pytest.mark.parametrize(
@@ -338,3 +360,7 @@ def test_a_document_is_shown_as_it_was_written(tmp_path):
     refused = invoke("bench", "show", tmp_path / "bench.json")
     assert refused.exit_code == 2
     assert f"has schema {report.SCHEMA + 1}" in refused.stderr
+    (tmp_path / "bench.json").write_text(json.dumps(document | {"machine": {}}))
+    refused = invoke("bench", "show", tmp_path / "bench.json")
+    assert refused.exit_code == 2
+    assert "lacks a field of schema" in refused.stderr
