@@ -131,6 +131,7 @@ class Worker:
 
     def volumes(self):
         """Return of each volume or lookup asked of cupycorr what is wrong with it, or None."""
+        from cupycorr.compat import blocks
         from cupycorr.cpu import engine as numpy_engine
         from cupycorr.cpu import lookup as numpy_lookup
 
@@ -146,6 +147,7 @@ class Worker:
         with (
             mock.patch.object(numpy_engine, "run", run),
             mock.patch.object(numpy_lookup, "run", run_lookup),
+            mock.patch.object(blocks, "SMALL", 0),  # all lookups reach the engine
             self.torch.no_grad(),
         ):
             self._new()({"images": self.images})

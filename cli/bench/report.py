@@ -22,6 +22,7 @@ SCHEMA = 1
 SCALES = {"s": 1.0, "ms": 1e3, "us": 1e6}
 LOOKUPS = 12
 """Lookups of a pair of maps in one pass of RAFT."""
+TOGETHER = (f"{LOOKUPS} lookups", "with gradients")
 WIDTH = 100
 """Columns of the screen where that is no terminal, and at most."""
 COLUMNS = {
@@ -357,11 +358,10 @@ def lookups(one: dict[str, Any]) -> dict[str, float]:
     """Return the least seconds of a network's lookups with their preparation, and of gradients."""
     least = {step: one[step]["min"] for step in ALL_PASSES if step in one}
     forward = least["prepare"] + LOOKUPS * least["forward"]
-    seconds = {f"{LOOKUPS} lookups": forward}
-    if "prepare backward" in least:
-        both = forward + LOOKUPS * least["backward"] + least["prepare backward"]
-        seconds["with gradients"] = both
-    return seconds
+    if "prepare backward" not in least:
+        return {TOGETHER[0]: forward}
+    both = forward + LOOKUPS * least["backward"] + least["prepare backward"]
+    return dict(zip(TOGETHER, (forward, both), strict=True))
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -393,15 +393,16 @@ def markdown(document: dict[str, Any]) -> str:
             for one in problem["implementations"]
             if one["status"] != "timed"
         ]
-        for text in (*texts, *problem["warnings"]):
+        if problem["warnings"]:
+            texts.append(f"quartiles are over {NOISY:.0%} of a median apart")
+        for text in texts:
             cases.setdefault(text, []).append(problem["name"])
     notes = [f"- {text}" + (f" ({'; '.join(found)})" if found else "")
              for text, found in cases.items()]  # fmt: skip
-    meaning = [f"Columns up to {columns[-1]} are of {ours}"] if ours else []
-    meaning += ["others: least time in ms, and how often ours"] if ours and others else []
-    about = [f"{place}; {document['dtype']}; {environment.versions(machine)}", "; ".join(meaning)]
+    head = f"{place}; {document['dtype']}; {environment.versions(machine)}."
+    head += f" Up to {columns[-1]}: {ours}." if ours else ""
+    head += " Others: least time in ms, and over ours." if ours and others else ""
     table = [f"| {' | '.join(row)} |" for row in rows]
-    head = f"{'. '.join(filter(None, about))}."
     return "\n".join([head, "", *table, *([""] if notes else []), *notes])
 
 
@@ -416,16 +417,24 @@ def _page_rows(
         for name, one in timed.items()
     }
     own = timed.get(ours, {})
-    for step in dict.fromkeys(step for steps in least.values() for step in steps):
+    for step in (*ALL_PASSES, *TOGETHER):
+        if not any(step in steps for steps in least.values()):
+            continue
         base = least.get(ours, {}).get(step)
         cells = {} if base is None else {"min": number(1e3 * base)}
         if step in own:
             cells = _cells(document, problem, own, own, step, "ms")
         for name, steps in least.items():
             if name != ours and step in steps:
-                ratio = "" if base is None else f" ({number(steps[step] / base)} x)"
-                cells[name] = number(1e3 * steps[step]) + ratio
+                cells[name] = number(1e3 * steps[step])
+                if base is not None:
+                    cells[name] += f" ({_digits(steps[step] / base)} x)"
         yield step, cells
+
+
+def _digits(value: float) -> str:
+    """Show three digits or all before the point."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def number(value: float) -> str:

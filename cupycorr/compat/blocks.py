@@ -1,7 +1,8 @@
 """A pair of maps whose costs a network looks up in each iteration, as channels of a feature map.
 
 Blocks of RAFT-like networks are made once for a pair of maps and called with coordinates. Others
-hold the products of all pairs of positions; this one holds the maps, and computes what is asked.
+hold the products of all pairs of positions; this one holds the maps, and computes what is asked. On
+the CPU samples of products take less time: there those who expect them get them, if they are few.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from torch import Tensor
 
 from cupycorr.lookup import Lookup
 from cupycorr.sampling import correlation_lookup, pyramid
+from cupycorr.volumes import volume_lookup, volume_pyramid
+
+SMALL = 1 << 26
+"""Bytes of the products of all pairs that a block holds at most."""
 
 
 class Block:
@@ -35,11 +40,23 @@ class Block:
         As `cupycorr.pyramid`.
     """
 
+    holds_products = False
+    """Whether products of all pairs may be made once and sampled, on the CPU, where they are few:
+    those of a row, if the lookup stays in it. y of the coordinates must then be that row's."""
+
     def __init__(
         self, fmap1: Tensor, fmap2: Tensor, lookup: Lookup, scale: float | None = None
     ) -> None:
         self.fmap1, self.lookup, self.scale = fmap1, lookup, scale
-        self.levels: tuple[Tensor, ...] = pyramid(fmap2, lookup)
+        in_rows = lookup.radius[0] == 0 and lookup.pool[0] == 1
+        volume = _products(fmap1, fmap2, in_rows) if self.holds_products else None
+        self.products: tuple[Tensor, ...] = ()
+        self.levels: tuple[Tensor, ...] = ()
+        if volume is None:
+            self.levels = pyramid(fmap2, lookup)
+        else:
+            scale = fmap1.shape[1] ** -0.5 if scale is None else scale
+            self.products = volume_pyramid(volume * scale, lookup)
 
     def __call__(self, coords: Tensor) -> Tensor:
         """Compute the costs around coordinates.
@@ -60,10 +77,40 @@ class Block:
             As `cupycorr.correlation_lookup`.
         """
         coords = coordinates(coords, self.fmap1)
-        cost: Tensor = correlation_lookup(
-            self.fmap1, self.levels, coords, self.lookup, scale=self.scale
-        )
+        cost: Tensor
+        if self.products:
+            if self.products[0].shape[-2] == 1:  # each position has a map of one row
+                coords = torch.cat([coords[:, :1], torch.zeros_like(coords[:, :1])], 1)
+            cost = volume_lookup(self.products, coords, self.lookup)
+        else:
+            cost = correlation_lookup(
+                self.fmap1, self.levels, coords, self.lookup, scale=self.scale
+            )
         return cost.flatten(1, 3)
+
+
+def _products(fmap1: Tensor, fmap2: Tensor, in_rows: bool) -> Tensor | None:
+    """Return products of all pairs (N, H1, W1, H, W), or of a row, if they are few; else None."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return None
+    axes = 3 if in_rows else 2
+    if not (
+        isinstance(fmap1, Tensor)  # and nothing that torch.fx traces
+        and isinstance(fmap2, Tensor)
+        and fmap1.dim() == fmap2.dim() == 4
+        and fmap1.shape[:axes] == fmap2.shape[:axes]
+        and fmap1.dtype == fmap2.dtype
+        and fmap1.dtype in (torch.float32, torch.float64)
+        and fmap1.device == fmap2.device == torch.device("cpu")
+    ):
+        return None
+    count = fmap1[:, 0].numel() * fmap2[0, 0, 0 if in_rows else slice(None)].numel()
+    if not 0 < count * fmap1.element_size() <= SMALL:
+        return None
+    if in_rows:
+        return (fmap1.permute(0, 2, 3, 1) @ fmap2.permute(0, 2, 1, 3)).unsqueeze(3)
+    products = fmap1.flatten(2).transpose(1, 2) @ fmap2.flatten(2)
+    return products.view(len(fmap1), *fmap1.shape[2:], *fmap2.shape[2:])
 
 
 def edge_costs(

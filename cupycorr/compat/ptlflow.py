@@ -11,7 +11,7 @@ __all__ = ["AlternateCorrBlock", "CorrBlock", "get_corr_block"]
 
 
 class CorrBlock(Block):
-    """The block of `cupycorr.compat.raft`, which here stays in the maps' dtype.
+    """The `CorrBlock` of `cupycorr.compat.raft`, which here stays in the maps' dtype.
 
     Parameters
     ----------
@@ -20,6 +20,8 @@ class CorrBlock(Block):
     corr_levels, corr_radius : int, optional
         The names that num_levels and radius have in some networks, which came after SEA-RAFT.
     """
+
+    holds_products = True
 
     def __init__(
         self,
@@ -64,7 +66,10 @@ class CorrBlock(Block):
         return super().__call__(coords)
 
 
-AlternateCorrBlock = CorrBlock
+class AlternateCorrBlock(CorrBlock):
+    """The same, which never makes a volume of all pairs."""
+
+    holds_products = False
 
 
 def get_corr_block(
@@ -74,5 +79,6 @@ def get_corr_block(
     radius: int = 4,
     alternate_corr: bool = False,
 ) -> CorrBlock:
-    """Return the block of a pair of maps; alternate_corr makes no difference."""
-    return CorrBlock(fmap1, fmap2, num_levels, radius)
+    """Return the block of a pair of maps."""
+    block = AlternateCorrBlock if alternate_corr else CorrBlock
+    return block(fmap1, fmap2, num_levels, radius)

@@ -1,7 +1,7 @@
 """The correlation blocks of RAFT, and of the many networks that took them over.
 
 They have the names and arguments of RAFT's ``core/corr.py`` and give its channels, so weights that
-were trained with it fit. The volume of all pairs is never made.
+were trained with it fit. The volume of all pairs is made on the CPU alone, and only if it is small.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cupycorr.lookup import Lookup
 
 
 class CorrBlock(Block):
-    """RAFT's block, without its volume of all pairs.
+    """RAFT's block, without its volume of all pairs unless that is small.
 
     Parameters
     ----------
@@ -41,6 +41,8 @@ class CorrBlock(Block):
     >>> corr_fn = CorrBlock(fmap1, fmap2, radius=4)
     >>> corr = corr_fn(coords1)  # (B, 4 * 81, H, W), once per iteration
     """
+
+    holds_products = True
 
     def __init__(self, fmap1: Tensor, fmap2: Tensor, num_levels: int = 4, radius: int = 4) -> None:
         super().__init__(fmap1, fmap2, Lookup(radius, num_levels, order="xy"))
@@ -71,8 +73,11 @@ class AlternateCorrBlock(CorrBlock):
     """RAFT's block on its extension ``alt_cuda_corr``, which stays in the maps' dtype.
 
     The arguments and results are those of `CorrBlock`. Under torch.autocast that block computes in
-    the dtype of the region, as RAFT's matrix product does; this one computes in the maps' dtype.
+    the dtype of the region, as RAFT's matrix product does; this one computes in the maps' dtype. It
+    never makes a volume.
     """
+
+    holds_products = False
 
     def __init__(self, fmap1: Tensor, fmap2: Tensor, num_levels: int = 4, radius: int = 4) -> None:
         with torch.autocast(fmap1.device.type, enabled=False):

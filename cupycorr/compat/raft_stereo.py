@@ -63,10 +63,12 @@ class PytorchAlternateCorrBlock1D(Block):
 
 
 class CorrBlock1D(PytorchAlternateCorrBlock1D):
-    """RAFT-Stereo's block of all pairs in a row (``"reg"``), without its volume.
+    """RAFT-Stereo's block of all pairs in a row (``"reg"``), which makes only a small volume.
 
     The arguments are those of `PytorchAlternateCorrBlock1D`.
     """
+
+    holds_products = True
 
     def __call__(self, coords: Tensor) -> Tensor:
         """Compute the costs around coordinates.

@@ -9,8 +9,12 @@ from cupycorr.compat.blocks import Block
 from cupycorr.lookup import Lookup
 
 
+class _Block(Block):
+    holds_products = True
+
+
 class CorrBlock(torch.nn.Module):
-    """torchvision's block, without its volume of all pairs.
+    """torchvision's block, without its volume of all pairs unless that is small.
 
     Parameters
     ----------
@@ -45,7 +49,7 @@ class CorrBlock(torch.nn.Module):
         TypeError, ValueError
             As `cupycorr.pyramid`.
         """
-        self._block = Block(fmap1, fmap2, self.lookup)
+        self._block = _Block(fmap1, fmap2, self.lookup)
 
     def index_pyramid(self, centroids_coords: Tensor) -> Tensor:
         """Compute the costs around coordinates.

@@ -618,6 +618,19 @@ def test_a_peer_that_needs_too_much_memory_is_skipped_with_the_reason(tmp_path, 
     assert re.search(r"^torch-all-pairs: skipped: needs .* GB", out, re.MULTILINE)
 
 
+def test_memory_that_the_system_would_give_up_counts_as_free(tmp_path, monkeypatch):
+    told = tmp_path / "meminfo"
+    told.write_text("MemTotal:       24683692 kB\nMemFree:  5 kB\nMemAvailable:   23939456 kB\n")
+    monkeypatch.setattr(environment, "MEMORY", told)
+    assert environment.available_memory() == 23939456 * 1024
+    pages = {"SC_AVPHYS_PAGES": 3, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    told.write_text("MemTotal:       24683692 kB\n")  # by an old kernel
+    assert environment.available_memory() == 3 * 4096
+    told.unlink()
+    assert environment.available_memory() == 3 * 4096
+
+
 def test_a_problem_larger_than_memory_is_refused(monkeypatch):
     monkeypatch.setattr(environment, "available_memory", lambda: 1000)
     outcome = invoke("bench", "cpu", *SMALL)

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 from cupycorr.compat import (  # noqa: E402
     alt_cuda_corr,
     altcorr,
+    blocks,
     corr_sampler,
     droid,
     local_corr,
@@ -285,7 +286,15 @@ def differences(ours, formula, arguments, wanted):
     return [verify.difference(got, want) for got, want in zip(*results, strict=True)]
 
 
+@pytest.fixture(params=[0, blocks.SMALL], ids=["on demand", "volume"])
+def most_bytes(request, monkeypatch):
+    """Let blocks hold no volume of all pairs, or a small one."""
+    monkeypatch.setattr(blocks, "SMALL", request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("most_bytes")
 def test_costs_and_gradients_are_the_systems(name):
     case = CASES[name]
     found = differences(case.ours, case.formula, case.arguments, case.grads)
@@ -358,6 +367,7 @@ def test_a_block_of_edges_grows_and_shrinks(index):
 # What RAFT returns is float32, whatever the maps are; others keep the maps' dtype.
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["RAFT", "RAFT-Stereo, reg", "ptlflow", "torchvision"])
+@pytest.mark.usefixtures("most_bytes")
 def test_maps_and_coordinates_of_any_dtype_are_taken(name, dtype):
     case = CASES[name]
     got = case.ours(*(tensor.to(dtype) for tensor in case.arguments))
@@ -519,6 +529,33 @@ def images():
     return tuple(torch.rand(2, 2, 3, 20, 26, generator=generator, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("make", "holds"),
+    [
+        (raft.CorrBlock, True),
+        (raft.AlternateCorrBlock, False),
+        (raft_stereo.CorrBlock1D, True),
+        (raft_stereo.PytorchAlternateCorrBlock1D, False),
+        (ptlflow.CorrBlock, True),
+        (ptlflow.AlternateCorrBlock, False),
+        (lambda *maps: localcorr.get_localcorr_block(*maps, 2, 2), False),
+    ],
+)
+def test_only_blocks_of_all_pairs_hold_products_and_few(make, holds, most_bytes):
+    one, two = torch.rand(2, 1, 4, 16, 24)
+    holds = holds and most_bytes > 0
+    block = make(one, two)
+    assert bool(block.products) == holds
+    assert bool(block.levels) != holds
+    count = 384 * (24 if "1D" in type(block).__name__ else 384)
+    blocks.SMALL = min(most_bytes, 4 * count - 1)
+    assert not make(one, two).products
+    assert not make(one.half(), two.half()).products
+    with torch.autocast("cpu"):
+        assert not make(one, two).products
+
+
+@pytest.mark.usefixtures("most_bytes")
 def test_a_network_computes_and_learns_the_same_with_either_block(loop, images):
     got = flow_and_gradients(loop, images)
     assert got[0].abs().max() > 0.1
