@@ -12,19 +12,24 @@ from cupycorr.cli.bench import plot, report
 
 PAGE = Path(__file__).with_name("speed.md")
 TABLE = re.compile(r"(<!-- (measured/\w+\.json) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+PICTURE = re.compile(r"\]\((measured/\w+)\.svg\)")
 
 
 def main(page=PAGE):
-    """Write the page with tables that are up to date; beside the old one, its pictures too."""
+    """Write the page with tables that are up to date; in its own place, with its pictures."""
+    text = PAGE.read_text(encoding="utf-8")
+    page.write_text(TABLE.sub(table, text), encoding="utf-8")
+    for picture in PICTURE.findall(text) if page == PAGE else ():
+        drawn = plot.picture(read(f"{picture}.json"), "svg")
+        Path(PAGE.parent, f"{picture}.svg").write_bytes(drawn)
 
-    def table(found):
-        document = json.loads((PAGE.parent / found[2]).read_text(encoding="utf-8"))
-        if page == PAGE:
-            picture = (PAGE.parent / found[2]).with_suffix(".svg")
-            picture.write_bytes(plot.picture(document, "svg"))
-        return f"{found[1]}\n{report.markdown(document)}\n\n"
 
-    page.write_text(TABLE.sub(table, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+def table(found):
+    return f"{found[1]}\n{report.markdown(read(found[2]))}\n\n"
+
+
+def read(document):
+    return json.loads(Path(PAGE.parent, document).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -271,7 +271,13 @@ def _logarithmic(axes: Axes, which: str, base: int = 10) -> None:
     getattr(axes, f"set_{which}scale")("log", base=base)
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(lambda value, _: "")
+
+    def minor(value: float, _: object) -> str:
+        low, high = axis.get_view_interval()
+        few = base == 10 and high < 30 * low
+        return f"{value:g}" if few and f"{value:e}"[0] in "25" else ""
+
+    axis.set_minor_formatter(minor)
 
 
 def _roofs(document: Document, problems: list[Document]) -> tuple[float | None, float | None]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import operator_figures
 import pytest
+import speed_tables
 from command import invoke
 
 import cupycorr
@@ -246,6 +247,15 @@ def test_a_diagram_is_what_its_script_draws(name, tmp_path):
     drawn, shown = (Path(folder, f"{name}.svg").read_text() for folder in (tmp_path, ROOT / "docs"))
     assert drawn == shown
     assert any(f"({name}.svg)" in text for text in PAGES.values())
+
+
+def test_the_tables_of_speed_are_what_their_documents_say(tmp_path):
+    speed_tables.main(tmp_path / "speed.md")
+    written = (tmp_path / "speed.md").read_text(encoding="utf-8")
+    assert written == PAGES["docs/speed.md"]
+    names = {name for _, name in speed_tables.TABLE.findall(written)}
+    assert names == {f"measured/{path.name}" for path in ROOT.glob("docs/measured/*.json")}
+    assert all(f"| {step} |" in written for step in ("forward", "backward", "12 lookups"))
 
 
 @pytest.mark.slow
