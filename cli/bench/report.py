@@ -428,7 +428,7 @@ def _page_rows(
             if name != ours and step in steps:
                 cells[name] = number(1e3 * steps[step])
                 if base is not None:
-                    cells[name] += f" ({_digits(steps[step] / base)} x)"
+                    cells[name] += f"\N{NO-BREAK SPACE}({_digits(steps[step] / base)}x)"
         yield step, cells
 
 
