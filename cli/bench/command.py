@@ -434,7 +434,7 @@ def _split(
     what = problem.lookup if isinstance(problem, LookupProblem) else problem.layer.geometry
     for one in implementations:
         peer = (lookups.PEERS if is_lookup else PEERS).get(one.name)
-        obstacle = peer and peer.obstacle(problem.shape, what, dtype, device)
+        obstacle = peer and peer.unable(problem.shape, what, dtype, device)
         if obstacle:
             unable.append(measure.Outcome(one.name, "skipped", obstacle))
             continue

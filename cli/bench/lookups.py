@@ -448,29 +448,20 @@ def _volume_obstacle(
 
 
 def _square_obstacle(
-    dtypes: tuple[str, ...],
-    shape: tuple[int, int, int, int],
-    lookup: Lookup,
-    dtype: str,
-    device: str,
+    shape: tuple[int, int, int, int], lookup: Lookup, dtype: str, device: str
 ) -> str | None:
     if Lookup(lookup.radius[0], lookup.levels, order=lookup.order) != lookup:
         return "has only square patches without dilation, and levels of half the size"
-    return None if dtype in dtypes else f"does not compute in {dtype}"
+    return None
 
 
 def _block_obstacle(
-    dtypes: tuple[str, ...],
-    shape: tuple[int, int, int, int],
-    lookup: Lookup,
-    dtype: str,
-    device: str,
+    shape: tuple[int, int, int, int], lookup: Lookup, dtype: str, device: str
 ) -> str | None:
-    square = _square_obstacle(dtypes, shape, lookup, dtype, device)
+    square = _square_obstacle(shape, lookup, dtype, device)
     return square or _volume_obstacle(shape, lookup, dtype, device)
 
 
-_SINGLE = ("float16", "bfloat16", "float32")
 IMPLEMENTATIONS = {
     one.name: one
     for one in (
@@ -483,13 +474,14 @@ IMPLEMENTATIONS = {
         ),
     )
 }  # fmt: skip
+_SINGLE = ("float32",)
 PEERS = {
-    name: peers.Peer(name, module, IMPLEMENTATIONS[name].look, obstacle)
-    for name, module, obstacle in (
-        ("torch-volume", "torch", _volume_obstacle),
-        ("torchvision", "torchvision", partial(_block_obstacle, (*_SINGLE, "float64"))),
-        ("raft", "corr", partial(_block_obstacle, _SINGLE)),
-        ("localcorr", "localcorr", partial(_square_obstacle, ("float32",))),
-        ("fused-local-corr", "local_corr", partial(_square_obstacle, ("float32",))),
+    name: peers.Peer(name, module, IMPLEMENTATIONS[name].look, obstacle, dtypes=dtypes)
+    for name, module, obstacle, dtypes in (
+        ("torch-volume", "torch", _volume_obstacle, tuple(DTYPES)),
+        ("torchvision", "torchvision", _block_obstacle, tuple(DTYPES)),
+        ("raft", "corr", _block_obstacle, ("float16", "bfloat16", "float32")),
+        ("localcorr", "localcorr", _square_obstacle, _SINGLE),
+        ("fused-local-corr", "local_corr", _square_obstacle, _SINGLE),
     )
 }

@@ -13,7 +13,7 @@ import contextlib
 import io
 import os
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from math import gcd, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +36,7 @@ class Peer(NamedTuple):
     obstacle : (shape, geometry or lookup, dtype name, device) -> why it cannot do this, or None
     l1 : whether it sums absolute differences as well
     cpu : whether it computes on the CPU as well
+    dtypes : those that it computes in
     """
 
     name: str
@@ -44,6 +45,15 @@ class Peer(NamedTuple):
     obstacle: Callable[[tuple[int, int, int, int], Any, str, str], str | None]
     l1: bool = False
     cpu: bool = True
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+
+    def unable(
+        self, shape: tuple[int, int, int, int], what: Any, dtype: str, device: str
+    ) -> str | None:
+        """Say why it cannot do this, or return None."""
+        if dtype not in self.dtypes:
+            return f"does not compute in {dtype}"
+        return self.obstacle(shape, what, dtype, device)
 
 
 class _Lattice(NamedTuple):
@@ -275,17 +285,11 @@ def _sampler_obstacle(
 
 
 def _plain_obstacle(
-    dtypes: tuple[str, ...],
-    shape: tuple[int, int, int, int],
-    geometry: Geometry,
-    dtype: str,
-    device: str,
+    shape: tuple[int, int, int, int], geometry: Geometry, dtype: str, device: str
 ) -> str | None:
     patch, spacing = geometry.patch_size[0], geometry.dilation_patch[0]
     if patch % 2 == 0 or geometry != Geometry(patch_size=patch, dilation_patch=spacing):
         return "has only square centred patches of odd size, without taps, stride and padding"
-    if dtype not in dtypes:
-        return f"does not compute in {dtype}"
     return _never(shape, geometry, dtype, device)
 
 
@@ -312,10 +316,10 @@ PEERS = {
         Peer("torch-slices", "torch", slices, _never, l1=True),
         Peer("torch-unfold", "torch", unfold, _unfold_obstacle, l1=True),
         Peer("torch-all-pairs", "torch", all_pairs, _all_pairs_obstacle),
-        Peer("taichi", "corr_taichi", taichi,
-             partial(_plain_obstacle, ("float16", "float32", "float64"))),
-        Peer("localcorr", "localcorr", triton,
-             partial(_plain_obstacle, ("float16", "float32")), cpu=False),
+        Peer("taichi", "corr_taichi", taichi, _plain_obstacle,
+             dtypes=("float16", "float32", "float64")),
+        Peer("localcorr", "localcorr", triton, _plain_obstacle, cpu=False,
+             dtypes=("float16", "float32")),
     )
 }  # fmt: skip
 

@@ -532,7 +532,7 @@ def test_a_preset_fits_its_maps(preset):
         for case, (shape, geometry) in GEOMETRIES.items()
         for dtype in ("float64", "bfloat16")
         for similarity in ("product", "l1")
-        if peer.cpu and peer.obstacle(shape, geometry, dtype, "cpu") is None
+        if peer.cpu and peer.unable(shape, geometry, dtype, "cpu") is None
         if similarity == "product" or peer.l1
     ],
 )

@@ -8,7 +8,6 @@ import sys
 import click
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from command import installed, invoke, main
 from cupycorr.cli import cuda, environment, options
 from cupycorr.cli.bench import measure, memory, peers, report
@@ -252,9 +251,9 @@ def test_where_torch_finds_the_gpu_its_tensors_and_all_peers_are_measured(monkey
     ids=repr,
 )
 def test_localcorr_is_asked_only_for_what_it_computes(geometry, covered):
-    obstacle = peers.PEERS["localcorr"].obstacle
-    assert (obstacle((1, 2, 12, 13), geometry, "float32", "cuda") is None) == covered
-    assert obstacle((1, 2, 12, 13), geometry, "float64", "cuda")
+    unable = peers.PEERS["localcorr"].unable
+    assert (unable((1, 2, 12, 13), geometry, "float32", "cuda") is None) == covered
+    assert unable((1, 2, 12, 13), geometry, "float64", "cuda")
 
 
 @pytest.mark.parametrize(
@@ -566,7 +565,7 @@ def test_warmup_ends_with_the_compilers_message(monkeypatch):
         raise RuntimeError("product.cu must compile, got: expected a ';'")
 
     monkeypatch.setattr(cuda, "kernels", broken)
-    outcome = CliRunner().invoke(main, ["warmup", *SMALL])
+    outcome = invoke("warmup", *SMALL)
     assert outcome.exit_code == 1
     assert "default" not in outcome.stderr
     assert "options, float32: product.cu must compile, got: expected a ';'" in outcome.stderr

@@ -195,7 +195,7 @@ def test_positions_of_stereo_stay_in_their_row():
 def test_others_agree_with_ours_wherever_they_apply(other, name, dtype):
     peer, problem = lookups.PEERS[other], PROBLEMS[name]
     missing = peers.missing(peer, "product")
-    obstacle = missing or peer.obstacle(problem.shape, problem.lookup, dtype, "cpu")
+    obstacle = missing or peer.unable(problem.shape, problem.lookup, dtype, "cpu")
     if obstacle is not None:
         pytest.skip(obstacle)
     reference = lookups._reference(problem, dtype)

@@ -9,8 +9,7 @@ from statistics import median
 
 import click
 import pytest
-from click.testing import CliRunner
-from command import invoke, main
+from command import invoke
 from cupycorr.cli import environment
 from cupycorr.cli.bench import report
 
@@ -170,7 +169,7 @@ def test_what_cuda_lacks_is_red_and_what_is_there_green(monkeypatch):
     findings = [environment.Finding(name, name == "driver", "") for name in ("driver", "GPU")]
     monkeypatch.setattr(environment, "cuda_findings", lambda: findings)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    outcome = CliRunner().invoke(main, ["warmup"], color=True)
+    outcome = invoke("warmup", color=True)
     assert "\x1b[32mok    \x1b[0m  driver" in outcome.stderr
     assert "\x1b[31mnot ok\x1b[0m  GPU" in outcome.stderr
     assert "\x1b" not in invoke("warmup").stderr
@@ -198,7 +197,7 @@ def test_a_wrong_result_is_red_unless_colours_are_refused(monkeypatch, words, ve
     if variable is not None:
         monkeypatch.setenv("NO_COLOR", variable)
     arguments = [words[0], "cpu", *SMALL, *words[1:]]
-    outcome = CliRunner().invoke(main, arguments, color=True)
+    outcome = invoke(*arguments, color=True)
     assert outcome.exit_code == 1
     if variable is None:
         assert verdict in outcome.stdout
