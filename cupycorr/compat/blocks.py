@@ -8,6 +8,7 @@ the CPU samples of products take less time: there those who expect them get them
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -48,8 +49,8 @@ class Block:
         self, fmap1: Tensor, fmap2: Tensor, lookup: Lookup, scale: float | None = None
     ) -> None:
         self.fmap1, self.lookup, self.scale = fmap1, lookup, scale
-        in_rows = lookup.radius[0] == 0 and lookup.pool[0] == 1
-        volume = _products(fmap1, fmap2, in_rows) if self.holds_products else None
+        self._in_rows = lookup.radius[0] == 0 and lookup.pool[0] == 1
+        volume = _products(fmap1, fmap2, self._in_rows) if self.holds_products else None
         self.products: tuple[Tensor, ...] = ()
         self.levels: tuple[Tensor, ...] = ()
         if volume is None:
@@ -79,7 +80,7 @@ class Block:
         coords = coordinates(coords, self.fmap1)
         cost: Tensor
         if self.products:
-            if self.products[0].shape[-2] == 1:  # each position has a map of one row
+            if self._in_rows:  # each position has a map of one row
                 coords = torch.cat([coords[:, :1], torch.zeros_like(coords[:, :1])], 1)
             cost = volume_lookup(self.products, coords, self.lookup)
         else:
@@ -95,8 +96,7 @@ def _products(fmap1: Tensor, fmap2: Tensor, in_rows: bool) -> Tensor | None:
         return None
     axes = 3 if in_rows else 2
     if not (
-        isinstance(fmap1, Tensor)  # and nothing that torch.fx traces
-        and isinstance(fmap2, Tensor)
+        type(fmap1) is type(fmap2) is Tensor  # traced and distributed ones have types of their own
         and fmap1.dim() == fmap2.dim() == 4
         and fmap1.shape[:axes] == fmap2.shape[:axes]
         and fmap1.dtype == fmap2.dtype
@@ -104,7 +104,7 @@ def _products(fmap1: Tensor, fmap2: Tensor, in_rows: bool) -> Tensor | None:
         and fmap1.device == fmap2.device == torch.device("cpu")
     ):
         return None
-    count = fmap1[:, 0].numel() * fmap2[0, 0, 0 if in_rows else slice(None)].numel()
+    count = len(fmap1) * prod((*fmap1.shape[2:], *fmap2.shape[axes:]))
     if not 0 < count * fmap1.element_size() <= SMALL:
         return None
     if in_rows:

@@ -555,6 +555,34 @@ def test_only_blocks_of_all_pairs_hold_products_and_few(make, holds, most_bytes)
         assert not make(one, two).products
 
 
+def test_maps_of_one_row_are_looked_up_beside_it_too():
+    one, two = integers(1, 4, 1, 5), integers(1, 4, 1, 9, seed=1)
+    coords = places(1, 2, 1, 5, size=(1, 9)).clamp(-2, 3)
+    holding, other = (
+        make(one, two, 1, RADIUS) for make in (raft.CorrBlock, raft.AlternateCorrBlock)
+    )
+    assert holding.products
+    assert other.levels
+    assert torch.equal(holding(coords), other(coords))
+    assert holding(coords).any()
+
+
+@pytest.mark.parametrize("make", [raft.CorrBlock, raft_stereo.CorrBlock1D])
+def test_blocks_that_hold_products_are_mapped_over_and_take_empty_batches(make):
+    one, two = integers(3, 2, 4, 6, 16), integers(3, 2, 4, 6, 16, seed=1)
+    coords = places(3, 2, 2, 6, 16, size=(6, 16))
+
+    def costs(one, two, coords):
+        block = make(one, two, LEVELS, RADIUS)
+        assert block.products
+        return block(coords)
+
+    nothing = make(one[0, :0], two[0, :0], LEVELS, RADIUS)(coords[0, :0])
+    assert nothing.shape[0] == 0
+    want = torch.stack([costs(*of_one) for of_one in zip(one, two, coords, strict=True)])
+    assert torch.equal(torch.func.vmap(costs)(one, two, coords), want)
+
+
 @pytest.mark.usefixtures("most_bytes")
 def test_a_network_computes_and_learns_the_same_with_either_block(loop, images):
     got = flow_and_gradients(loop, images)
