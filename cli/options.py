@@ -89,11 +89,6 @@ class LookupProblem(NamedTuple):
         """The shape of the costs."""
         return self.lookup.cost_shape(self.shape, (self.shape[0], 2, *self.shape[2:]))
 
-    @property
-    def is_stereo(self) -> bool:
-        """Whether positions look along their own row only."""
-        return self.lookup.radius[0] == 0 and self.lookup.pool[0] == 1
-
 
 def description(problem: Problem | LookupProblem) -> str:
     """Return what is computed in words of Python, and what is not as usual."""

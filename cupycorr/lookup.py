@@ -115,6 +115,11 @@ class Lookup:
         return y, x
 
     @property
+    def in_rows(self) -> bool:
+        """Whether displacements and levels leave rows as they are, as in stereo."""
+        return self.radius[0] == 0 and self.pool[0] == 1
+
+    @property
     def x_first(self) -> bool:
         """Whether the horizontal displacements come first in the cost."""
         return self.order == "xy"

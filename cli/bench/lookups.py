@@ -92,7 +92,7 @@ def image_flow(
 
     It is the mean over the pixels of a position; where nothing matches it is the median.
     """
-    stereo = problem.is_stereo
+    stereo = problem.lookup.in_rows
     steps = search.stereo_steps if stereo else search.flow_steps
     plan = steps(images[0].shape, REACH, STEREO_WINDOW if stereo else WINDOW)
     field = search.match(*images, plan)
@@ -113,7 +113,7 @@ def coordinates(problem: LookupProblem, flow: Floats) -> Floats:
     samples, _, height, width = problem.shape
     y, x = np.indices((height, width))
     coords = np.stack([x, y]) + flow
-    if problem.is_stereo:
+    if problem.lookup.in_rows:
         coords[:, 1] = y
     return np.repeat(coords, samples, 0)
 
@@ -259,13 +259,11 @@ def _mistake(
     unit = DTYPES[dtype]
     stores = lookup.levels * int(unit.rounding / DTYPES[unit.accumulator].rounding)
     bounds = [("cost", cost, reference.cost, problem.shape[1] + 6)]
-    if not one.has_gradients:
-        pass
-    elif one.vjp is None:
+    if one.vjp is None and one.has_gradients:
         grad1, grad2 = _autograd(cost, (fmap1, fmap2), grad.to(cost.dtype))
         bounds += [("grad_fmap1", grad1, reference.grads[0], corners + 6),
                    ("grad_fmap2", grad2, reference.grad_fmap2, positions + stores)]  # fmt: skip
-    else:
+    elif one.vjp is not None:
         grads = one.vjp(grad, fmap1, prepared, coords, lookup)
         names = "grad_fmap1", *(f"gradient of level {level}" for level in range(lookup.levels))
         bounds += [
@@ -288,20 +286,15 @@ def volume(fmap1: Tensor, fmap2: Tensor, lookup: Lookup) -> tuple[Tensor, ...]:
 
     In float32 at least, as RAFT does.
     """
-    from torch.nn import functional
-
     fmap1, fmap2 = _wide(fmap1, fmap2)
-    (samples, channels, height, width), is_row = fmap1.shape, _is_row(lookup)
-    if is_row:
+    samples, channels, height, width = fmap1.shape
+    if lookup.in_rows:
         one, two = fmap1.permute(0, 2, 3, 1), fmap2.permute(0, 2, 1, 3)
     else:
         one, two = fmap1.flatten(2).transpose(1, 2), fmap2.flatten(2)
     products = one @ two / channels**0.5
-    size = (1, width) if is_row else (height, width)
-    levels = [products.reshape(samples * height * width, 1, *size)]
-    for _ in range(1, lookup.levels):
-        levels.append(functional.avg_pool2d(levels[-1], lookup.pool))
-    return tuple(levels)
+    size = (1 if lookup.in_rows else height, width)
+    return _pooled(products.reshape(samples * height * width, 1, *size), lookup)
 
 
 def sample(fmap1: Tensor, levels: tuple[Tensor, ...], coords: Tensor, lookup: Lookup) -> Tensor:
@@ -321,7 +314,7 @@ def sample(fmap1: Tensor, levels: tuple[Tensor, ...], coords: Tensor, lookup: Lo
             coords[:, channel].reshape(-1, 1, 1) / pool**number
             for channel, pool in enumerate(lookup.pool[::-1])
         )
-        y = 0 * y if _is_row(lookup) else y
+        y = 0 * y if lookup.in_rows else y
         # Normalised coordinates: -1 and 1 are the first and the last cell.
         x, y = 2 * (x + dx) / (columns - 1) - 1, 2 * (y + dy[:, None]) / max(1, rows - 1) - 1
         at = torch.stack([x.expand(-1, *lookup.patch_size), y.expand(-1, *lookup.patch_size)], -1)
@@ -386,11 +379,7 @@ def localcorr(fmap1: Tensor, maps: tuple[Tensor, ...], coords: Tensor, lookup: L
 
 def points(fmap1: Tensor, fmap2: Tensor, lookup: Lookup) -> tuple[Tensor, ...]:
     """Prepare pixels (N, H W, C) and levels (N, H, W, C) for fused-local-corr."""
-    from torch.nn import functional
-
-    levels = [fmap2]
-    for _ in range(1, lookup.levels):
-        levels.append(functional.avg_pool2d(levels[-1], lookup.pool))
+    levels = _pooled(fmap2, lookup)
     pixels = fmap1.flatten(2).transpose(1, 2)
     return pixels.contiguous(), *(level.permute(0, 2, 3, 1).contiguous() for level in levels)
 
@@ -426,22 +415,28 @@ def _ordered(cost: Any, lookup: Lookup) -> Any:
     return result if lookup.x_first else result.transpose(2, 3)
 
 
+def _pooled(finest: Tensor, lookup: Lookup) -> tuple[Tensor, ...]:
+    """Return all levels of maps (N, C, H, W), or of volumes."""
+    from torch.nn import functional
+
+    levels = [finest]
+    for _ in range(1, lookup.levels):
+        levels.append(functional.avg_pool2d(levels[-1], lookup.pool))
+    return tuple(levels)
+
+
 def _wide(*fmaps: Tensor) -> tuple[Tensor, ...]:
     """Return maps in float32 at least, as RAFT gives them to its volume."""
     return tuple(fmap.float() if fmap.element_size() < 4 else fmap for fmap in fmaps)
-
-
-def _is_row(lookup: Lookup) -> bool:
-    return lookup.radius[0] == 0 and lookup.pool[0] == 1
 
 
 def _volume_obstacle(
     shape: tuple[int, int, int, int], lookup: Lookup, dtype: str, device: str
 ) -> str | None:
     sizes = lookup.level_sizes(*shape[2:])
-    if sizes[-1][1] == 1 or (sizes[-1][0] == 1 and not _is_row(lookup)):
+    if sizes[-1][1] == 1 or (sizes[-1][0] == 1 and not lookup.in_rows):
         return "divides by 0 on a level of one row or column"
-    cells = sum(w if _is_row(lookup) else h * w for h, w in sizes)
+    cells = sum(w if lookup.in_rows else h * w for h, w in sizes)
     # The products, their gradient, and once more what either of them is computed from.
     needed = 3 * shape[0] * prod(shape[2:]) * cells * max(4, peers.ITEMSIZE[dtype])
     return peers.too_large(needed, device)
@@ -474,14 +469,13 @@ IMPLEMENTATIONS = {
         ),
     )
 }  # fmt: skip
-_SINGLE = ("float32",)
 PEERS = {
     name: peers.Peer(name, module, IMPLEMENTATIONS[name].look, obstacle, dtypes=dtypes)
     for name, module, obstacle, dtypes in (
         ("torch-volume", "torch", _volume_obstacle, tuple(DTYPES)),
         ("torchvision", "torchvision", _block_obstacle, tuple(DTYPES)),
         ("raft", "corr", _block_obstacle, ("float16", "bfloat16", "float32")),
-        ("localcorr", "localcorr", _square_obstacle, _SINGLE),
-        ("fused-local-corr", "local_corr", _square_obstacle, _SINGLE),
+        ("localcorr", "localcorr", _square_obstacle, ("float32",)),
+        ("fused-local-corr", "local_corr", _square_obstacle, ("float32",)),
     )
 }

@@ -201,7 +201,7 @@ def show(
         seconds = sum(kernel["seconds"] for kernel in problem["kernels"])
         count = len(problem["kernels"])
         _say(f"{count} kernels ready in {seconds:.2f} s; CuPy keeps on disk what it compiled")
-    timed = [one for one in problem["implementations"] if one["status"] == "timed"]
+    timed = [*_timed(problem).values()]
     ours = _ours(problem)
     left_out: set[str] = set()
     for step in ALL_PASSES:
@@ -230,9 +230,14 @@ def show(
             _say(f"{one['name']}: {one['status']}: {one['reason']}", colour=colour)
 
 
+def _timed(problem: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the implementations that were timed, by their names."""
+    return {one["name"]: one for one in problem["implementations"] if one["status"] == "timed"}
+
+
 def _ours(problem: dict[str, Any]) -> dict[str, Any] | None:
     """Return the row of this package that others are compared with."""
-    timed = {one["name"]: one for one in problem["implementations"] if one["status"] == "timed"}
+    timed = _timed(problem)
     return next((timed[name] for name in ENGINES if name in timed), None)
 
 
@@ -372,12 +377,7 @@ def markdown(document: dict[str, Any]) -> str:
         if document["device"] == "cuda"
         else f"{machine['processor']}, {document['threads']} threads"
     )
-    names = dict.fromkeys(
-        one["name"]
-        for problem in document["problems"]
-        for one in problem["implementations"]
-        if one["status"] == "timed"
-    )
+    names = dict.fromkeys(name for problem in document["problems"] for name in _timed(problem))
     ours = next((name for name in ENGINES if name in names), "")
     others = [name for name in names if name != ours]
     columns = [c for c in SHOWN if c in COLUMNS[document["device"]] and c not in LEFT_OUT]
@@ -410,7 +410,7 @@ def _page_rows(
     document: dict[str, Any], problem: dict[str, Any], ours: str
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the name of each pass, and what stands in its columns."""
-    timed = {one["name"]: one for one in problem["implementations"] if one["status"] == "timed"}
+    timed = _timed(problem)
     least = {
         name: {step: one[step]["min"] for step in ALL_PASSES if step in one}
         | (lookups(one) if "lookup" in problem else {})

@@ -49,8 +49,7 @@ class Block:
         self, fmap1: Tensor, fmap2: Tensor, lookup: Lookup, scale: float | None = None
     ) -> None:
         self.fmap1, self.lookup, self.scale = fmap1, lookup, scale
-        self._in_rows = lookup.radius[0] == 0 and lookup.pool[0] == 1
-        volume = _products(fmap1, fmap2, self._in_rows) if self.holds_products else None
+        volume = _products(fmap1, fmap2, lookup.in_rows) if self.holds_products else None
         self.products: tuple[Tensor, ...] = ()
         self.levels: tuple[Tensor, ...] = ()
         if volume is None:
@@ -80,7 +79,7 @@ class Block:
         coords = coordinates(coords, self.fmap1)
         cost: Tensor
         if self.products:
-            if self._in_rows:  # each position has a map of one row
+            if self.lookup.in_rows:  # each position has a map of one row
                 coords = torch.cat([coords[:, :1], torch.zeros_like(coords[:, :1])], 1)
             cost = volume_lookup(self.products, coords, self.lookup)
         else:
